@@ -1,0 +1,19 @@
+"""Fast token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
+
+from sttm_kernels.functional import assign, compose, match, merge, soft_merge, unmerge
+from sttm_kernels.nn.sttm import STTM
+from sttm_kernels.plan import MergedTokens, MergePlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STTM",
+    "MergePlan",
+    "MergedTokens",
+    "assign",
+    "compose",
+    "match",
+    "merge",
+    "soft_merge",
+    "unmerge",
+]

@@ -1,0 +1,45 @@
+"""What every command needs: an error meant for people, optional packages, a progress bar."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+class InputError(Exception):
+    """Something the person can put right: one message on stderr, exit code 2, no traceback."""
+
+
+def extra(module: str, package: str) -> ModuleType:
+    """Imports a module that only the demo needs.
+
+    Raises:
+        InputError: it cannot be imported; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"the demo needs {package} ({error}): pip install 'sttm_kernels[demo]'") from None
+
+
+def progress(items: Iterable[Any], total: int, title: str) -> Any:
+    """The same items, with a bar on a terminal if there is more than a second of work."""
+    tqdm = extra("tqdm", "tqdm").tqdm
+    return tqdm(items, total=total, desc=title, unit="frame", delay=1, leave=False, disable=None)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one CPU thread: on frames, threads that wait for each other cost more than they give, on a busy
+    machine many times more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

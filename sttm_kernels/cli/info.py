@@ -1,0 +1,124 @@
+"""`sttm-kernels info`: versions, devices, and which implementation can run which verb here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import textwrap
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import sttm_kernels
+from sttm_kernels import dispatch
+
+HELP = "Show versions, devices, and what can run here, or why not."
+OPTIONAL = ("triton", "av", "pillow", "tqdm", "timm", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=2) if arguments.json else _table(facts))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """What `info --json` prints.
+
+    Returns:
+        "versions": package to version, None if it is not installed, and "cuda" as PyTorch was built for it;
+        "devices": a list of dicts with "device" and "name", for GPUs also "capability" and "memory_bytes";
+        "verbs": for every verb and device type ("cpu", "cuda" if there is one) "auto", the implementation that is
+        taken for float32 (None if the choice fails), and for every implementation None if it can run, or the reason
+        why it cannot.
+    """
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "versions": {
+            "sttm_kernels": sttm_kernels.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{package: _version(package) for package in OPTIONAL},
+        },
+        "devices": _devices(),
+        "verbs": {verb: {kind: _implementations(verb, kind) for kind in kinds} for verb in dispatch.VERBS},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    ]
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "device": f"cuda:{i}",
+                "name": about.name,
+                "capability": f"{about.major}.{about.minor}",
+                "memory_bytes": about.total_memory,
+            }
+        )
+    return devices
+
+
+def _implementations(verb: str, kind: str) -> dict[str, str | None]:
+    reasons = {impl: _why_not(verb, impl, kind) for impl in dispatch.IMPLEMENTATIONS}
+    return {"auto": _auto(verb, kind), **reasons}
+
+
+def _auto(verb: str, kind: str) -> str | None:
+    try:
+        return dispatch.choose(verb, kind, torch.float32)
+    except Exception:
+        return None
+
+
+def _why_not(verb: str, impl: str, kind: str) -> str | None:
+    """As `dispatch.why_not`, of kernels that cannot even be loaded too: to report that is this command's job."""
+    try:
+        return dispatch.why_not(verb, impl, kind)
+    except Exception as error:
+        return f"cannot be loaded: {type(error).__name__}: {error}"
+
+
+def _table(facts: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {package:<14}{found or 'not installed'}" for package, found in facts["versions"].items()]
+    lines += ["", "devices"]
+    for device in facts["devices"]:
+        more = f", compute capability {device['capability']}" if "capability" in device else ""
+        more += f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
+        lines.append(f"  {device['device']:<14}{device['name']}{more}")
+
+    kinds = next(iter(facts["verbs"].values()))
+    for kind in kinds:
+        lines += ["", f"verbs on {kind}, float32 (* what impl='auto' takes)"]
+        lines.append("  " + "".join(f"{name:<12}" for name in ("", *dispatch.IMPLEMENTATIONS)).rstrip())
+        reasons: dict[str, list[str]] = {}
+        for verb, by_kind in facts["verbs"].items():
+            cells = []
+            for impl in dispatch.IMPLEMENTATIONS:
+                reason = by_kind[kind][impl]
+                cells.append("no" if reason else "yes *" if by_kind[kind]["auto"] == impl else "yes")
+                if reason:
+                    reasons.setdefault(f"{impl}: {reason}", []).append(verb)
+            lines.append("  " + "".join(f"{cell:<12}" for cell in (verb, *cells)).rstrip())
+        for reason, verbs in reasons.items():
+            which = "" if len(verbs) == len(dispatch.VERBS) else f" ({', '.join(verbs)})"
+            lines += textwrap.wrap(f"no {reason}{which}", 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)

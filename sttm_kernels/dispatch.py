@@ -1,0 +1,81 @@
+"""Which implementation of a verb can run on a device, which one `auto` takes, and why another cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+VERBS = ("assign", "match", "merge", "assign_merge", "unmerge", "compose", "soft_merge")
+IMPLEMENTATIONS = ("cuda", "triton", "torch", "reference")
+MIN_CAPABILITY = (8, 0)
+
+_MODULES = {
+    "cuda": "sttm_kernels.impl.cuda",
+    "triton": "sttm_kernels.impl.triton",
+    "torch": "sttm_kernels.impl.eager",
+    "reference": "sttm_kernels.reference",
+}
+
+
+def interpreting() -> bool:
+    """True when Triton runs its kernels on the CPU, one program after another (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason why `impl` cannot run `verb` on this kind of device in this dtype; None if it can.
+
+    Raises:
+        ValueError: `verb` or `impl` is not a name this package knows.
+    """
+    if verb not in VERBS:
+        raise ValueError(f"verb must be one of {VERBS}, got {verb!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    if impl in ("torch", "reference"):
+        return None
+    if importlib.util.find_spec(_MODULES[impl]) is None:
+        return f"this build of sttm_kernels has no {impl} kernels"
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return f"the {impl} kernels take float32, bfloat16 and float16, not float64"
+    if impl == "triton" and interpreting():
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
+    if device_type != "cuda":
+        return f"the {impl} kernels need CUDA tensors, got {device_type}"
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        return f"the {impl} kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
+    return importlib.import_module(_MODULES[impl]).why_not(verb)
+
+
+def choose(verb: str, device_type: str, dtype: torch.dtype) -> str:
+    """The implementation that `auto` takes: the fastest one that can run. Never the interpreter."""
+    for impl in ("cuda", "triton"):
+        if device_type == "cuda" and why_not(verb, impl, device_type, dtype) is None:
+            return impl
+    return "torch"
+
+
+@cache
+def kernel(name: str, impl: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function behind the operator `name`, a verb or a verb with `_backward`.
+
+    Raises:
+        ValueError: `impl` is unknown.
+        RuntimeError: `impl` was asked for by name and cannot run; the message says why.
+    """
+    verb = name.removesuffix("_backward")
+    if impl == "auto":
+        impl = choose(verb, device_type, dtype)
+    reason = why_not(verb, impl, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run {verb}: {reason}")
+    return getattr(importlib.import_module(_MODULES[impl]), name)

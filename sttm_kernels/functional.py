@@ -1,0 +1,479 @@
+"""The verbs: check the arguments, bring them to one form, call the operator.
+
+Common to all of them. B is the batch, N tokens, K groups. Floating inputs are float32, bfloat16, float16 or float64, in
+any memory layout. Sums, scores, counts and positions are float32, float64 for float64 inputs. The same input gives the
+same bits in every run (on a CPU: with the same number of threads) and whatever else is in the batch;
+`impl="reference"` promises this on CPUs only, and `impl="torch"` on GPUs leaves products to cuBLAS, whose choice of
+kernel may depend on the batch. Nothing
+synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
+
+`impl` is "auto" (the fastest that can run here), "cuda", "triton", "torch" or "reference".
+
+Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, range or name,
+`RuntimeError` if an `impl` asked for by name cannot run, with the reason.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sttm_kernels import dispatch, ops, reference, validate
+from sttm_kernels import partition as _partition
+from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels.reference import acc_dtype
+
+IMPL_NAMES = ("auto", *dispatch.IMPLEMENTATIONS)
+
+
+def _rows(q: Tensor) -> tuple[int, int]:
+    return q.shape[0], q.shape[-2]
+
+
+def _check_queries(q: Tensor, meta: Tensor, similarity: str, temperature: float) -> Tensor:
+    """Checks what `assign` and `soft_merge` share; returns meta as (B, K, D)."""
+    validate.floating("q", q)
+    validate.dims("q", q, "(B, N, D) or (B, H, N, D)", 3, 4)
+    validate.floating("meta", meta)
+    validate.dims("meta", meta, "(B, K, D) or (K, D)", 2, 3)
+    validate.same_device("meta", meta, "q", q)
+    validate.same_dtype("meta", meta, "q", q)
+    if meta.dim() == 2:
+        meta = meta.expand(q.shape[0], -1, -1)
+    validate.shape("meta", meta, "(B, K, D)", (q.shape[0], meta.shape[1], q.shape[-1]))
+    validate.one_of("similarity", similarity, validate.SIMILARITIES)
+    validate.positive("temperature", temperature)
+    return meta
+
+
+def _check_mask(mask: Tensor | None, q: Tensor) -> None:
+    if mask is not None:
+        validate.boolean("mask", mask)
+        validate.shape("mask", mask, "(B, N)", _rows(q))
+        validate.same_device("mask", mask, "q", q)
+
+
+def _check_tokens(x: Tensor) -> None:
+    validate.floating("x", x)
+    validate.dims("x", x, "(B, N, C)", 3)
+
+
+def size_and_positions(x: Tensor, size: Tensor | None, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Checks both and brings them to the accumulation dtype, positions to (B, N, P)."""
+    rows = tuple(x.shape[:2])
+    if size is not None:
+        validate.tensor("size", size)
+        validate.shape("size", size, "(B, N)", rows)
+        validate.same_device("size", size, "x", x)
+        size = size.to(acc_dtype(x.dtype))
+    if positions is not None:
+        validate.tensor("positions", positions)
+        validate.dims("positions", positions, "(B, N, P) or (N, P)", 2, 3)
+        validate.same_device("positions", positions, "x", x)
+        if positions.dim() == 2:
+            positions = positions.expand(rows[0], -1, -1)
+        validate.shape("positions", positions, "(B, N, P)", (*rows, positions.shape[-1]))
+        positions = positions.to(acc_dtype(x.dtype))
+    return size, positions
+
+
+def _check_plan(name: str, plan: MergePlan) -> None:
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"{name} must be a MergePlan, got {type(plan).__name__}")
+    _check_int32(f"{name}.index", plan.index)
+    validate.dims(f"{name}.index", plan.index[..., None], "(B, N)", 3)
+    validate.integer(f"{name}.num_groups", plan.num_groups, 1)
+    B, N = plan.index.shape
+    for field, layout, expected in (
+        ("weight", "(B, N)", (B, N)),
+        ("order", "(B, N)", (B, N)),
+        ("offsets", "(B, K + 1)", (B, plan.num_groups + 1)),
+    ):
+        value = getattr(plan, field)
+        if value is not None:
+            (validate.floating if field == "weight" else _check_int32)(f"{name}.{field}", value)
+            validate.shape(f"{name}.{field}", value, layout, expected)
+            validate.same_device(f"{name}.{field}", value, f"{name}.index", plan.index)
+
+
+def _check_int32(name: str, value: Tensor) -> None:
+    validate.tensor(name, value)
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}")
+
+
+def _check_plan_of(plan: MergePlan, x: Tensor) -> None:
+    """The plan must be one of the tokens x (B, N, C)."""
+    validate.shape("plan.index", plan.index, "(B, N)", tuple(x.shape[:2]))
+    validate.same_device("plan.index", plan.index, "x", x)
+
+
+def assign(
+    q: Tensor,
+    meta: Tensor,
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+    weight: str = "softmax",
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> MergePlan:
+    """Assigns every token to its most similar meta token.
+
+    index_n = argmax_k S[n, k] with S[n, k] = sim(q_n, meta_k) / temperature, the lowest k on a tie.
+
+    Args:
+        q: `(B, N, D)`, or `(B, H, N, D)` meaning the mean over heads.
+        meta: `(B, K, D)`, or `(K, D)` for one set shared by the batch; the dtype and device of q.
+        similarity: "cosine" (norms clamped at 1e-6), "dot" or "l2" (minus the squared distance).
+        temperature: positive; S is divided by it.
+        weight: "softmax" gives every token the probability of its meta token, exp(score - lse); "uniform" gives 1.
+        mask: bool `(B, N)`, True = a real token. The others get index -1 and take part in nothing.
+        impl: see the module.
+
+    Returns:
+        A `MergePlan` with `index`, `num_groups` = K and `score`, and with "softmax" also `lse` and `weight`.
+
+    Differentiable: score, lse and weight with respect to q and meta; also twice, through the O(N K) specification.
+    Source: token-to-meta-token similarity of the Spatial-temporal Token Merger (Feng et al., doi 10.1145/3633781).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    meta = _check_queries(q, meta, similarity, temperature)
+    validate.one_of("weight", weight, validate.WEIGHTS)
+    _check_mask(mask, q)
+    if impl == "reference":
+        return reference.assign(q, meta, similarity, temperature, weight, mask)
+    soft = weight == "softmax"
+    index, score, lse, w = ops.assign(q, meta, mask, similarity, float(temperature), soft, impl)
+    return MergePlan(index, meta.shape[1], score, lse if soft else None, w if soft else None)
+
+
+def match(
+    metric: Tensor,
+    r: int,
+    num_prefix: int = 0,
+    partition: str | Tensor = "alternate",
+    grid: tuple[int, ...] | None = None,
+    window: tuple[int, int, int] | None = None,
+    impl: str = "auto",
+    *,
+    cell: tuple[int, int] = (2, 2),
+    generator: torch.Generator | None = None,
+) -> MergePlan:
+    """Bipartite soft matching: every src token finds its most similar dst token, the best r src merge into theirs.
+
+    The groups are the prefix, then the unmerged src by token index, then dst by token index: also with r = 0.
+
+    Args:
+        metric: `(B, N, D)`, or `(B, H, N, D)` meaning the mean over heads (ToMe: the attention keys). Compared by
+            cosine similarity.
+        r: how many tokens to merge away, at least 0. Clamped to the number of src tokens that have a dst token to go
+            to, and for "alternate" to (N - num_prefix) // 2 as in ToMe. Equal scores go to the lower token index.
+        num_prefix: the first tokens (class, distillation, registers) that neither merge nor receive.
+        partition: "alternate" (even positions, counted from the first token, are src and odd ones dst), "frames"
+            (even frames src, odd frames dst; needs `grid`), "random2d" (one random dst in each `cell` of each frame;
+            needs `grid`), or a bool tensor `(N,)` or `(B, N)`, True = dst, with equally many dst in every row. A mask
+            on a GPU is read back once to learn its counts: keep it on the CPU to avoid that.
+        grid: (T, H, W), or (H, W) for one frame; N = num_prefix + T * H * W.
+        window: (t, h, w). Tokens meet only inside the blocks of this size that tile the grid, ragged at its end, so
+            that the cost is linear in N. Not with "random2d".
+        impl: see the module.
+        cell: (sy, sx) of "random2d".
+        generator: draws for "random2d"; on any device.
+
+    Returns:
+        A `MergePlan` with `index`, `num_groups` = N - r, `score`, `order` and `offsets`; its weights are uniform.
+
+    Differentiable: nothing.
+    Source: Token Merging (Bolya et al., arXiv 2210.09461); "random2d" Token Merging for Stable Diffusion
+    (Bolya and Hoffman, arXiv 2303.17604).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    validate.floating("metric", metric)
+    validate.dims("metric", metric, "(B, N, D) or (B, H, N, D)", 3, 4)
+    B, N = _rows(metric)
+    validate.integer("r", r, 0)
+    validate.integer("num_prefix", num_prefix, 0)
+    if num_prefix > N:
+        raise ValueError(f"num_prefix must be at most N = {N}, got {num_prefix}")
+    validate.partition(partition)
+    cell = validate.extents("cell", cell, 2, "(sy, sx)")
+    geometry = _check_grid(partition, grid, window, N - num_prefix)
+    if isinstance(partition, Tensor):
+        _check_partition_mask(partition, B, N, num_prefix)
+    blocks = None
+    if window is not None and geometry is not None:
+        blocks = geometry, validate.extents("window", window, 3, "(t, h, w)")
+
+    num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell)
+    if blocks is not None:
+        r = min(r, _partition.num_matchable(partition, N, num_prefix, *blocks))
+    else:
+        r = min(r, N - num_prefix - num_dst if num_dst > 0 else 0)
+    alternate = isinstance(partition, str) and partition == "alternate"
+    if alternate:
+        r = min(r, (N - num_prefix) // 2)
+
+    src = dst = None
+    if impl == "reference" or blocks is not None or not alternate:
+        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, metric.device)
+        if impl == "reference":
+            block = None if blocks is None else _partition.blocks(*blocks, metric.device)
+            return reference.match(metric, r, num_prefix, is_dst, block)
+        if blocks is None:
+            src, dst = _partition.lists(is_dst, num_dst, num_prefix)
+        else:
+            src, dst = _partition.window_lists(
+                is_dst, num_prefix, *blocks, _partition.window_bound(partition, blocks[1])
+            )
+    index, score, order, offsets = ops.match(metric.detach(), src, dst, r, num_prefix, impl)
+    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+
+
+def _check_grid(
+    partition: str | Tensor, grid: tuple[int, ...] | None, window: tuple[int, int, int] | None, tokens: int
+) -> tuple[int, int, int] | None:
+    """Returns the grid as (T, H, W); None if neither the partition nor a window needs one and none was given."""
+    by_name = partition if isinstance(partition, str) else "a mask"
+    if window is not None and by_name == "random2d":
+        raise ValueError("window must be None with partition 'random2d', whose cells are windows already")
+    if grid is None:
+        if window is not None or by_name in ("frames", "random2d"):
+            wanted_by = "window" if window is not None else f"partition {by_name!r}"
+            raise ValueError(f"grid must be (T, H, W) with {wanted_by}, got None")
+        return None
+    count = 2 if isinstance(grid, (tuple, list)) and len(grid) == 2 else 3
+    shape = validate.extents("grid", grid, count, "(T, H, W) or (H, W)")
+    t, h, w = (1, *shape) if count == 2 else shape
+    if t * h * w != tokens:
+        raise ValueError(f"grid must hold the N - num_prefix = {tokens} tokens, got {grid} = {t * h * w}")
+    return t, h, w
+
+
+def _check_partition_mask(partition: Tensor, B: int, N: int, num_prefix: int) -> None:
+    if tuple(partition.shape) not in ((N,), (B, N)):
+        shape = validate.shape_text(partition.shape)
+        raise ValueError(f"partition must have shape (N,) = ({N},) or (B, N) = ({B}, {N}), got {shape}")
+    counts = partition.reshape(-1, N)[:, num_prefix:].sum(1)
+    if counts.numel() > 1 and not torch.compiler.is_compiling() and bool((counts != counts[0]).any()):
+        raise ValueError(f"partition must have equally many dst tokens in every row, got {counts.tolist()}")
+
+
+def merge(
+    x: Tensor,
+    plan: MergePlan,
+    size: Tensor | None = None,
+    positions: Tensor | None = None,
+    reduce: str = "mean",
+    fill: Tensor | None = None,
+    impl: str = "auto",
+) -> MergedTokens:
+    """Reduces tokens, their counts and their positions along a plan, in one pass.
+
+    With w_n = size_n * weight_n and mass_k the sum of w over group k: y_k = sum w_n x_n / mass_k, positions alike,
+    size'_k = sum size_n.
+
+    Args:
+        x: `(B, N, C)`.
+        plan: of these tokens, from `assign`, `match` or `compose`.
+        size: `(B, N)`, how many tokens stand behind each; default ones. Not negative.
+        positions: `(B, N, P)` or `(N, P)`, any unit, for instance (t, y, x) in frames and patches.
+        reduce: "mean"; "sum" (of w_n x_n); "max" (elementwise) or "first" (the token of lowest index: pruning), which
+            look at no weight. Positions are the weighted mean in every case.
+        fill: `(B, K, C)` or `(K, C)`, x's dtype: what a group that no token, or only tokens of size 0, went to gets in
+            place of 0. Its size and positions are 0 all the same.
+        impl: see the module.
+
+    Returns:
+        `MergedTokens(x (B, K, C) in x's dtype, size (B, K), positions (B, K, P) or None)`.
+
+    Differentiable: all outputs with respect to x, size, positions, fill and plan.weight (and through it to what
+    `assign` was given); also twice. A tie of "max" sends its gradient to the lowest token index.
+    Source: weighted averaging by token counts as in Token Merging (arXiv 2210.09461); position aggregation as in the
+    Spatial-temporal Token Merger (doi 10.1145/3633781).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    _check_tokens(x)
+    _check_plan("plan", plan)
+    _check_plan_of(plan, x)
+    size, positions = size_and_positions(x, size, positions)
+    validate.one_of("reduce", reduce, validate.REDUCTIONS)
+    fill = _check_fill(fill, x, plan.num_groups)
+    if impl == "reference":
+        return reference.merge(x, plan, size, positions, reduce, fill)
+    weight = None if plan.weight is None else plan.weight.to(acc_dtype(x.dtype))
+    y, size_out, positions_out, _ = ops.merge(
+        x, plan.index, plan.num_groups, weight, size, positions, fill, plan.order, plan.offsets, reduce, impl
+    )
+    return MergedTokens(y, size_out, None if positions is None else positions_out)
+
+
+def assign_merge(
+    x: Tensor,
+    q: Tensor | None,
+    meta: Tensor,
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+    weight: str = "softmax",
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+    positions: Tensor | None = None,
+    fill: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[MergedTokens, MergePlan]:
+    """`assign` and then `merge` by "mean" along its plan, in one launch where an implementation can.
+
+    Args:
+        x: `(B, N, C)`.
+        q: what similarity is measured on, `(B, N, D)` or `(B, H, N, D)` meaning the mean over heads; None for x itself.
+        meta: `(B, K, D)` or `(K, D)`; the dtype and device of q.
+        similarity, temperature, weight, mask: as in `assign`.
+        size, positions, fill: as in `merge`.
+        impl: see the module.
+
+    Returns:
+        What `merge` returns and the plan that `assign` returns.
+
+    Differentiable: as the two verbs are.
+    Source: the spatial stage of the Spatial-temporal Token Merger (doi 10.1145/3633781).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    metric = x if q is None else q
+    _check_tokens(x)
+    meta = _check_queries(metric, meta, similarity, temperature)
+    if _rows(metric) != tuple(x.shape[:2]):
+        raise ValueError(
+            f"q must have the B and N of x, {validate.shape_text(x.shape[:2])}, got {validate.shape_text(metric.shape)}"
+        )
+    validate.same_device("q", metric, "x", x)
+    validate.one_of("weight", weight, validate.WEIGHTS)
+    _check_mask(mask, metric)
+    if impl == "reference" or metric.dtype != x.dtype:
+        plan = assign(metric, meta, similarity, temperature, weight, mask, impl)
+        return merge(x, plan, size, positions, fill=fill, impl=impl), plan
+    size, positions = size_and_positions(x, size, positions)
+    fill = _check_fill(fill, x, meta.shape[1])
+    soft = weight == "softmax"
+    index, score, lse, w, y, size_out, positions_out, _ = ops.assign_merge(
+        x, q, meta, mask, size, positions, fill, similarity, float(temperature), soft, impl
+    )
+    plan = MergePlan(index, meta.shape[1], score, lse if soft else None, w if soft else None)
+    return MergedTokens(y, size_out, None if positions is None else positions_out), plan
+
+
+def _check_fill(fill: Tensor | None, x: Tensor, num_groups: int) -> Tensor | None:
+    """Returns fill as (B, K, C)."""
+    if fill is None:
+        return None
+    validate.floating("fill", fill)
+    validate.dims("fill", fill, "(B, K, C) or (K, C)", 2, 3)
+    validate.same_device("fill", fill, "x", x)
+    validate.same_dtype("fill", fill, "x", x)
+    if fill.dim() == 2:
+        fill = fill.expand(x.shape[0], -1, -1)
+    validate.shape("fill", fill, "(B, K, C)", (x.shape[0], num_groups, x.shape[2]))
+    return fill
+
+
+def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
+    """Copies every group back to its tokens; a token of index -1 gets 0.
+
+    Args:
+        x: `(B, K, C)`, K = plan.num_groups.
+        plan: the plan that led to the K groups.
+        impl: see the module.
+
+    Returns:
+        `(B, N, C)` in x's dtype.
+
+    Differentiable with respect to x, any number of times: its backward is a `merge` by "sum".
+    Source: Token Merging for Stable Diffusion (arXiv 2303.17604).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    validate.floating("x", x)
+    validate.dims("x", x, "(B, K, C)", 3)
+    _check_plan("plan", plan)
+    validate.shape("x", x, "(B, K, C)", (plan.index.shape[0], plan.num_groups, x.shape[2]))
+    validate.same_device("plan.index", plan.index, "x", x)
+    if impl == "reference":
+        return reference.unmerge(x, plan)
+    return ops.unmerge(x, plan.index, plan.order, plan.offsets, impl)
+
+
+def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan:
+    """The plan that goes where plan1 and then plan2 go: index12_n = index2[index1_n].
+
+    Args:
+        plan1: `(B, N)` tokens to K1 groups.
+        plan2: `(B, K1)` groups to K2 groups.
+        impl: see the module.
+
+    Returns:
+        A `MergePlan` of `(B, N)` tokens to K2 groups with uniform weight: it is the map, for `unmerge` and for tracing
+        where a token went. To reduce along two weighted plans, merge twice.
+
+    Not differentiable.
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    _check_plan("plan1", plan1)
+    _check_plan("plan2", plan2)
+    validate.shape("plan2.index", plan2.index, "(B, K1)", (plan1.index.shape[0], plan1.num_groups))
+    validate.same_device("plan2.index", plan2.index, "plan1.index", plan1.index)
+    if impl == "reference":
+        return reference.compose(plan1, plan2)
+    index = ops.compose(plan1.index, plan2.index, plan2.num_groups, impl)
+    return MergePlan(index, plan2.num_groups)
+
+
+def soft_merge(
+    x: Tensor,
+    q: Tensor,
+    meta: Tensor,
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+    normalize: str = "meta",
+    size: Tensor | None = None,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> MergedTokens:
+    """Merges every token into every meta token by its softmax weight, never materialising the N x K weights.
+
+    y_k = sum_n size_n A[n, k] x_n / sum_n size_n A[n, k], positions alike, with A the softmax of S.
+
+    Args:
+        x: `(B, N, C)`.
+        q: `(B, N, D)`, or `(B, H, N, D)` meaning the mean over heads.
+        meta: `(B, K, D)` or `(K, D)`; the dtype and device of q.
+        similarity, temperature: as in `assign`.
+        normalize: "meta" (softmax over meta tokens: every token spreads over groups) or "tokens" (softmax over tokens:
+            attention pooling).
+        size: `(B, N)`, default ones.
+        positions: `(B, N, P)` or `(N, P)`.
+        mask: bool `(B, N)`, True = a real token. The others take part in nothing.
+        impl: see the module.
+
+    Returns:
+        `MergedTokens(x (B, K, C) in x's dtype, size (B, K) = sum_n size_n A[n, k], positions (B, K, P) or None)`; a
+        group of mass 0 is 0 throughout.
+
+    Differentiable: all outputs with respect to x, q, meta, size and positions; also twice, through the O(N K)
+    specification.
+    Source: the soft reading of the Spatial-temporal Token Merger (doi 10.1145/3633781).
+    """
+    validate.one_of("impl", impl, IMPL_NAMES)
+    _check_tokens(x)
+    meta = _check_queries(q, meta, similarity, temperature)
+    if _rows(q) != tuple(x.shape[:2]):
+        raise ValueError(
+            f"q must have the B and N of x, {validate.shape_text(x.shape[:2])}, got {validate.shape_text(q.shape)}"
+        )
+    validate.same_device("q", q, "x", x)
+    validate.one_of("normalize", normalize, validate.NORMALIZATIONS)
+    size, positions = size_and_positions(x, size, positions)
+    _check_mask(mask, q)
+    if impl == "reference":
+        return reference.soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask)
+    y, size_out, positions_out, _ = ops.soft_merge(
+        x, q, meta, size, positions, mask, similarity, float(temperature), normalize, impl
+    )
+    return MergedTokens(y, size_out, None if positions is None else positions_out)

@@ -1,0 +1,723 @@
+"""impl="torch": the verbs in eager PyTorch with O(N) extra memory. The CPU path, and a rival for the kernels on GPUs.
+
+Similarities exist one tile at a time. Sums over a group are `embedding_bag` over the tokens sorted by group, so every
+sum has one owner and a fixed order. On a CPU each batch item is computed alone, which makes results independent of the
+batch; on a GPU items share a batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sttm_kernels.reference import NORM_FLOOR, acc_dtype, mean_over_heads
+
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Similarities held at once: about the size of a CPU's caches; enough to fill a GPU."""
+POOL_STEPS = 4
+"""Parts of K that the row maximum on CPUs reduces in parallel before it compares their maxima."""
+
+
+def _tile_shape(B: int, N: int, K: int, device: torch.device) -> tuple[int, int]:
+    """How many items and how many of their tokens make a tile, given K similarities a token."""
+    budget = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"])
+    tokens = max(1, min(N, budget // K))
+    return (1 if device.type == "cpu" else max(1, min(B, budget // (tokens * K)))), tokens
+
+
+def _tiles(B: int, N: int, K: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """(batch slice, token slice) pairs whose similarities to K meta tokens fit a tile."""
+    items, tokens = _tile_shape(B, N, K, device)
+    for b in range(0, B, items):
+        for n in range(0, N, tokens):
+            yield slice(b, min(b + items, B)), slice(n, min(n + tokens, N))
+
+
+def _norm(q: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+
+
+def _operand(q: Tensor, similarity: str) -> Tensor:
+    """(B, N, D) in the accumulation dtype, unit rows for cosine."""
+    q = mean_over_heads(q).to(acc_dtype(q.dtype))
+    return q / _norm(q) if similarity == "cosine" else q
+
+
+class _Similarity:
+    """Computes S of one tile after the other in one buffer.
+
+    S is transposed, (b, K, n): a maximum over K then runs along vectors of tokens. `width` is the number of elements a
+    token takes in a tile, if that is more than its K similarities.
+    """
+
+    def __init__(self, q: Tensor, m: Tensor, similarity: str, temperature: float = 1.0, width: int = 0):
+        self.q, self.m, self.kind, self.temperature = q, m, similarity, temperature
+        self.shape = (q.shape[0], q.shape[1], max(m.shape[1], width))
+        items, tokens = _tile_shape(*self.shape, q.device)
+        self.buffer = q.new_empty(items * tokens * m.shape[1])
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        return _tiles(*self.shape, self.q.device)
+
+    def __call__(self, b: slice, n: slice) -> Tensor:
+        q, m = self.q[b, n], self.m[b]
+        S = self.buffer[: m.shape[0] * m.shape[1] * q.shape[1]].view(m.shape[0], m.shape[1], q.shape[1])
+        torch.bmm(m, q.mT, out=S)
+        if self.kind == "l2":
+            S.mul_(2).sub_(q.square().sum(-1)[:, None, :]).sub_(m.square().sum(-1)[:, :, None])
+        return S if self.temperature == 1.0 else S.div_(self.temperature)
+
+
+def _maxima(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima of S (b, K, n) over consecutive parts of K, and the lowest k that attains each: (b, n, parts) twice.
+
+    `max_pool2d` over channels-last data is the one vectorised arg-maximum that PyTorch has on CPUs: the n tokens are
+    its channels, the K meta tokens its rows.
+    """
+    if S.device.type != "cpu":
+        value, index = S.max(1)
+        return value[..., None], index[..., None]
+    part = (-(-S.shape[1] // POOL_STEPS), 1)
+    value, index = F.max_pool2d(S[:, :, None].permute(0, 3, 1, 2), part, part, ceil_mode=True, return_indices=True)
+    return value.squeeze(-1), index.squeeze(-1)
+
+
+def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The first greatest of the maxima of `_maxima`, and its k: (b, n) twice."""
+    value, part = value.max(-1)
+    return value, index.gather(-1, part[..., None]).squeeze(-1)
+
+
+def assign(
+    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, m = _operand(q, similarity), _operand(meta, similarity)
+    B, N, _ = q.shape
+    index = q.new_empty((B, N), dtype=torch.int32)
+    score = q.new_empty((B, N))
+    lse = q.new_empty((B, N) if soft else 0)
+    tile = _Similarity(q, m, similarity, temperature)
+    for b, n in tile.tiles():
+        S = tile(b, n)
+        value, k = _greatest(*_maxima(S))
+        index[b, n], score[b, n] = k, value
+        if soft:
+            lse[b, n] = S.sub_(value[:, None]).exp_().sum(1).log_().add_(value)
+    weight = (score - lse).exp_() if soft else torch.empty_like(lse)
+    if mask is not None:
+        index.masked_fill_(~mask, -1)
+        for value in (score, lse, weight) if soft else (score,):
+            value.masked_fill_(~mask, 0)
+    return index, score, lse, weight
+
+
+def assign_backward(
+    grad_score: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    meta: Tensor,
+    index: Tensor,
+    score: Tensor,
+    lse: Tensor,
+    similarity: str,
+    temperature: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    real = (index >= 0)[..., None]
+    q_, m_ = _operand(q, similarity).masked_fill(~real, 0), _operand(meta, similarity)
+    B, N, D = q_.shape
+    K = m_.shape[1]
+    g = torch.where(real, (grad_score / temperature)[..., None], 0)
+    h = None if grad_lse is None else torch.where(real, (grad_lse / temperature)[..., None], 0)
+
+    # dS = g [k = index] + h exp(S - lse), times what is linear in S: to the left for q, to the right for meta.
+    chosen = m_.gather(1, index.long().clamp_min(0)[..., None].expand(-1, -1, D))
+    grad_q = g * chosen
+    grad_m = _Groups(index, K).sum(g * q_)
+    through = None
+    if h is not None:
+        through = torch.zeros_like(m_[..., :1])
+        tile = _Similarity(q_, m_, similarity, temperature)
+        for b, n in tile.tiles():
+            P = tile(b, n).sub_(lse[b, n][:, None]).exp_().mul_(h[b, n].mT)
+            P.masked_fill_(~real[b, n].mT, 0)
+            grad_q[b, n] += P.mT @ m_[b]
+            grad_m[b] += P @ q_[b, n]
+            through[b] += P.sum(-1, keepdim=True)
+
+    if similarity == "l2":
+        row_total = g if h is None else g + h
+        column_total = _Groups(index, K).sum(g)
+        if through is not None:
+            column_total = column_total + through
+        grad_q = 2 * (grad_q - q_ * row_total)
+        grad_m = 2 * (grad_m - m_ * column_total)
+    if similarity == "cosine":
+        grad_q = _through_norm(grad_q, q, q_).masked_fill(~real, 0)
+        grad_m = _through_norm(grad_m, meta, m_)
+    if q.dim() == 4:
+        grad_q = (grad_q / q.shape[1])[:, None].expand(q.shape)
+    return _fresh(grad_q, q, needs[0]), _fresh(grad_m, meta, needs[1])
+
+
+def _through_norm(grad: Tensor, q: Tensor, unit: Tensor) -> Tensor:
+    """Pulls a gradient back through q / max(|q|, floor)."""
+    length = torch.linalg.vector_norm(mean_over_heads(q).to(unit.dtype), dim=-1, keepdim=True)
+    radial = unit * (unit * grad).sum(-1, keepdim=True)
+    return torch.where(length >= NORM_FLOOR, grad - radial, grad) / length.clamp_min(NORM_FLOOR)
+
+
+def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+    if not needed:
+        return like.new_empty(0)
+    return grad.to(like.dtype).contiguous()
+
+
+def match(
+    metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = _operand(metric, "cosine")
+    B, N, _ = a.shape
+    at = torch.arange(N, device=a.device)
+    if src is None or dst is None:
+        first_src, first_dst = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+        token = at[first_src::2].expand(B, -1)
+        is_dst = ((at % 2 == 1) & (at >= num_prefix)).expand(B, -1)
+        best, position = _most_similar(a[:, first_src::2], a[:, first_dst::2])
+        partner = (first_dst + 2 * position).clamp_max_(N - 1)
+    else:
+        is_dst = _spread(dst.flatten(1).long().expand(B, -1), N, True)
+        token, best, partner = _most_similar_in_windows(a, src.long(), dst.long())
+
+    is_merged = _spread(token, N, _top(best, r))
+    is_unmerged = ~is_merged & ~is_dst & (at >= num_prefix)
+
+    num_unmerged = is_unmerged.sum(1, keepdim=True)
+    group = torch.where(is_unmerged, is_unmerged.cumsum(1) + (num_prefix - 1), at)
+    group = torch.where(is_dst, is_dst.cumsum(1) + (num_prefix - 1) + num_unmerged, group)
+    index = torch.where(is_merged, group.gather(1, _spread(token, N, partner)), group)
+
+    order = _stable_argsort(index)
+    counts = torch.zeros((B, N - r + 1), dtype=torch.int64, device=a.device)
+    offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
+    score = _spread(token, N, best, -torch.inf).contiguous()
+    return index.to(torch.int32), score, order.to(torch.int32), offsets.to(torch.int32)
+
+
+def _stable_argsort(index: Tensor) -> Tensor:
+    """argsort of the rows of index (B, N), values below N. NumPy sorts 16-bit integers by radix, three times faster."""
+    if index.device.type == "cpu" and index.shape[1] <= torch.iinfo(torch.int16).max:
+        return torch.from_numpy(index.to(torch.int16).numpy().argsort(axis=1, kind="stable"))
+    return index.argsort(dim=1, stable=True)
+
+
+def _top(best: Tensor, r: int) -> Tensor:
+    """Marks the r greatest of each row (B, M), equal ones from the left, by selection, not sort. NaN counts as +inf."""
+    if r == 0:
+        return torch.zeros_like(best, dtype=torch.bool)
+    best = torch.where(best.isnan(), torch.inf, best)
+    least = best.kthvalue(best.shape[1] - r + 1, dim=1, keepdim=True).values
+    above, level = best > least, best == least
+    return above | (level & (level.cumsum(1) <= r - above.sum(1, keepdim=True)))
+
+
+def _spread(token: Tensor, N: int, value: Tensor | bool, rest: float = 0) -> Tensor:
+    """(B, N) with `value` at every token of the lists (B, M) and `rest` elsewhere; token -1 is padding."""
+    dtype = value.dtype if isinstance(value, Tensor) else torch.bool
+    out = torch.full((token.shape[0], N + 1), rest, dtype=dtype, device=token.device)
+    return out.scatter_(1, torch.where(token < 0, N, token), value)[:, :N]
+
+
+def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every src (B, S, D): the similarity and position of the most similar dst (B, T, D)."""
+    B, S, _ = a.shape
+    T = b.shape[1]
+    if not (B and S and T):
+        return a.new_full((B, S), -torch.inf), torch.zeros((B, S), dtype=torch.int64, device=a.device)
+    tile = _Similarity(a, b, "cosine")
+    tiles = [_maxima(tile(i, n)) for i, n in tile.tiles()]
+    value, position = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*tiles, strict=True))
+    value, position = _greatest(value, position)
+    return value.view(B, S), position.view(B, S)
+
+
+def _most_similar_in_windows(a: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every src token of the lists (1 or B, G, S): the token, its similarity to and the token of its partner.
+
+    The lists are padded with -1 and come back ascending, (B, G * S), padding first.
+    """
+    B, _, D = a.shape
+    G, S = src.shape[1:]
+    src, dst = src.expand(B, -1, -1), dst.expand(B, -1, -1)
+    best = a.new_full((B, G, S), -torch.inf)
+    partner = torch.zeros_like(src, memory_format=torch.contiguous_format)
+    if S and dst.shape[2]:
+        for i, g in _tiles(B, G, S * dst.shape[2], a.device):
+            s, t = src[i, g].clamp_min(0), dst[i, g]
+            rows = a[i].gather(1, s.flatten(1)[..., None].expand(-1, -1, D)).unflatten(1, s.shape[1:])
+            columns = a[i].gather(1, t.clamp_min(0).flatten(1)[..., None].expand(-1, -1, D)).unflatten(1, t.shape[1:])
+            similarity = torch.bmm(columns.flatten(0, 1), rows.flatten(0, 1).mT)
+            similarity.masked_fill_((t < 0).flatten(0, 1)[..., None], -torch.inf)
+            value, position = _greatest(*_maxima(similarity))
+            best[i, g] = value.view(s.shape).masked_fill_(src[i, g] < 0, -torch.inf)
+            partner[i, g] = t.gather(2, position.view(s.shape)).clamp_min_(0)
+    token, ascending = src.flatten(1).sort(dim=1)
+    return token, best.flatten(1).gather(1, ascending), partner.flatten(1).gather(1, ascending)
+
+
+class _Groups:
+    """The tokens of a batch sorted by group: group k of item b is bag b * K + k.
+
+    Tokens without a group follow in one last bag, whose sum is computed and dropped. `tokens` are the rows of the
+    flattened batch in that order, `ascending` their bags, `starts` where each bag begins.
+    """
+
+    def __init__(self, index: Tensor, num_groups: int, order: Tensor | None = None, offsets: Tensor | None = None):
+        B, N = index.shape
+        self.shape = (B, num_groups)
+        self.num_bags = B * num_groups
+        item = torch.arange(B, device=index.device)[:, None]
+        self.index = index
+        if order is not None and offsets is not None:
+            self.tokens = (order + item * N).flatten()
+            self.starts = (offsets[:, :-1] + item * N).flatten()
+            counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
+            self.ascending = torch.repeat_interleave(counts, output_size=B * N)
+        else:
+            self.ascending, self.tokens = self.bag.sort(stable=True)
+            self.starts = torch.searchsorted(self.ascending, torch.arange(self.num_bags + 1, device=index.device))
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return (self.index >= 0) & (self.index < self.shape[1])
+
+    @cached_property
+    def bag(self) -> Tensor:
+        """The bag of each token of the flattened batch."""
+        item = torch.arange(self.shape[0], device=self.index.device)[:, None]
+        return torch.where(self.valid, self.index + item * self.shape[1], self.num_bags).flatten()
+
+    def counts(self, dtype: torch.dtype) -> Tensor:
+        """How many tokens each group has, (B, K)."""
+        ends = F.pad(self.starts, (0, 1), value=self.tokens.numel())[1 : self.num_bags + 1]
+        return (ends - self.starts[: self.num_bags]).to(dtype).view(self.shape)
+
+    def sort(self, values: Tensor | None) -> Tensor | None:
+        """Values of tokens (B, N) in sorted order, (B * N,)."""
+        return None if values is None else values.flatten()[self.tokens]
+
+    def sum(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Sums values (B, N, C) over each group, each token times its `scale` (B * N,) in sorted order: (B, K, C).
+
+        In the dtype of values. The sums run in the accumulation dtype: half precision is widened one slab of channels
+        at a time.
+        """
+        rows = values.reshape(-1, values.shape[-1])
+        if rows.dtype == acc_dtype(rows.dtype):
+            return self._sum(rows, scale)
+        channels = rows.shape[1]
+        out = values.new_empty((*self.shape, channels))
+        slab = max(64, channels // 8)
+        for c in range(0, channels, slab):
+            out[..., c : c + slab] = self._sum(rows[:, c : c + slab].to(acc_dtype(rows.dtype)), scale)
+        return out
+
+    def _sum(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        if not self.tokens.numel():
+            return rows.new_zeros((*self.shape, rows.shape[1]))
+        bags = F.embedding_bag(self.tokens, rows, self.starts, mode="sum", per_sample_weights=scale)
+        return bags[: self.num_bags].view(*self.shape, -1)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over each group, (B, K, C); -inf for a group without tokens."""
+        out = values.new_full((self.num_bags + 1, values.shape[-1]), -torch.inf)
+        bag = self.bag[:, None].expand(-1, values.shape[-1])
+        out.scatter_reduce_(0, bag, values.reshape(-1, values.shape[-1]), "amax")
+        return out[: self.num_bags].view(*self.shape, values.shape[-1])
+
+    def first(self) -> Tensor:
+        """The lowest token of each group, as a row of the flattened batch, (B, K); any row for an empty group."""
+        return self.tokens[self.starts[: self.num_bags].clamp_max(self.tokens.numel() - 1)].view(self.shape)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The value (B, K) of the group of each token, (B, N); 0 for a token without a group."""
+        return F.pad(values.flatten(), (0, 1))[self.bag].view(self.valid.shape)
+
+
+def _weights(weight: Tensor | None, size: Tensor | None) -> Tensor | None:
+    """w = size * weight, None for all ones."""
+    if weight is None or size is None:
+        return size if weight is None else weight
+    return size * weight
+
+
+def merge(
+    x: Tensor,
+    index: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    fill: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = acc_dtype(x.dtype)
+    groups = _Groups(index, num_groups, order, offsets)
+    w = _weights(weight, size)
+    counts = groups.counts(acc)
+    size_out = counts if size is None else groups.sum(size[..., None]).squeeze(-1)
+    if w is None:
+        mass = counts.clone()
+    else:
+        mass = size_out.clone() if w is size else groups.sum(w[..., None].to(acc)).squeeze(-1)
+    empty = mass == 0
+    w = groups.sort(w)
+    share = F.pad(mass.masked_fill(empty, 1).reciprocal().flatten(), (0, 1))[groups.ascending]
+    if w is not None:
+        share = share * w
+
+    if reduce == "max":
+        y = groups.max(x)
+    elif reduce == "first":
+        y = x.reshape(-1, x.shape[-1])[groups.first()]
+    else:
+        y = groups.sum(x, share) if reduce == "mean" else groups.sum(x, w)
+    if fill is not None:
+        y = torch.where(empty[..., None], fill, y)
+    elif size is not None or reduce in ("max", "first"):
+        y.masked_fill_(empty[..., None], 0)
+
+    if positions is None:
+        positions_out = mass.new_empty((*groups.shape, 0))
+    else:
+        positions_out = groups.sum(positions, share).masked_fill_(empty[..., None], 0)
+    return y, size_out, positions_out, mass
+
+
+def merge_backward(
+    grad_y: Tensor | None,
+    grad_size: Tensor | None,
+    grad_positions: Tensor | None,
+    x: Tensor,
+    index: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    y: Tensor,
+    positions_out: Tensor,
+    mass: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    reduce: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_weight, need_size, need_positions = needs
+    groups = _Groups(index, num_groups, order, offsets)
+    weight, size = (None if t is None else t.masked_fill(~groups.valid, 0) for t in (weight, size))
+    w = _weights(weight, size)
+    inverse = groups.gather(torch.where(mass == 0, 0, mass.reciprocal()))
+    share = inverse if w is None else inverse * w
+    coefficient = share if reduce == "mean" else (groups.valid.to(share.dtype) if w is None else w * groups.valid)
+    if reduce == "sum":
+        coefficient = torch.where(inverse != 0, coefficient, 0)
+
+    grad_x = x.new_empty(0)
+    need_w = need_weight or need_size
+    linear = grad_y is not None and reduce in ("mean", "sum")
+    dot = torch.zeros_like(share) if linear and need_w else None  # <g_k, x_n>
+    if need_x and not linear:
+        grad_x = _to_winners(grad_y, x, y, groups, reduce, mass)
+    elif linear and grad_y is not None:
+        grad_x, dot = _gather_grads(grad_y, x, groups, coefficient, need_x, need_w)
+
+    grad_weight, grad_size_in, grad_positions_in = mass.new_empty(0), mass.new_empty(0), mass.new_empty(0)
+    if need_positions and positions is not None:
+        grad_positions_in = torch.zeros_like(positions, memory_format=torch.contiguous_format)
+        if grad_positions is not None:
+            torch.mul(_rows(grad_positions, groups), share[..., None], out=grad_positions_in)
+    if need_w:
+        # d w_n = (a_n - sum_m share_m a_m) / mass_k, which is <g_k, x_n - y_k> / mass_k without rounding y first.
+        centred = torch.zeros_like(share)
+        if dot is not None and reduce == "mean":
+            centred = dot
+        if grad_positions is not None and positions is not None:
+            centred = centred + (_rows(grad_positions, groups) * positions).sum(-1)
+        mean = groups.sum(centred[..., None], groups.sort(share)).squeeze(-1)
+        grad_w = (centred - groups.gather(mean)) * inverse
+        if dot is not None and reduce == "sum":
+            grad_w = grad_w + torch.where(inverse != 0, dot, 0)
+        grad_w = grad_w.masked_fill(~groups.valid, 0)
+        if need_weight:
+            grad_weight = grad_w if size is None else grad_w * size
+        if need_size:
+            grad_size_in = grad_w if weight is None else grad_w * weight
+            if grad_size is not None:
+                grad_size_in = grad_size_in + groups.gather(grad_size)
+            if grad_size_in is grad_weight:
+                grad_size_in = grad_size_in.clone()
+    return grad_x, grad_weight, grad_size_in, grad_positions_in
+
+
+def _rows(values: Tensor, groups: _Groups) -> Tensor:
+    """The row (B, K, P) of the group of each token, (B, N, P); 0 for a token without a group."""
+    flat = values.reshape(-1, values.shape[-1])
+    return F.pad(flat, (0, 0, 0, 1))[groups.bag].view(*groups.valid.shape, values.shape[-1])
+
+
+def _gather_grads(
+    grad_y: Tensor, x: Tensor, groups: _Groups, coefficient: Tensor, need_x: bool, need_dot: bool
+) -> tuple[Tensor, Tensor | None]:
+    """coefficient_n g_k in the dtype of x, and <g_k, x_n>, a block of tokens at a time."""
+    B, N, C = x.shape
+    g, rows = grad_y.reshape(-1, C), x.reshape(-1, C)
+    bag, share = groups.bag.clamp_max(groups.num_bags - 1), coefficient.flatten()[:, None]
+    member = groups.valid.flatten()[:, None]
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    dot = coefficient.new_empty((B, N)) if need_dot else None
+    step = max(1, TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cuda"]) // C)
+    for n in range(0, B * N, step):
+        here = slice(n, n + step)
+        g_rows = g[bag[here]].to(coefficient.dtype).masked_fill_(~member[here], 0)
+        if dot is not None:
+            values = rows[here].to(coefficient.dtype).masked_fill(~member[here], 0)
+            dot.view(-1)[here] = (g_rows * values).sum(-1)
+        if need_x:
+            grad_x.view(-1, C)[here] = g_rows.mul_(share[here])
+    return grad_x, dot
+
+
+def _to_winners(grad_y: Tensor | None, x: Tensor, y: Tensor, groups: _Groups, reduce: str, mass: Tensor) -> Tensor:
+    """Sends g to the token that `max` or `first` took each value from, the lowest one on a tie."""
+    B, N, C = x.shape
+    grad_x = x.new_zeros(B * N, C)
+    if grad_y is None:
+        return grad_x.view(x.shape)
+    g = grad_y.masked_fill((mass == 0)[..., None], 0).reshape(-1, C)
+    if reduce == "first":
+        winner = groups.first().flatten()[:, None].expand(-1, C)
+    else:
+        rows = x.reshape(-1, C)
+        best = F.pad(y.reshape(-1, C), (0, 0, 0, 1))[groups.bag]
+        token = torch.arange(B * N, device=x.device)[:, None]
+        candidate = torch.where((rows == best) | (rows.isnan() & best.isnan()), token, B * N)
+        winner = candidate.new_full((groups.num_bags + 1, C), B * N)
+        winner.scatter_reduce_(0, groups.bag[:, None].expand(-1, C), candidate, "amin")
+        winner = winner[: groups.num_bags]
+    # Empty groups point at a token of another group or past the end: they must write nowhere.
+    nowhere = (mass == 0).flatten()[:, None] | (winner >= B * N)
+    out = F.pad(grad_x, (0, 0, 0, 1))
+    out.scatter_(0, torch.where(nowhere, B * N, winner), g)
+    return out[: B * N].view(x.shape)
+
+
+def assign_merge(
+    x: Tensor,
+    q: Tensor | None,
+    meta: Tensor,
+    mask: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    fill: Tensor | None,
+    similarity: str,
+    temperature: float,
+    soft: bool,
+) -> tuple[Tensor, ...]:
+    index, score, lse, weight = assign(x if q is None else q, meta, mask, similarity, temperature, soft)
+    used = weight if soft else None
+    merged = merge(x, index, meta.shape[1], used, size, positions, fill, None, None, "mean")
+    return index, score, lse, weight, *merged
+
+
+def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
+    B, K, C = x.shape
+    real = (index >= 0) & (index < K)
+    row = index.clamp(0, K - 1) + torch.arange(B, device=x.device)[:, None] * K
+    y = x.reshape(B * K, C)[row]
+    return y if order is not None else y.masked_fill_(~real[..., None], 0)
+
+
+def compose(index1: Tensor, index2: Tensor, num_groups: int) -> Tensor:
+    K = index2.shape[1]
+    onward = index2.gather(1, index1.long().clamp(0, K - 1))
+    real = (index1 >= 0) & (index1 < K) & (onward >= 0) & (onward < num_groups)
+    return onward.masked_fill_(~real, -1)
+
+
+def soft_merge(
+    x: Tensor,
+    q: Tensor,
+    meta: Tensor,
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    similarity: str,
+    temperature: float,
+    normalize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
+    if mask is not None and size is not None:
+        size = size.masked_fill(~mask, 0)
+    B, N, K = tokens.shape
+    acc = acc_dtype(x.dtype)
+    if normalize == "meta":
+        lse = tokens.q.new_empty((B, N))
+    else:
+        lse = tokens.lse_over_tokens()
+    C = x.shape[-1]
+    P = 0 if positions is None else positions.shape[-1]
+    total = x.new_zeros((B, K, C), dtype=acc)
+    total_positions, mass = total.new_zeros((B, K, P)), total.new_zeros((B, K))
+    for b, n in tokens.tiles():
+        S = tokens.similarity(b, n)
+        if normalize == "meta":
+            lse[b, n] = S.logsumexp(1)
+        W = tokens.attention(S, lse, b, n, normalize).to(acc)
+        if size is not None:
+            W = W * size[b, None, n]
+        mass[b] += W.sum(-1)
+        total[b] += W @ tokens.features(b, n)
+        if positions is not None:
+            total_positions[b] += W @ tokens.positions(b, n)
+    empty = (mass == 0)[..., None]
+    divisor = mass[..., None].masked_fill(empty, 1)
+    y = (total / divisor).masked_fill_(empty, 0).to(x.dtype)
+    if mask is not None and normalize == "meta":
+        lse.masked_fill_(~mask, 0)
+    return y, mass, (total_positions / divisor).masked_fill_(empty, 0), lse
+
+
+class _SoftTokens:
+    """What the passes of `soft_merge` share: tiles of similarities, and rows with masked tokens blanked."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        q: Tensor,
+        meta: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        similarity: str,
+        temperature: float,
+    ):
+        self.q, self.m = _operand(q, similarity), _operand(meta, similarity)
+        self.x, self.p, self.mask = x, positions, mask
+        if mask is not None:
+            self.q = self.q.masked_fill(~mask[..., None], 0)
+        self.shape = (x.shape[0], x.shape[1], meta.shape[1])
+        self.similarity = _Similarity(self.q, self.m, similarity, temperature, width=x.shape[2])
+        self.tiles = self.similarity.tiles
+
+    def attention(self, S: Tensor, lse: Tensor, b: slice, n: slice, normalize: str) -> Tensor:
+        """A (b, K, n), 0 where masked. Overwrites S."""
+        A = S.sub_(lse[b, None, n] if normalize == "meta" else lse[b, :, None]).exp_()
+        return A if self.mask is None else A.masked_fill_(~self.mask[b, None, n], 0)
+
+    def lse_over_tokens(self) -> Tensor:
+        """logsumexp over the real tokens for each meta token, (B, K); 0 where an item has none."""
+        lse = self.q.new_full((self.shape[0], self.shape[2]), -torch.inf)
+        for b, n in self.tiles():
+            S = self.similarity(b, n)
+            if self.mask is not None:
+                S.masked_fill_(~self.mask[b, None, n], -torch.inf)
+            lse[b] = torch.logaddexp(lse[b], S.logsumexp(-1))
+        return lse.masked_fill_(lse == -torch.inf, 0)
+
+    def features(self, b: slice, n: slice) -> Tensor:
+        return self._blank(self.x[b, n].to(acc_dtype(self.x.dtype)), b, n)
+
+    def positions(self, b: slice, n: slice) -> Tensor:
+        assert self.p is not None
+        return self._blank(self.p[b, n], b, n)
+
+    def _blank(self, rows: Tensor, b: slice, n: slice) -> Tensor:
+        return rows if self.mask is None else rows.masked_fill(~self.mask[b, n, None], 0)
+
+
+def soft_merge_backward(
+    grad_y: Tensor | None,
+    grad_size: Tensor | None,
+    grad_positions: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    meta: Tensor,
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    y: Tensor,
+    mass: Tensor,
+    positions_out: Tensor,
+    lse: Tensor,
+    similarity: str,
+    temperature: float,
+    normalize: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_q, need_meta, need_size, need_positions = needs
+    tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
+    if mask is not None and size is not None:
+        size = size.masked_fill(~mask, 0)
+    B, N, K = tokens.shape
+    acc = acc_dtype(x.dtype)
+    inverse = torch.where(mass == 0, 0, mass.reciprocal())[..., None]
+
+    # T = dL/dA without its factor size_n: <g_k, x_n - y_k> / mass_k + positions alike + dL/dsize'_k.
+    g = None if grad_y is None else grad_y.to(acc) * inverse
+    gp = None if grad_positions is None else grad_positions * inverse
+    constant = torch.zeros_like(mass) if grad_size is None else grad_size.clone()
+    if g is not None:
+        constant -= (g * y.to(acc)).sum(-1)
+    if gp is not None:
+        constant -= (gp * positions_out).sum(-1)
+
+    grad_x = x.new_zeros(x.shape)
+    grad_size_in = x.new_zeros((B, N), dtype=acc)
+    grad_p = x.new_zeros((B, N, 0 if positions is None else positions.shape[-1]), dtype=acc)
+    grad_q, grad_m = torch.zeros_like(tokens.q), torch.zeros_like(tokens.m)
+    q_total, m_total = torch.zeros_like(grad_q[..., :1]), torch.zeros_like(grad_m[..., :1])
+    for b, n in tokens.tiles():
+        A = tokens.attention(tokens.similarity(b, n), lse, b, n, normalize).to(acc)
+        W = A if size is None else A * size[b, None, n]
+        T = constant[b, :, None].expand(-1, -1, A.shape[-1])
+        if g is not None:
+            grad_x[b, n] = W.mT @ g[b]
+            T = T + g[b] @ tokens.features(b, n).mT
+        if gp is not None:
+            grad_p[b, n] = W.mT @ gp[b]
+            T = T + gp[b] @ tokens.positions(b, n).mT
+        grad_size_in[b, n] = (A * T).sum(1)
+        if not (need_q or need_meta):
+            continue
+        WT = W * T
+        # sum_n W T over tokens is mass_k grad_size_k: the rest of T is centred on its own weighted mean.
+        if normalize == "meta":
+            dS = WT - A * WT.sum(1, keepdim=True)
+        else:
+            dS = WT if grad_size is None else WT - A * (grad_size * mass)[b, :, None]
+        dS = dS.to(tokens.q.dtype).div_(temperature)
+        grad_q[b, n] = dS.mT @ tokens.m[b]
+        grad_m[b] += dS @ tokens.q[b, n]
+        q_total[b, n], m_total[b] = dS.sum(1)[..., None], m_total[b] + dS.sum(-1, keepdim=True)
+
+    if similarity == "l2":
+        grad_q = 2 * (grad_q - tokens.q * q_total)
+        grad_m = 2 * (grad_m - tokens.m * m_total)
+    if similarity == "cosine":
+        grad_q, grad_m = _through_norm(grad_q, q, tokens.q), _through_norm(grad_m, meta, tokens.m)
+    if mask is not None:
+        grad_q = grad_q.masked_fill(~mask[..., None], 0)
+    if q.dim() == 4:
+        grad_q = (grad_q / q.shape[1])[:, None].expand(q.shape)
+    return (
+        grad_x if need_x else x.new_empty(0),
+        _fresh(grad_q, q, need_q),
+        _fresh(grad_m, meta, need_meta),
+        grad_size_in if need_size else mass.new_empty(0),
+        grad_p if need_positions else mass.new_empty(0),
+    )

@@ -1,0 +1,19 @@
+"""Modules built from the verbs: STTM, its meta-token generators, proportional attention, a ready video Transformer."""
+
+from sttm_kernels.nn.attention import proportional_attention
+from sttm_kernels.nn.generators import DPCKNN, GENERATORS, FarthestPoint, KMeans, Learned, Pool, TopK
+from sttm_kernels.nn.sttm import STTM
+from sttm_kernels.nn.video_transformer import VideoTransformer
+
+__all__ = [
+    "DPCKNN",
+    "GENERATORS",
+    "STTM",
+    "FarthestPoint",
+    "KMeans",
+    "Learned",
+    "Pool",
+    "TopK",
+    "VideoTransformer",
+    "proportional_attention",
+]

@@ -1,0 +1,320 @@
+"""Meta-token generators: K tokens that stand for what an image or a clip shows, adapted to it.
+
+All of them are called alike, `generator(q, rows, columns, num_meta, size=None, cells="square")`:
+
+    q: `(B, N, D)`, the metric features, N = rows * columns.
+    rows, columns: how the tokens lie: the height and width of a frame; or frames and slots per frame.
+    num_meta: K, 1 <= K <= N, always met exactly.
+    size: `(B, N)` or None. How many tokens stand behind each; one of size 0 counts for nothing.
+    cells: the shape of pooling cells, see `pool_plan`. Only generators that pool look at it.
+
+They return `(B, K, D)` in q's dtype, differentiable with respect to q and to their parameters, the same bits in every
+run and whatever else is in the batch. Errors: `ValueError` for a shape that does not fit or a K out of range. A module
+of one's own that is called like this is a generator too. The shared settings are `similarity` and `impl` of
+`sttm_kernels.assign`. Generators that choose tokens give them in token order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sttm_kernels import validate
+from sttm_kernels.functional import assign, merge, soft_merge
+from sttm_kernels.plan import MergePlan
+from sttm_kernels.reference import acc_dtype
+
+CELLS = ("square", "tall")
+
+
+def _check(q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None) -> None:
+    validate.floating("q", q)
+    validate.dims("q", q, "(B, N, D)", 3)
+    if q.shape[1] != rows * columns:
+        raise ValueError(f"q must hold rows * columns = {rows} * {columns} tokens, got {q.shape[1]}")
+    validate.integer("num_meta", num_meta, 1)
+    if num_meta > q.shape[1]:
+        raise ValueError(f"num_meta must be at most N = {q.shape[1]}, got {num_meta}")
+    if size is not None:
+        validate.shape("size", size, "(B, N)", q.shape[:2])
+
+
+def _take(q: Tensor, tokens: Tensor) -> Tensor:
+    """The rows `tokens` `(B, K)` of q `(B, N, D)`."""
+    return q.gather(1, tokens[..., None].expand(-1, -1, q.shape[-1]))
+
+
+def pool_plan(rows: int, columns: int, num_cells: int, batch: int, cells: str, device: torch.device) -> MergePlan:
+    """Cuts a rows x columns grid into exactly `num_cells` cells; the plan `(batch, rows * columns)` of that.
+
+    The rows are cut into bands as equal as can be, and every band into its share of the cells, so that no count needs
+    to factor. There are
+
+        "square": sqrt(num_cells * rows / columns) bands, rounded, which makes cells about as high as wide;
+        "tall":   ceil(num_cells / columns) bands, the fewest that can hold the cells, which makes them as high as can
+                  be: with num_cells = rows / 2 * columns, two rows by one column. Fit for rows that are frames.
+    """
+    validate.one_of("cells", cells, CELLS)
+    fewest = -(-num_cells // columns)
+    bands = fewest if cells == "tall" else round(math.sqrt(num_cells * rows / columns))
+    bands = min(max(bands, fewest), rows, num_cells)
+
+    token = torch.arange(rows * columns, device=device)
+    band = token // columns * bands // rows
+    first, end = band * num_cells // bands, (band + 1) * num_cells // bands
+    cell = first + token % columns * (end - first) // columns
+    return MergePlan(cell.to(torch.int32).expand(batch, -1), num_cells)
+
+
+class Pool(nn.Module):
+    """Grid pooling: the mean of each cell of `pool_plan`, weighted by size; 0 for a cell of size 0. No parameters."""
+
+    def __init__(self, impl: str = "auto") -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        return merge(q, pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device), size, impl=self.impl).x
+
+
+class KMeans(nn.Module):
+    """Grid pooling, then `rounds` times: every token to its most similar meta token, every meta token to their mean.
+
+    A meta token that no token went to stays where it was. Means are weighted by size. No parameters.
+    """
+
+    def __init__(self, rounds: int = 1, similarity: str = "cosine", impl: str = "auto") -> None:
+        super().__init__()
+        validate.integer("rounds", rounds, 0)
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
+        self.rounds = rounds
+        self.similarity = similarity
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        meta = merge(q, pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device), size, impl=self.impl).x
+        for _ in range(self.rounds):
+            plan = assign(q, meta, self.similarity, weight="uniform", impl=self.impl)
+            meta = merge(q, plan, size, fill=meta, impl=self.impl).x
+        return meta
+
+    def extra_repr(self) -> str:
+        return f"rounds={self.rounds}, similarity={self.similarity!r}"
+
+
+# An operator, so that a compiler sees one node in place of K unrolled rounds.
+@torch.library.custom_op("sttm_kernels::farthest_points", mutates_args=())
+def _farthest_points(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
+    def distance(point: Tensor) -> Tensor:
+        score = assign(q, point, similarity, weight="uniform", impl=impl).score
+        assert score is not None
+        return -score
+
+    everything = MergePlan(torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device), 1)
+    nearest = distance(merge(q, everything, size, impl=impl).x)
+    lowest = torch.finfo(nearest.dtype).min
+    taken = torch.zeros_like(nearest, dtype=torch.bool)
+    chosen = []
+    for i in range(num_points):
+        if size is not None:
+            nearest = nearest.masked_fill(size == 0, lowest)
+        point = nearest.masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
+        taken.scatter_(1, point, True)
+        chosen.append(point)
+        here = distance(_take(q, point))
+        nearest = here if i == 0 else torch.minimum(nearest, here)
+    return torch.cat(chosen, 1).sort(1).values
+
+
+@_farthest_points.register_fake
+def _(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
+    return q.new_empty((q.shape[0], num_points), dtype=torch.int64)
+
+
+class FarthestPoint(nn.Module):
+    """Farthest point sampling: the token farthest from the mean, then K - 1 times the one farthest from those chosen.
+
+    Far means of low similarity. Ties go to the lowest token index; a token of size 0 is taken only when no other is
+    left. O(N) memory, K rounds one after another. No parameters; the choice is not differentiable, the tokens are.
+    """
+
+    def __init__(self, similarity: str = "cosine", impl: str = "auto") -> None:
+        super().__init__()
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
+        self.similarity = similarity
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        return _take(q, _farthest_points(q.detach(), num_meta, size, self.similarity, self.impl))
+
+    def extra_repr(self) -> str:
+        return f"similarity={self.similarity!r}"
+
+
+class TopK(nn.Module):
+    """The K tokens of highest learned saliency, ties to the lowest token index.
+
+    saliency_n = <v, q_n> + b. A chosen token is scaled by sigmoid(saliency_n) about the mean of all tokens, which lets
+    gradients reach v and b under every similarity: scaling about 0 would leave a cosine, and so the loss, as it was.
+    A token of size 0 is taken only when no other is left.
+    """
+
+    def __init__(self, dim: int, impl: str = "auto") -> None:
+        super().__init__()
+        self.saliency = nn.Linear(dim, 1)
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        # As an assignment to one meta token, <v, q_n> has the bits of a sum that does not depend on the batch.
+        score = assign(q, self.saliency.weight.to(q.dtype), "dot", weight="uniform", impl=self.impl).score
+        assert score is not None
+        saliency = score + self.saliency.bias
+        rank = saliency.detach() if size is None else saliency.detach().masked_fill(size == 0, -torch.inf)
+        chosen = rank.argsort(dim=1, descending=True, stable=True)[:, :num_meta].sort(1).values
+        everything = MergePlan(torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device), 1)
+        mean = merge(q, everything, size, impl=self.impl).x
+        # A sigmoid by way of tanh: on a CPU, the last bit of torch.sigmoid depends on where in memory an element lies.
+        gate = (saliency.gather(1, chosen) / 2).tanh()[..., None].to(q.dtype) / 2 + 0.5
+        return mean + gate * (_take(q, chosen) - mean)
+
+
+class Learned(nn.Module):
+    """Learned queries, refined by one cross-attention to the tokens, as object queries are in DETR (arXiv 2005.12872).
+
+    meta_k = u_k + sum_n A[n, k] q_n, with A the softmax over tokens of <V u_k, q_n> / sqrt(D), each token counting as
+    many times as its size: a `soft_merge`, whose bits do not depend on the batch. The tokens themselves are keys and
+    values, so that meta tokens lie where tokens do. Queries u are resized to K by linear interpolation, so one set
+    serves every K.
+
+    Args:
+        dim: D of the metric features.
+        num_queries: how many queries are kept as parameters.
+    """
+
+    def __init__(self, dim: int, num_queries: int = 64, impl: str = "auto") -> None:
+        super().__init__()
+        validate.integer("num_queries", num_queries, 1)
+        self.queries = nn.Parameter(torch.randn(num_queries, dim))
+        self.look_for = nn.Linear(dim, dim, bias=False)
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        queries = F.interpolate(self.queries.T[None], size=num_meta, mode="linear")[0].T
+        wanted = F.linear(queries, self.look_for.weight).to(q.dtype)
+        scale = math.sqrt(q.shape[-1])
+        mask = None if size is None else size != 0
+        found = soft_merge(q, q, wanted, "dot", scale, "tokens", size, mask=mask, impl=self.impl).x
+        return queries.to(q.dtype) + found
+
+    def extra_repr(self) -> str:
+        return f"num_queries={self.queries.shape[0]}"
+
+
+# An operator for the same reason as farthest points. `cdist` without a matrix product gives every pair the same bits
+# whatever is around it, a distance of exactly 0 to itself, and no cancellation.
+@torch.library.custom_op("sttm_kernels::density_peaks", mutates_args=())
+def _density_peaks(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | None) -> Tensor:
+    N, D = q.shape[1:]
+    q = q.to(acc_dtype(q.dtype))
+    absent = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device) if size is None else size == 0
+    token = torch.arange(N, device=q.device)
+    chunks = [slice(start, start + _CHUNK) for start in range(0, N, _CHUNK)]
+
+    def squared_distance(rows: slice) -> Tensor:
+        return torch.cdist(q[:, rows], q, compute_mode="donot_use_mm_for_euclid_dist").square() / D
+
+    def log_density(rows: slice) -> Tensor:
+        others = squared_distance(rows).masked_fill(absent[:, None], torch.inf)
+        others = others.masked_fill(token[rows, None] == token, torch.inf)
+        nearest = others.topk(min(neighbours, N), dim=-1, largest=False).values
+        found = nearest < torch.inf
+        return -nearest.masked_fill(~found, 0).sum(-1) / found.sum(-1).clamp_min(1)
+
+    density = torch.cat([log_density(rows) for rows in chunks], 1).masked_fill(absent, -torch.inf)
+    # A strict order: of equal densities the lower token index is the denser one.
+    rank = torch.empty_like(token).expand_as(density).contiguous()
+    rank.scatter_(1, density.argsort(dim=1, descending=True, stable=True), token.expand_as(density))
+
+    def log_separation(rows: slice) -> Tensor:
+        squared = squared_distance(rows)
+        denser = rank[:, None, :] < rank[:, rows, None]
+        to_denser = squared.masked_fill(~denser, torch.inf).amin(-1)
+        farthest = squared.masked_fill(absent[:, None], 0).amax(-1)
+        return torch.where(rank[:, rows] == 0, farthest, to_denser).log() / 2
+
+    score = density + torch.cat([log_separation(rows) for rows in chunks], 1)
+    score = score.masked_fill(absent, -torch.inf)
+    return score.argsort(dim=1, descending=True, stable=True)[:, :num_peaks].sort(1).values
+
+
+_CHUNK = 256
+"""Rows of the distance matrix that are in memory at once."""
+
+
+@_density_peaks.register_fake
+def _(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], num_peaks), dtype=torch.int64)
+
+
+class DPCKNN(nn.Module):
+    """Density peaks (Du et al. 2016, and TCFormer, arXiv 2204.08680): tokens that are dense and far from denser ones.
+
+    density_n = exp(-mean of d^2 to the `neighbours` nearest other tokens) with d^2 = |q_n - q_m|^2 / D;
+    separation_n = the distance d to the nearest denser token, or to the farthest token for the densest one;
+    the K tokens of highest density * separation are taken, ties to the lowest token index. Scores are compared as
+    logarithms, so that far-apart tokens do not all have density 0. A token of size 0 is nobody's neighbour and taken
+    only when no other is left. O(N) memory, O(N^2 D) time. No parameters; the choice is not differentiable.
+    """
+
+    def __init__(self, neighbours: int = 5) -> None:
+        super().__init__()
+        validate.integer("neighbours", neighbours, 1)
+        self.neighbours = neighbours
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        return _take(q, _density_peaks(q.detach(), num_meta, self.neighbours, size))
+
+    def extra_repr(self) -> str:
+        return f"neighbours={self.neighbours}"
+
+
+GENERATORS: dict[str, Callable[[int, str, str], nn.Module]] = {
+    "pool": lambda dim, similarity, impl: Pool(impl),
+    "kmeans": lambda dim, similarity, impl: KMeans(1, similarity, impl),
+    "farthest": lambda dim, similarity, impl: FarthestPoint(similarity, impl),
+    "topk": lambda dim, similarity, impl: TopK(dim, impl),
+    "learned": lambda dim, similarity, impl: Learned(dim, impl=impl),
+    "dpc_knn": lambda dim, similarity, impl: DPCKNN(),
+}
+
+
+def make(meta: str | nn.Module, dim: int, similarity: str, impl: str) -> nn.Module:
+    """A new generator by name; a module is returned as it is."""
+    if isinstance(meta, nn.Module):
+        return meta
+    if not isinstance(meta, str):
+        raise TypeError(f"meta must be a name or a torch.nn.Module, got {type(meta).__name__}")
+    validate.one_of("meta", meta, tuple(GENERATORS))
+    return GENERATORS[meta](dim, similarity, impl)

@@ -1,0 +1,303 @@
+"""The Spatial-temporal Token Merger: tokens of one object become one token, in space and then in time."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sttm_kernels import validate
+from sttm_kernels.functional import assign, compose, merge, size_and_positions
+from sttm_kernels.nn.generators import make
+from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels.reference import acc_dtype, mean_over_heads
+
+Grid = tuple[int, int, int]
+Keep = float | int | None
+
+
+def _check_keep(name: str, keep: Keep) -> None:
+    if keep is None:
+        return
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"{name} must be a float, an int or None, got {type(keep).__name__}")
+    if keep < 1 if isinstance(keep, int) else not 0 < keep <= 1:
+        raise ValueError(f"{name} must be a fraction in (0, 1] or a count of at least 1, got {keep}")
+
+
+def _count(name: str, keep: Keep, tokens: int) -> int:
+    """The number of meta tokens that `keep` means for so many tokens."""
+    assert keep is not None
+    if isinstance(keep, float):
+        return max(1, int(keep * tokens + 0.5))
+    if keep > tokens:
+        raise ValueError(f"{name} must be at most the {tokens} tokens there are to merge, got {keep}")
+    return keep
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def grid_positions(grid: Grid, num_prefix: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(num_prefix + T * H * W, 3)`: (t, y, x) in frames, patch rows and patch columns; 0 for prefix tokens."""
+    axes = [torch.arange(extent, dtype=dtype, device=device) for extent in grid]
+    return F.pad(torch.cartesian_prod(*axes), (0, 0, num_prefix, 0))
+
+
+class _Tokens(NamedTuple):
+    """The tokens between stages, prefix aside; q is None where the metric is x, size where every token counts 1."""
+
+    x: Tensor
+    q: Tensor | None
+    size: Tensor | None
+    positions: Tensor
+
+
+def _products(p: Tensor) -> Tensor:
+    """(tt, ty, tx, yy, yx, xx) of (t, y, x)."""
+    t, y, x = p.unbind(-1)
+    return torch.stack((t * t, t * y, t * x, y * y, y * x, x * x), -1)
+
+
+class STTM(nn.Module):
+    """Spatial-temporal token merger.
+
+    (1) Spatial: in every frame, a generator gives K_s meta tokens; every token is assigned to one, and each group is
+    merged. (2) Temporal: the T * K_s survivors of a clip, or of each of its temporal windows, are merged into K_t in
+    the same way. Counts and positions ride along through both. (3) Motion: out_k = y_k + W p_k, with p_k the aggregated
+    position of the group and W a bias-free linear map that starts at zero.
+
+    Args:
+        dim: C, the width of the tokens.
+        spatial_keep: K_s as a fraction of the H * W tokens of a frame, a float in (0, 1] (to the nearest count, at
+            least 1), or as a count, an int: note that 1.0 is all and 1 is one. None leaves the stage out.
+        temporal_keep: K_t, likewise, of the T * K_s survivors of a clip or of the tokens of each temporal window.
+        meta: the generator: "pool", "kmeans", "farthest", "topk", "learned", "dpc_knn", of which each stage gets its
+            own, or a module, which both stages share. See `sttm_kernels.nn.generators`.
+        motion: whether to add motion features.
+        num_prefix: how many tokens at the front (class, distillation, registers) are left as they are, bit for bit.
+        similarity, temperature, weight: of `sttm_kernels.assign`.
+        temporal_window: how many frames the temporal stage looks at together; None is the whole clip.
+        second_moment: also aggregate the products (tt, ty, tx, yy, yx, xx) of positions, so that the motion features
+            see how far a group spreads and moves: W then takes the 3 means and the 6 central second moments.
+        impl: of the verbs.
+
+    State: `motion.weight` `(dim, 3)`, or `(dim, 9)` with `second_moment`, and the generators' parameters under
+    `spatial_meta.` and `temporal_meta.`; nothing else.
+
+    Precision: autocast is disabled inside; the verbs run in the dtypes they are given, motion in float32 (float64 for
+    float64 tokens), and the result has x's dtype.
+
+    Source: Feng et al., Efficient Video Transformers via Spatial-temporal Token Merging for Action Recognition,
+    doi 10.1145/3633781. The defaults here are choices of this package; the abstract leaves them open.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        spatial_keep: Keep = 0.5,
+        temporal_keep: Keep = 0.5,
+        meta: str | nn.Module = "kmeans",
+        motion: bool = True,
+        *,
+        num_prefix: int = 0,
+        similarity: str = "cosine",
+        temperature: float = 0.1,
+        weight: str = "softmax",
+        temporal_window: int | None = None,
+        second_moment: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        validate.integer("dim", dim, 1)
+        _check_keep("spatial_keep", spatial_keep)
+        _check_keep("temporal_keep", temporal_keep)
+        validate.integer("num_prefix", num_prefix, 0)
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
+        validate.positive("temperature", temperature)
+        validate.one_of("weight", weight, validate.WEIGHTS)
+        if temporal_window is not None:
+            validate.integer("temporal_window", temporal_window, 1)
+        self.dim = dim
+        self.spatial_keep = spatial_keep
+        self.temporal_keep = temporal_keep
+        self.num_prefix = num_prefix
+        self.similarity = similarity
+        self.temperature = temperature
+        self.weight = weight
+        self.temporal_window = temporal_window
+        self.second_moment = second_moment
+        self.impl = impl
+        self.spatial_meta = None if spatial_keep is None else make(meta, dim, similarity, impl)
+        self.temporal_meta = None if temporal_keep is None else make(meta, dim, similarity, impl)
+        self.motion: nn.Linear | None = None
+        if motion:
+            self.motion = nn.Linear(9 if second_moment else 3, dim, bias=False)
+            nn.init.zeros_(self.motion.weight)
+
+    def output_grid(self, grid: Grid) -> Grid:
+        """The grid (T, H, W) of the tokens that come out, for the next STTM.
+
+        Spatial only: (T, 1, K_s). With the temporal stage: (number of windows, 1, K_t).
+        """
+        frames, height, width = validate.extents("grid", grid, 3, "(T, H, W)")
+        if self.spatial_keep is not None:
+            height, width = 1, _count("spatial_keep", self.spatial_keep, height * width)
+        if self.temporal_keep is not None:
+            window = self._window(frames)
+            width = _count("temporal_keep", self.temporal_keep, window * height * width)
+            frames, height = frames // window, 1
+        return frames, height, width
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        size: Tensor | None = None,
+        positions: Tensor | None = None,
+        metric: Tensor | None = None,
+        return_plan: bool = False,
+    ) -> MergedTokens | tuple[MergedTokens, MergePlan]:
+        """Merges the tokens of each clip.
+
+        Args:
+            x: `(B, N, C)`, N = num_prefix + T * H * W, frame after frame, row after row.
+            grid: (T, H, W).
+            size: `(B, N)`, how many tokens stand behind each; default ones.
+            positions: `(B, N, 3)` or `(N, 3)`, (t, y, x) in frames, patch rows and patch columns; default the
+                coordinates in the grid, 0 for prefix tokens. Or 9 channels, with the products that an earlier STTM with
+                `second_moment` aggregated.
+            metric: `(B, N, D)` or `(B, H, N, D)`, what similarity is measured on, the mean over heads; default x.
+            return_plan: also return the plan that leads from the N tokens to those that come out.
+
+        Returns:
+            `MergedTokens` with x `(B, num_prefix + K, C)` in x's dtype, size and positions; or that and a `MergePlan`.
+            A group that nothing went to has size 0 and x, positions and motion 0: attention must leave it out, as
+            `sttm_kernels.nn.proportional_attention` does.
+
+        Differentiable: x and positions with respect to x, metric, size, positions and all parameters. The choice of
+        groups is not, nor is the plan.
+
+        Errors: `TypeError` for a wrong type or dtype; `ValueError` for a wrong shape or device, a grid that does not
+        hold the tokens or that temporal windows do not divide, and a count of meta tokens above the tokens there are.
+        """
+        frames, height, width = validate.extents("grid", grid, 3, "(T, H, W)")
+        self._check(x, frames * height * width, grid, metric)
+        acc, prefix = acc_dtype(x.dtype), self.num_prefix
+        if positions is None:
+            positions = grid_positions((frames, height, width), prefix, acc, x.device)
+        size, positions = size_and_positions(x, size, positions)
+        assert positions is not None
+        positions = self._with_products(positions)
+
+        with _without_autocast(x.device.type):
+            q = None if metric is None or metric is x else mean_over_heads(metric)[:, prefix:]
+            here = _Tokens(x[:, prefix:], q, None if size is None else size[:, prefix:], positions[:, prefix:])
+            plans = []
+            if self.spatial_meta is not None:
+                num_meta = _count("spatial_keep", self.spatial_keep, height * width)
+                here, plan = self._stage(self.spatial_meta, here, frames, (height, width), num_meta, "square")
+                plans.append(plan)
+                height, width = 1, num_meta
+            if self.temporal_meta is not None:
+                window = self._window(frames)
+                num_meta = _count("temporal_keep", self.temporal_keep, window * height * width)
+                shape = (window, height * width)
+                here, plan = self._stage(self.temporal_meta, here, frames // window, shape, num_meta, "tall")
+                plans.append(plan)
+
+            y = here.x
+            if self.motion is not None:
+                y = (y.to(acc) + F.linear(self._motion_input(here.positions), self.motion.weight.to(acc))).to(x.dtype)
+            ones = torch.ones(x.shape[:2], dtype=acc, device=x.device) if size is None else size
+            kept = ones if here.size is None else torch.cat((ones[:, :prefix], here.size), 1)
+            out = MergedTokens(
+                torch.cat((x[:, :prefix], y), 1), kept, torch.cat((positions[:, :prefix], here.positions), 1)
+            )
+        return (out, self._whole_plan(plans, x)) if return_plan else out
+
+    def _stage(
+        self,
+        generator: nn.Module,
+        here: _Tokens,
+        parts: int,
+        shape: tuple[int, int],
+        num_meta: int,
+        cells: str,
+    ) -> tuple[_Tokens, MergePlan]:
+        """Merges each of the `parts` equal pieces of the sequence, rows x columns tokens, into num_meta; the plan says
+        for every token of the sequence where in the new sequence it went."""
+        B = here.x.shape[0]
+
+        def split(t: Tensor) -> Tensor:
+            return t.reshape(B * parts, shape[0] * shape[1], *t.shape[2:])
+
+        def join(t: Tensor) -> Tensor:
+            return t.reshape(B, parts * num_meta, *t.shape[2:])
+
+        x = split(here.x)
+        q = x if here.q is None else split(here.q)
+        size = None if here.size is None else split(here.size)
+        meta = generator(q, *shape, num_meta, size, cells)
+        plan = assign(q, meta, self.similarity, self.temperature, self.weight, impl=self.impl)
+        out = merge(x, plan, size, split(here.positions), impl=self.impl)
+        assert out.positions is not None
+        later_q = None if here.q is None else join(merge(q, plan, size, impl=self.impl).x)
+        first = num_meta * torch.arange(parts, dtype=torch.int32, device=x.device)
+        index = (plan.index.view(B, parts, -1) + first[:, None]).view(B, -1)
+        return _Tokens(join(out.x), later_q, join(out.size), join(out.positions)), MergePlan(index, parts * num_meta)
+
+    def _whole_plan(self, plans: list[MergePlan], x: Tensor) -> MergePlan:
+        """From all N tokens to all that come out, the prefix to itself."""
+        B, N, prefix = x.shape[0], x.shape[1], self.num_prefix
+        token = torch.arange(N, dtype=torch.int32, device=x.device).expand(B, -1)
+        if not plans:
+            return MergePlan(token.contiguous(), N)
+        plan = plans[0] if len(plans) == 1 else compose(plans[0], plans[1], impl=self.impl)
+        return MergePlan(torch.cat((token[:, :prefix], plan.index + prefix), 1), prefix + plan.num_groups)
+
+    def _with_products(self, positions: Tensor) -> Tensor:
+        channels = positions.shape[-1]
+        if channels not in (3, 9):
+            raise ValueError(f"positions must have 3 or 9 channels, got {channels}")
+        if self.second_moment and channels == 3:
+            return torch.cat((positions, _products(positions)), -1)
+        return positions
+
+    def _motion_input(self, positions: Tensor) -> Tensor:
+        mean = positions[..., :3]
+        return torch.cat((mean, positions[..., 3:] - _products(mean)), -1) if self.second_moment else mean
+
+    def _window(self, frames: int) -> int:
+        window = frames if self.temporal_window is None else self.temporal_window
+        if frames % window:
+            raise ValueError(f"temporal_window must divide the T = {frames} frames of the grid, got {window}")
+        return window
+
+    def _check(self, x: Tensor, grid_tokens: int, grid: Grid, metric: Tensor | None) -> None:
+        validate.floating("x", x)
+        validate.dims("x", x, "(B, N, C)", 3)
+        validate.shape("x", x, "(B, N, C)", (x.shape[0], x.shape[1], self.dim))
+        if x.shape[1] != self.num_prefix + grid_tokens:
+            raise ValueError(f"grid must hold the N - num_prefix = {x.shape[1] - self.num_prefix} tokens, got {grid}")
+        if metric is not None:
+            validate.floating("metric", metric)
+            validate.dims("metric", metric, "(B, N, D) or (B, H, N, D)", 3, 4)
+            rows = (metric.shape[0], metric.shape[-2])
+            if rows != tuple(x.shape[:2]):
+                shapes = validate.shape_text(x.shape[:2]), validate.shape_text(rows)
+                raise ValueError(f"metric must have the B and N of x, {shapes[0]}, got {shapes[1]}")
+            validate.same_device("metric", metric, "x", x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, spatial_keep={self.spatial_keep}, temporal_keep={self.temporal_keep},"
+            f" num_prefix={self.num_prefix}, similarity={self.similarity!r}, temperature={self.temperature},"
+            f" weight={self.weight!r}, temporal_window={self.temporal_window}, second_moment={self.second_moment}"
+        )

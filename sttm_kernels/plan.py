@@ -1,0 +1,62 @@
+"""The two values that travel between the verbs: the merge graph and what came of reducing along it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A weighted bipartite graph from N tokens to K groups, stored as one int32 per token.
+
+    Attributes:
+        index: int32 `(B, N)`. The group of each token, in [0, K), or -1 for a token that takes part in nothing.
+            `merge`, `unmerge` and `compose` treat any value outside [0, K) as -1.
+        num_groups: K, the same for every batch item.
+        score: float32 `(B, N)` (float64 for float64 features) or None. From `assign`: the similarity of the token to
+            its meta token over the temperature, differentiable, 0 where masked. From `match`: the cosine similarity
+            of a src token to its most similar dst token, -inf for a token that had no partner to look for; not
+            differentiable.
+        lse: like `score`, or None. From `assign` with `weight="softmax"`: logsumexp over the meta tokens,
+            differentiable, 0 where masked.
+        weight: like `score`, or None, which means 1 for every token. From `assign` with `weight="softmax"`: the
+            softmax probability of the chosen meta token, differentiable, 0 where masked.
+        order: int32 `(B, N)` or None. The token indices sorted by group, by token index within a group. Only present
+            when every token has a group; purely a shortcut for `merge`.
+        offsets: int32 `(B, K + 1)` or None. Group k of item b is `order[b, offsets[b, k] : offsets[b, k + 1]]`.
+
+    Registered as a pytree, so a plan passes through `torch.compile`, `torch.export` and activation checkpointing.
+    """
+
+    index: Tensor
+    num_groups: int
+    score: Tensor | None = None
+    lse: Tensor | None = None
+    weight: Tensor | None = None
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MergedTokens:
+    """What `merge` and `soft_merge` return.
+
+    Attributes:
+        x: `(B, K, C)`, the dtype of the tokens that were merged.
+        size: float32 `(B, K)` (float64 for float64 tokens), how many tokens stand behind each merged one.
+        positions: float32 `(B, K, P)` (float64 for float64 tokens), the weighted mean position of each group in the
+            units of the positions given, or None if none were.
+
+    Registered as a pytree.
+    """
+
+    x: Tensor
+    size: Tensor
+    positions: Tensor | None = None
+
+
+for _cls in (MergePlan, MergedTokens):
+    torch.export.register_dataclass(_cls, serialized_type_name=f"sttm_kernels.{_cls.__name__}")

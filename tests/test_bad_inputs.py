@@ -1,0 +1,252 @@
+"""Wrong arguments: the exact type of the error, and a message that names the argument."""
+
+import re
+
+import pytest
+import torch
+
+import sttm_kernels as sttm
+from sttm_kernels import dispatch
+from sttm_kernels.functional import assign_merge
+
+B, N, K, D, C = 2, 12, 3, 4, 5
+X = torch.randn(B, N, C)
+Q = torch.randn(B, N, D)
+META = torch.randn(B, K, D)
+INDEX = torch.zeros(B, N, dtype=torch.int32)
+PLAN = sttm.MergePlan(INDEX, K)
+MASK = torch.ones(B, N, dtype=torch.bool)
+GRID = (1, 3, 4)
+
+
+def elsewhere(tensor):
+    return tensor.to("meta")
+
+
+def plan(index=INDEX, groups=K, **fields):
+    return sttm.MergePlan(index, groups, **fields)
+
+
+TABLE = [
+    # assign
+    (lambda: sttm.assign([1.0], META), TypeError, r"q must be a torch\.Tensor, got list"),
+    (lambda: sttm.assign(Q.long(), META), TypeError, r"q must be float32, .*, got torch\.int64"),
+    (lambda: sttm.assign(Q.to(torch.complex64), META), TypeError, r"q must be float32, .*complex64"),
+    (lambda: sttm.assign(Q[0], META), ValueError, r"q must have shape \(B, N, D\).*, got \(12, 4\)"),
+    (lambda: sttm.assign(Q[None, None], META), ValueError, r"q must have shape .*, got \(1, 1, 2, 12, 4\)"),
+    (lambda: sttm.assign(Q[:, :0], META), ValueError, r"q must .*no empty dimension, got \(2, 0, 4\)"),
+    (lambda: sttm.assign(Q[..., :0], META[..., :0]), ValueError, r"q must .*no empty dimension, got \(2, 12, 0\)"),
+    (lambda: sttm.assign(Q[:, None][:, :0], META), ValueError, r"q must .*no empty dimension, got \(2, 0, 12, 4\)"),
+    (lambda: sttm.assign(Q, None), TypeError, r"meta must be a torch\.Tensor, got NoneType"),
+    (lambda: sttm.assign(Q, META.half()), TypeError, r"meta must have the dtype of q, torch\.float32, got .*float16"),
+    (lambda: sttm.assign(Q, META[:, :0]), ValueError, r"meta must .*no empty dimension, got \(2, 0, 4\)"),
+    (lambda: sttm.assign(Q, META[0, :0]), ValueError, r"meta must .*no empty dimension, got \(0, 4\)"),
+    (lambda: sttm.assign(Q, META[..., :3]), ValueError, r"meta must have shape .* \(2, 3, 4\), got \(2, 3, 3\)"),
+    (lambda: sttm.assign(Q, META[:1]), ValueError, r"meta must have shape .* \(2, 3, 4\), got \(1, 3, 4\)"),
+    (lambda: sttm.assign(Q, META[0, 0]), ValueError, r"meta must have shape .*, got \(4\)"),
+    (lambda: sttm.assign(Q, elsewhere(META)), ValueError, r"meta must be on the device of q, cpu, got meta"),
+    (lambda: sttm.assign(Q, META, "euclidean"), ValueError, r"similarity must be one of .*'l2'.*, got 'euclidean'"),
+    (lambda: sttm.assign(Q, META, similarity=None), ValueError, r"similarity must be one of .*, got None"),
+    (lambda: sttm.assign(Q, META, temperature=0), ValueError, r"temperature must be positive and finite, got 0"),
+    (lambda: sttm.assign(Q, META, temperature=-1.0), ValueError, r"temperature must be positive .*, got -1\.0"),
+    (lambda: sttm.assign(Q, META, temperature=float("nan")), ValueError, r"temperature must be positive .*, got nan"),
+    (lambda: sttm.assign(Q, META, temperature=float("inf")), ValueError, r"temperature must be .*finite, got inf"),
+    (lambda: sttm.assign(Q, META, temperature="1"), TypeError, r"temperature must be a float, got str"),
+    (lambda: sttm.assign(Q, META, temperature=True), TypeError, r"temperature must be a float, got bool"),
+    (lambda: sttm.assign(Q, META, weight="hard"), ValueError, r"weight must be one of .*, got 'hard'"),
+    (lambda: sttm.assign(Q, META, mask=MASK.int()), TypeError, r"mask must be bool, got torch\.int32"),
+    (lambda: sttm.assign(Q, META, mask=[True]), TypeError, r"mask must be a torch\.Tensor, got list"),
+    (lambda: sttm.assign(Q, META, mask=MASK[0]), ValueError, r"mask must have shape \(B, N\) = \(2, 12\), got \(12\)"),
+    (lambda: sttm.assign(Q, META, mask=elsewhere(MASK)), ValueError, r"mask must be on the device of q, cpu"),
+    # match
+    (lambda: sttm.match("keys", 2), TypeError, r"metric must be a torch\.Tensor, got str"),
+    (lambda: sttm.match(Q.int(), 2), TypeError, r"metric must be float32, .*int32"),
+    (lambda: sttm.match(Q[0], 2), ValueError, r"metric must have shape .*, got \(12, 4\)"),
+    (lambda: sttm.match(Q[:, :0], 2), ValueError, r"metric must .*no empty dimension"),
+    (lambda: sttm.match(Q, -1), ValueError, r"r must be at least 0, got -1"),
+    (lambda: sttm.match(Q, True), TypeError, r"r must be an int, got bool"),
+    (lambda: sttm.match(Q, 0.5), TypeError, r"r must be an int, got float"),
+    (lambda: sttm.match(Q, torch.tensor(2)), TypeError, r"r must be an int, got Tensor"),
+    (lambda: sttm.match(Q, 2, -1), ValueError, r"num_prefix must be at least 0, got -1"),
+    (lambda: sttm.match(Q, 2, 13), ValueError, r"num_prefix must be at most N = 12, got 13"),
+    (lambda: sttm.match(Q, 2, 1.0), TypeError, r"num_prefix must be an int, got float"),
+    (lambda: sttm.match(Q, 2, partition="odd"), ValueError, r"partition must be one of .*, got 'odd'"),
+    (lambda: sttm.match(Q, 2, partition=None), ValueError, r"partition must be one of .*, got None"),
+    (lambda: sttm.match(Q, 2, partition=MASK.int()), TypeError, r"partition must be bool, got torch\.int32"),
+    (lambda: sttm.match(Q, 2, partition=MASK[:, :5]), ValueError, r"partition must have shape .*, got \(2, 5\)"),
+    (lambda: sttm.match(Q, 2, partition=MASK[:1]), ValueError, r"partition must have shape .*, got \(1, 12\)"),
+    (
+        lambda: sttm.match(Q, 2, partition=torch.stack([MASK[0], ~MASK[0]])),
+        ValueError,
+        r"partition must have equally many dst tokens in every row, got \[12, 0\]",
+    ),
+    (lambda: sttm.match(Q, 2, partition="frames"), ValueError, r"grid must be \(T, H, W\) .*'frames', got None"),
+    (lambda: sttm.match(Q, 2, partition="random2d"), ValueError, r"grid must be \(T, H, W\) .*'random2d', got None"),
+    (lambda: sttm.match(Q, 2, window=(1, 2, 2)), ValueError, r"grid must be \(T, H, W\) with window, got None"),
+    (lambda: sttm.match(Q, 2, partition="frames", grid=(2, 2, 2)), ValueError, r"grid must hold .* 12 tokens, got"),
+    (lambda: sttm.match(Q, 2, 1, grid=GRID, window=(1, 2, 2)), ValueError, r"grid must hold .* 11 tokens, got"),
+    (lambda: sttm.match(Q, 2, grid=(12,), window=(1, 1, 2)), ValueError, r"grid must be .*, got \(12,\)"),
+    (lambda: sttm.match(Q, 2, grid=12, window=(1, 1, 2)), ValueError, r"grid must be .*, got 12"),
+    (lambda: sttm.match(Q, 2, grid=(1, 3, -4), window=(1, 1, 2)), ValueError, r"grid .*must be at least 1, got -4"),
+    (lambda: sttm.match(Q, 2, grid=(1, 3, 4.0), window=(1, 1, 2)), TypeError, r"grid .*must be an int, got float"),
+    (lambda: sttm.match(Q, 2, grid=GRID, window=(2, 2)), ValueError, r"window must be \(t, h, w\).*, got \(2, 2\)"),
+    (lambda: sttm.match(Q, 2, grid=GRID, window=(0, 2, 2)), ValueError, r"window .*must be at least 1, got 0"),
+    (lambda: sttm.match(Q, 2, grid=GRID, window="all"), ValueError, r"window must be \(t, h, w\).*, got 'all'"),
+    (
+        lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, window=(1, 2, 2)),
+        ValueError,
+        r"window must be None with partition 'random2d'",
+    ),
+    (
+        lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, cell=2),
+        ValueError,
+        r"cell must be \(sy, sx\).*, got 2",
+    ),
+    (lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, cell=(0, 2)), ValueError, r"cell .*at least 1, got 0"),
+    # merge
+    (lambda: sttm.merge(None, PLAN), TypeError, r"x must be a torch\.Tensor, got NoneType"),
+    (lambda: sttm.merge(X.int(), PLAN), TypeError, r"x must be float32, .*int32"),
+    (lambda: sttm.merge(X[0], PLAN), ValueError, r"x must have shape \(B, N, C\), got \(12, 5\)"),
+    (lambda: sttm.merge(X[..., :0], PLAN), ValueError, r"x must .*no empty dimension, got \(2, 12, 0\)"),
+    (lambda: sttm.merge(X, INDEX), TypeError, r"plan must be a MergePlan, got Tensor"),
+    (lambda: sttm.merge(X, plan(INDEX.long())), TypeError, r"plan\.index must be int32, got torch\.int64"),
+    (lambda: sttm.merge(X, plan([0])), TypeError, r"plan\.index must be a torch\.Tensor, got list"),
+    (lambda: sttm.merge(X, plan(INDEX[0])), ValueError, r"plan\.index must have shape \(B, N\)"),
+    (lambda: sttm.merge(X, plan(INDEX[:, :5])), ValueError, r"plan\.index must have shape .*\(2, 12\), got \(2, 5\)"),
+    (lambda: sttm.merge(X, plan(elsewhere(INDEX))), ValueError, r"plan\.index must be on the device of x, cpu"),
+    (lambda: sttm.merge(X, plan(groups=0)), ValueError, r"plan\.num_groups must be at least 1, got 0"),
+    (lambda: sttm.merge(X, plan(groups=2.0)), TypeError, r"plan\.num_groups must be an int, got float"),
+    (lambda: sttm.merge(X, plan(weight=X[0])), ValueError, r"plan\.weight must have shape \(B, N\)"),
+    (
+        lambda: sttm.merge(X, plan(weight=elsewhere(X[..., 0]))),
+        ValueError,
+        r"plan\.weight must be on the device of plan",
+    ),
+    (lambda: sttm.merge(X, plan(weight=1.0)), TypeError, r"plan\.weight must be a torch\.Tensor, got float"),
+    (lambda: sttm.merge(X, plan(weight=INDEX)), TypeError, r"plan\.weight must be float32, .*int32"),
+    (lambda: sttm.merge(X, plan(order=INDEX.long())), TypeError, r"plan\.order must be int32, got torch\.int64"),
+    (lambda: sttm.merge(X, plan(order=INDEX[:, :4], offsets=INDEX[:, :4])), ValueError, r"plan\.order must have shape"),
+    (lambda: sttm.merge(X, plan(order=INDEX, offsets=INDEX)), ValueError, r"plan\.offsets must have shape"),
+    (lambda: sttm.merge(X, PLAN, size=3), TypeError, r"size must be a torch\.Tensor, got int"),
+    (lambda: sttm.merge(X, PLAN, size=X), ValueError, r"size must have shape \(B, N\) = \(2, 12\), got \(2, 12, 5\)"),
+    (lambda: sttm.merge(X, PLAN, size=elsewhere(X[..., 0])), ValueError, r"size must be on the device of x, cpu"),
+    (lambda: sttm.merge(X, PLAN, positions=[[0.0]]), TypeError, r"positions must be a torch\.Tensor, got list"),
+    (lambda: sttm.merge(X, PLAN, positions=X[0, 0]), ValueError, r"positions must have shape .*, got \(5\)"),
+    (lambda: sttm.merge(X, PLAN, positions=X[:, :3]), ValueError, r"positions must have shape .*, got \(2, 3, 5\)"),
+    (lambda: sttm.merge(X, PLAN, positions=X[..., :0]), ValueError, r"positions must .*no empty dimension"),
+    (lambda: sttm.merge(X, PLAN, positions=elsewhere(X)), ValueError, r"positions must be on the device of x, cpu"),
+    (lambda: sttm.merge(X, PLAN, reduce="median"), ValueError, r"reduce must be one of .*, got 'median'"),
+    (lambda: sttm.merge(X, PLAN, fill=0.0), TypeError, r"fill must be a torch\.Tensor, got float"),
+    (lambda: sttm.merge(X, PLAN, fill=X[:, :K].half()), TypeError, r"fill must have the dtype of x, torch\.float32"),
+    (lambda: sttm.merge(X, PLAN, fill=X), ValueError, r"fill must have shape .*\(2, 3, 5\), got \(2, 12, 5\)"),
+    (lambda: sttm.merge(X, PLAN, fill=elsewhere(X[:, :K])), ValueError, r"fill must be on the device of x, cpu"),
+    # assign_merge
+    (lambda: assign_merge(X[0], Q, META), ValueError, r"x must have shape \(B, N, C\), got \(12, 5\)"),
+    (lambda: assign_merge(X, Q[:, :5], META), ValueError, r"q must have the B and N of x, \(2, 12\), got \(2, 5, 4\)"),
+    (lambda: assign_merge(X, Q, META.half()), TypeError, r"meta must have the dtype of q"),
+    (lambda: assign_merge(X, None, META), ValueError, r"meta must have shape .*\(2, 3, 5\), got \(2, 3, 4\)"),
+    (lambda: assign_merge(X, Q, META, weight="hard"), ValueError, r"weight must be one of"),
+    (lambda: assign_merge(X, Q, META, mask=MASK[0]), ValueError, r"mask must have shape"),
+    (lambda: assign_merge(X, Q, META, size=X), ValueError, r"size must have shape"),
+    (lambda: assign_merge(X, Q, META, positions=X[0, 0]), ValueError, r"positions must have shape"),
+    (lambda: assign_merge(X, Q, META, fill=X), ValueError, r"fill must have shape"),
+    # unmerge
+    (lambda: sttm.unmerge(1.0, PLAN), TypeError, r"x must be a torch\.Tensor, got float"),
+    (lambda: sttm.unmerge(X.long(), PLAN), TypeError, r"x must be float32, .*int64"),
+    (lambda: sttm.unmerge(X, PLAN), ValueError, r"x must have shape \(B, K, C\) = \(2, 3, 5\), got \(2, 12, 5\)"),
+    (lambda: sttm.unmerge(X[0], PLAN), ValueError, r"x must have shape \(B, K, C\), got \(12, 5\)"),
+    (lambda: sttm.unmerge(X[:, :K], None), TypeError, r"plan must be a MergePlan, got NoneType"),
+    (lambda: sttm.unmerge(X[:, :K], plan(elsewhere(INDEX))), ValueError, r"plan\.index must be on the device of x"),
+    # compose
+    (lambda: sttm.compose(INDEX, PLAN), TypeError, r"plan1 must be a MergePlan, got Tensor"),
+    (lambda: sttm.compose(PLAN, INDEX), TypeError, r"plan2 must be a MergePlan, got Tensor"),
+    (lambda: sttm.compose(PLAN, PLAN), ValueError, r"plan2\.index must have shape .*\(2, 3\), got \(2, 12\)"),
+    (
+        lambda: sttm.compose(PLAN, plan(elsewhere(INDEX[:, :K]), 1)),
+        ValueError,
+        r"plan2\.index must be on the device of plan1\.index, cpu, got meta",
+    ),
+    # soft_merge
+    (lambda: sttm.soft_merge(X.int(), Q, META), TypeError, r"x must be float32, .*int32"),
+    (lambda: sttm.soft_merge(X, Q.int(), META), TypeError, r"q must be float32, .*int32"),
+    (lambda: sttm.soft_merge(X, Q, META.double()), TypeError, r"meta must have the dtype of q"),
+    (
+        lambda: sttm.soft_merge(X, Q[:, :5], META),
+        ValueError,
+        r"q must have the B and N of x, \(2, 12\), got \(2, 5, 4\)",
+    ),
+    (lambda: sttm.soft_merge(elsewhere(X), Q, META), ValueError, r"q must be on the device of x, meta, got cpu"),
+    (lambda: sttm.soft_merge(X, Q, META, "manhattan"), ValueError, r"similarity must be one of"),
+    (lambda: sttm.soft_merge(X, Q, META, temperature=0.0), ValueError, r"temperature must be positive"),
+    (lambda: sttm.soft_merge(X, Q, META, normalize="both"), ValueError, r"normalize must be one of .*, got 'both'"),
+    (lambda: sttm.soft_merge(X, Q, META, size=X), ValueError, r"size must have shape \(B, N\)"),
+    (lambda: sttm.soft_merge(X, Q, META, positions=X[0, 0]), ValueError, r"positions must have shape"),
+    (lambda: sttm.soft_merge(X, Q, META, mask=MASK.float()), TypeError, r"mask must be bool, got torch\.float32"),
+    (lambda: sttm.soft_merge(X, Q, META, mask=MASK[:, :4]), ValueError, r"mask must have shape"),
+    # impl
+    (lambda: sttm.assign(Q, META, impl="fast"), ValueError, r"impl must be one of .*'auto'.*, got 'fast'"),
+    (lambda: dispatch.why_not("scatter", "torch", "cpu"), ValueError, r"verb must be one of .*, got 'scatter'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), TABLE, ids=[re.sub(r"[^\w. ]", "", m)[:50].strip() for _, _, m in TABLE]
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert caught.type is error
+
+
+CALLS = {
+    "assign": lambda impl: sttm.assign(Q, META, impl=impl),
+    "match": lambda impl: sttm.match(Q, 2, impl=impl),
+    "merge": lambda impl: sttm.merge(X, PLAN, impl=impl),
+    "assign_merge": lambda impl: assign_merge(X, Q, META, impl=impl),
+    "unmerge": lambda impl: sttm.unmerge(X[:, :K], PLAN, impl=impl),
+    "compose": lambda impl: sttm.compose(PLAN, plan(INDEX[:, :K], 1), impl=impl),
+    "soft_merge": lambda impl: sttm.soft_merge(X, Q, META, impl=impl),
+}
+
+
+@pytest.mark.parametrize("verb", CALLS)
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_an_implementation_that_cannot_run_says_why(verb, impl):
+    reason = dispatch.why_not(verb, impl, "cpu")
+    if reason is None:
+        pytest.skip("Triton interprets its kernels on CPU tensors here")
+    with pytest.raises(RuntimeError, match=f"^impl='{impl}' cannot run {verb}: {re.escape(reason)}$") as caught:
+        CALLS[verb](impl)
+    assert caught.type is RuntimeError
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_an_unknown_implementation_is_named(verb):
+    with pytest.raises(ValueError, match=r"impl must be one of .*'reference'.*, got 'gpu'"):
+        CALLS[verb]("gpu")
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_empty_batch_gives_empty_outputs(impl, grad):
+    x, q, meta = X[:0].clone().requires_grad_(grad), Q[:0].clone().requires_grad_(grad), META[:0]
+    hard = sttm.assign(q, meta, mask=MASK[:0], impl=impl)
+    assert [t.shape for t in (hard.index, hard.score, hard.lse, hard.weight)] == [(0, N)] * 4
+    assert assign_merge(x, q, meta, impl=impl)[0].x.shape == (0, K, C)
+    matched = sttm.match(q, 4, 1, impl=impl)
+    assert matched.num_groups == N - 4
+    assert sttm.match(q, 2, grid=GRID, window=(1, 2, 2), impl=impl).index.shape == (0, N)
+    for reduce in ("mean", "sum", "max", "first"):
+        for chosen in (hard, matched):
+            out = sttm.merge(x, chosen, reduce=reduce, positions=X[0], impl=impl)
+            groups = (0, chosen.num_groups)
+            assert (out.x.shape, out.size.shape, out.positions.shape) == ((*groups, C), groups, (*groups, C))
+            assert sttm.unmerge(out.x, chosen, impl).shape == (0, N, C)
+            if grad:
+                assert torch.autograd.grad(out.x.sum(), x)[0].shape == x.shape
+    assert sttm.compose(hard, plan(INDEX[:0, :K], 1), impl).index.shape == (0, N)
+    for normalize in ("meta", "tokens"):
+        soft = sttm.soft_merge(x, q, meta, normalize=normalize, impl=impl)
+        assert (soft.x.shape, soft.size.shape) == ((0, K, C), (0, K))
+        if grad:
+            assert [g.shape for g in torch.autograd.grad(soft.x.sum(), (x, q))] == [x.shape, q.shape]

@@ -1,0 +1,484 @@
+"""STTM: worked cases, plans and counts, motion, prefix, windows, precision, gradients, compilation, bad input."""
+
+import copy
+import io
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import sttm_kernels as sttm
+from sttm_kernels import reference
+from sttm_kernels.nn import GENERATORS, STTM, KMeans, Pool, TopK, proportional_attention
+from sttm_kernels.nn.sttm import grid_positions
+from sttm_kernels.testing import assert_equal, assert_within_budget, evaluate, make_tokens
+
+RED, BLUE = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
+each_generator = pytest.mark.parametrize("name", sorted(GENERATORS))
+
+
+def build(dim: int, *args, seed: int = 0, **kwargs) -> STTM:
+    """An STTM whose motion, if any, is not zero."""
+    torch.manual_seed(seed)
+    module = STTM(dim, *args, **kwargs)
+    if module.motion is not None:
+        torch.nn.init.normal_(module.motion.weight)
+    return module
+
+
+def assert_same_tokens(actual: sttm.MergedTokens, expected: sttm.MergedTokens) -> None:
+    for field in ("x", "size", "positions"):
+        assert_equal(field, getattr(actual, field), getattr(expected, field))
+
+
+# Worked cases
+
+
+def test_two_colours_become_two_tokens_in_space_and_then_in_time(backend):
+    frame = torch.stack([RED, RED, BLUE, BLUE] * 2)
+    x = frame.repeat(2, 1)[None].to(backend.device)  # 2 frames of 2 x 4 patches, the left half red
+    module = STTM(3, 2, 2, impl=backend.impl).to(backend.device)
+    out, plan = module(x, (2, 2, 4), return_plan=True)
+    assert_equal("x", out.x[0].cpu(), torch.stack([RED, BLUE]))
+    assert_equal("size", out.size.cpu(), torch.tensor([[8.0, 8.0]]))
+    assert_equal("positions", out.positions.cpu(), torch.tensor([[[0.5, 0.5, 0.5], [0.5, 0.5, 2.5]]]))
+    assert plan.num_groups == 2
+    assert plan.index.tolist() == [[0, 0, 1, 1] * 4]
+    assert module.output_grid((2, 2, 4)) == (1, 1, 2)
+
+
+def test_a_moving_object_stays_one_token_and_its_second_moment_shows_the_motion():
+    strip = torch.stack([RED.repeat(5).view(5, 3)] * 3)
+    for t, at in enumerate((0, 2, 4)):
+        strip[t, at] = BLUE  # a blue patch that moves 2 patches a frame
+    module = build(3, 5, 2, second_moment=True, weight="uniform", meta=KMeans(2))
+    out, plan = module(strip.view(1, 15, 3), (3, 1, 5), return_plan=True)
+    blue = int(plan.index[0, 0])
+    assert plan.index[0, [0, 7, 14]].tolist() == [blue] * 3
+    assert sorted(out.size[0].tolist()) == [3, 12]
+    # t = 0, 1, 2 and x = 0, 2, 4: E tt = 5/3, E tx = 10/3, E xx = 20/3
+    raw = torch.tensor([1, 0, 2, 5 / 3, 0, 10 / 3, 0, 0, 20 / 3], dtype=torch.float64)
+    assert_within_budget("positions", out.positions[0, blue], raw, raw.float(), 3)
+    central = torch.tensor([1, 0, 2, 2 / 3, 0, 4 / 3, 0, 0, 8 / 3])
+    expected = BLUE.double() + module.motion.weight.double() @ central.double()
+    assert_within_budget("x", out.x[0, blue], expected, BLUE + module.motion.weight @ central, 18)
+
+
+def test_the_stages_are_assign_and_merge():
+    x, metric = make_tokens(2, 24, 6), make_tokens(2, 24, 4, seed=1)
+    size = torch.rand(2, 24) + 0.5
+    module = STTM(6, 3, 5, motion=False)
+    frames, q, p = x.view(6, 8, 6), metric.view(6, 8, 4), grid_positions((3, 2, 4), 0, torch.float32, x.device)
+    meta = KMeans()(q, 2, 4, 3, size.view(6, 8))
+    plan = sttm.assign(q, meta, temperature=0.1)
+    spatial = sttm.merge(frames, plan, size.view(6, 8), p.repeat(2, 1).view(6, 8, 3))
+    q = sttm.merge(q, plan, size.view(6, 8)).x.view(2, 9, 4)
+    meta = KMeans()(q, 3, 3, 5, spatial.size.view(2, 9), "tall")
+    plan = sttm.assign(q, meta, temperature=0.1)
+    expected = sttm.merge(spatial.x.view(2, 9, 6), plan, spatial.size.view(2, 9), spatial.positions.view(2, 9, 3))
+    assert_same_tokens(module(x, (3, 2, 4), size, metric=metric), expected)
+
+
+def test_the_metric_is_x_by_default_and_heads_are_averaged():
+    x = make_tokens(2, 25, 6)
+    heads = make_tokens(2, 75, 4, seed=1).view(2, 3, 25, 4)
+    module = STTM(6, num_prefix=1)
+    assert_same_tokens(module(x, (4, 2, 3), metric=x.clone()), module(x, (4, 2, 3)))
+    assert_same_tokens(module(x, (4, 2, 3), metric=heads), module(x, (4, 2, 3), metric=heads.mean(1)))
+
+
+# Counts, plans, chains
+
+
+@each_generator
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_counts_are_conserved_and_the_plan_leads_from_input_to_output(name, num_prefix):
+    grid, N = (4, 3, 5), num_prefix + 60
+    x = make_tokens(2, N, 8, torch.float64)
+    size = torch.randint(1, 5, (2, N), generator=torch.Generator().manual_seed(0)).double()
+    module = build(8, 0.4, 7, name, motion=False, num_prefix=num_prefix, weight="uniform").double()
+    out, plan = module(x, grid, size, return_plan=True)
+    K = num_prefix + math.prod(module.output_grid(grid))
+    assert K == num_prefix + 7
+    assert out.x.shape == (2, K, 8)
+    assert plan.num_groups == K
+    assert_equal("sum of size", out.size.sum(1), size.sum(1))
+    # With uniform weights, two means in a row are one mean over all tokens of a group.
+    p = grid_positions(grid, num_prefix, torch.float64, x.device)
+    at_once = reference.merge(x, plan, size, p)
+    assert_equal("size", out.size, at_once.size)
+    assert_within_budget("x", out.x, at_once.x, at_once.x, N)
+    assert_within_budget("positions", out.positions, at_once.positions, at_once.positions, N)
+    copied = sttm.unmerge(out.x, plan)
+    assert_equal("unmerged", copied[1, 20], out.x[1, plan.index[1, 20]])
+    assert_equal("prefix", copied[:, :num_prefix], x[:, :num_prefix])
+
+
+def test_spatial_only_temporal_only_and_nothing():
+    x, grid = make_tokens(2, 61, 8), (4, 3, 5)
+    spatial = STTM(8, 6, None, num_prefix=1)
+    temporal = STTM(8, None, 0.25, num_prefix=1)
+    assert spatial.output_grid(grid) == (4, 1, 6)
+    assert temporal.output_grid(grid) == (1, 1, 15)
+    out, plan = spatial(x, grid, return_plan=True)
+    assert out.x.shape == (2, 25, 8)
+    frame_of_group = (plan.index[:, 1:].view(2, 4, 15) - 1) // 6
+    assert_equal("frame", frame_of_group, torch.arange(4).view(1, 4, 1).expand(2, 4, 15).int())
+    assert temporal(x, grid).x.shape == (2, 16, 8)
+
+    nothing = STTM(8, None, None, motion=False, num_prefix=1)
+    assert nothing.output_grid(grid) == grid
+    out, plan = nothing(x, grid, return_plan=True)
+    expected = sttm.MergedTokens(x, torch.ones(2, 61), grid_positions(grid, 1, x.dtype, x.device).expand(2, -1, -1))
+    assert_same_tokens(out, expected)
+    assert_equal("index", plan.index, torch.arange(61, dtype=torch.int32).expand(2, -1))
+
+
+def test_counts_of_meta_tokens():
+    def grid_of(spatial, temporal, **kwargs):
+        return STTM(4, spatial, temporal, **kwargs).output_grid((4, 3, 5))
+
+    assert grid_of(0.5, None) == (4, 1, 8)  # 7.5, to the nearest
+    assert grid_of(0.01, None) == (4, 1, 1)
+    assert grid_of(1.0, None) == (4, 1, 15)
+    assert grid_of(1, None) == (4, 1, 1)
+    assert grid_of(0.2, 0.5) == (1, 1, 6)
+    assert grid_of(0.2, 0.5, temporal_window=2) == (2, 1, 3)
+
+
+def test_chained_by_output_grid_with_empty_groups_on_the_way():
+    x = torch.cat([make_tokens(2, 1, 8), make_tokens(2, 1, 8, seed=1).expand(-1, 48, -1)], 1)  # equal patches
+    x = x.clone().requires_grad_()
+    first, second = build(8, 5, 6, num_prefix=1, second_moment=True), build(8, None, 3, num_prefix=1)
+    out = first(x, (4, 3, 4))
+    grid = first.output_grid((4, 3, 4))
+    empty = out.size == 0
+    assert empty.any()
+    assert (out.x[empty] == 0).all()
+    assert (out.positions[empty] == 0).all()
+    last = second(out.x, grid, out.size, out.positions)
+    assert second.output_grid(grid) == (1, 1, 3)
+    assert last.positions.shape == (2, 4, 9)
+    assert_equal("sum of size", last.size.sum(1), torch.tensor([49.0, 49.0]))
+
+    key = last.x[:, None]
+    seen = proportional_attention(key, key, key, last.size)
+    seen.square().sum().backward()
+    assert seen.isfinite().all()
+    assert x.grad.isfinite().all()
+    gone = torch.where((last.size == 0)[:, None, :, None], 7.0, key)
+    assert (last.size == 0).any()
+    assert_equal("without empty groups", proportional_attention(key, gone, gone, last.size), seen)
+
+
+# Motion
+
+
+def test_motion_starts_at_zero():
+    x = make_tokens(2, 61, 8)
+    still, moving = STTM(8, num_prefix=1, motion=False), STTM(8, num_prefix=1)
+    assert_same_tokens(moving(x, (4, 3, 5)), still(x, (4, 3, 5)))
+
+
+@pytest.mark.parametrize("second_moment", [False, True])
+def test_motion_is_the_linear_aggregation_of_positions(second_moment):
+    """W p_k, worked out as the aggregation of W p_n; prefix tokens have none."""
+    x, grid = make_tokens(2, 61, 8, torch.float64), (4, 3, 5)
+    module = build(8, num_prefix=1, weight="uniform", second_moment=second_moment).double()
+    out, plan = module(x, grid, return_plan=True)
+    still = sttm.merge(x, plan)
+    p = grid_positions(grid, 1, torch.float64, x.device).expand(2, -1, -1)
+    of_tokens = p
+    if second_moment:
+        mean = sttm.unmerge(sttm.merge(p, plan).x, plan)
+        apart = (p - mean)[..., :, None] * (p - mean)[..., None, :]
+        of_tokens = torch.cat((p, apart[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]), -1)
+    aggregated = sttm.merge(of_tokens @ module.motion.weight.T, plan).x
+    expected = still.x + aggregated
+    expected[:, 0] = x[:, 0]
+    assert_within_budget("x", out.x, expected, expected, 61 * 9)
+    assert not torch.equal(out.x, still.x)
+
+
+def test_positions_given_are_used():
+    x, grid = make_tokens(2, 25, 8), (4, 2, 3)
+    module = build(8, num_prefix=1)
+    p = grid_positions(grid, 1, torch.float32, x.device)
+    assert_same_tokens(module(x, grid, positions=p), module(x, grid))
+    twice = module(x, grid, positions=(2 * p).expand(2, -1, -1))
+    assert_equal("positions", twice.positions, 2 * module(x, grid).positions)
+    own = torch.cat([torch.full((1, 3), 9.0), p[1:]])
+    assert_equal("prefix", module(x, grid, positions=own).positions[:, 0], torch.full((2, 3), 9.0))
+
+
+# Prefix, windows, independence
+
+
+@each_generator
+def test_prefix_is_untouched_and_unseen(name):
+    x = make_tokens(2, 62, 8)
+    size = torch.rand(2, 62) + 1
+    module = build(8, 0.5, 0.5, name, num_prefix=2)
+    out = module(x, (4, 3, 5), size)
+    assert_equal("x", out.x[:, :2], x[:, :2])
+    assert_equal("size", out.size[:, :2], size[:, :2])
+    assert (out.positions[:, :2] == 0).all()
+    x[:, :2] = math.nan
+    assert_equal("the rest", module(x, (4, 3, 5), size).x[:, 2:], out.x[:, 2:])
+
+
+@each_generator
+def test_a_temporal_window_is_a_clip_of_its_own(name):
+    x = make_tokens(2, 6 * 12, 8)
+    p = grid_positions((6, 3, 4), 0, torch.float32, x.device)
+    module = build(8, 5, 4, name, temporal_window=2)
+    out = module(x, (6, 3, 4))
+    assert module.output_grid((6, 3, 4)) == (3, 1, 4)
+    for i in range(3):
+        part = slice(24 * i, 24 * (i + 1))
+        alone = module(x[:, part], (2, 3, 4), positions=p[part])
+        here = slice(4 * i, 4 * (i + 1))
+        assert_same_tokens(sttm.MergedTokens(out.x[:, here], out.size[:, here], out.positions[:, here]), alone)
+
+
+@each_generator
+def test_a_clip_has_the_same_bits_alone_and_in_a_batch(name, backend):
+    x = make_tokens(3, 2 + 4 * 15, 16, device=backend.device)
+    module = build(16, meta=name, num_prefix=2, impl=backend.impl).to(backend.device)
+    out = module(x, (4, 3, 5))
+    assert_same_tokens(module(x, (4, 3, 5)), out)
+    for b in range(3):
+        one = slice(b, b + 1)
+        expected = sttm.MergedTokens(out.x[one], out.size[one], out.positions[one])
+        assert_same_tokens(module(x[one], (4, 3, 5)), expected)
+
+
+def test_nan_tokens_give_an_answer_of_the_right_shape():
+    x = torch.full((1, 60, 8), math.nan)
+    out, plan = STTM(8)(x, (4, 3, 5), return_plan=True)
+    assert out.x.shape[1] == plan.num_groups
+    assert ((plan.index >= 0) & (plan.index < plan.num_groups)).all()
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    x = make_tokens(2, 61, 8, dtype)
+    module = build(8, num_prefix=1)
+    module.motion.weight.data = module.motion.weight.bfloat16().float()
+    out = module(x, (4, 3, 5))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (out.x.dtype, out.size.dtype, out.positions.dtype) == (dtype, acc, acc)
+    moved = out.x[:, 1:].to(acc) - STTM(8, num_prefix=1)(x, (4, 3, 5)).x[:, 1:].to(acc)
+    assert moved.abs().amax(-1).gt(0).equal(out.positions[:, 1:].abs().amax(-1).gt(0))
+    for other in (torch.float32, torch.float64, torch.bfloat16):
+        assert_same_tokens(module.to(other)(x, (4, 3, 5)), out)
+
+
+@each_generator
+def test_autocast_changes_nothing_inside(name):
+    x = make_tokens(2, 61, 8)
+    module = build(8, meta=name, num_prefix=1)
+    expected = module(x, (4, 3, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_tokens(module(x, (4, 3, 5)), expected)
+        assert module(x.bfloat16(), (4, 3, 5)).x.dtype == torch.bfloat16
+
+
+# State
+
+
+def test_state_is_motion_and_parameters_of_generators():
+    def names(*args, **kwargs):
+        return list(STTM(8, *args, **kwargs).state_dict())
+
+    assert names() == ["motion.weight"]
+    assert names(motion=False) == []
+    assert names(meta="topk", spatial_keep=None, motion=False) == [
+        "temporal_meta.saliency.weight",
+        "temporal_meta.saliency.bias",
+    ]
+    assert names(meta="learned", temporal_keep=None) == [
+        "spatial_meta.queries",
+        "spatial_meta.look_for.weight",
+        "motion.weight",
+    ]
+    assert STTM(8).motion.weight.shape == (8, 3)
+    assert STTM(8, second_moment=True).motion.weight.shape == (8, 9)
+
+
+def test_a_name_makes_a_generator_per_stage_and_a_module_is_shared():
+    by_name, shared = STTM(8, meta="topk"), STTM(8, meta=TopK(8))
+    assert by_name.spatial_meta is not by_name.temporal_meta
+    assert shared.spatial_meta is shared.temporal_meta
+
+
+@each_generator
+def test_state_dict_pickle_and_deepcopy_round_trip(name):
+    x = make_tokens(2, 61, 8)
+    module = build(8, meta=name, num_prefix=1)
+    expected = module(x, (4, 3, 5))
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    loaded = build(8, meta=name, num_prefix=1, seed=1)
+    loaded.load_state_dict(torch.load(file))
+    for twin in (loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_same_tokens(twin(x, (4, 3, 5)), expected)
+
+
+# Gradients
+
+
+@each_generator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_those_of_the_specification(name, dtype, backend):
+    for verb in ("assign", "merge", "soft_merge"):
+        backend.needs(verb, dtype)
+    module = build(8, 6, 7, name, num_prefix=1, second_moment=True).to(backend.device)
+    inputs = {
+        "x": make_tokens(2, 61, 8, dtype, backend.device),
+        "size": torch.rand(2, 61, generator=torch.Generator().manual_seed(2)).to(backend.device, dtype) + 0.5,
+        "positions": make_tokens(2, 61, 3, dtype, backend.device, seed=3),
+        **{f"parameter {n}": p.detach() for n, p in module.named_parameters()},
+    }
+    plans = []
+
+    def run(impl: str, x: Tensor, size: Tensor, positions: Tensor, **parameters: Tensor) -> dict[str, Tensor]:
+        twin = copy.deepcopy(module).to(x.dtype)
+        for part in twin.modules():
+            if hasattr(part, "impl"):
+                part.impl = impl
+        values = {n.removeprefix("parameter "): p.to(x.dtype) for n, p in parameters.items()}
+        arguments = (x, (4, 3, 5), size, positions)
+        out, plan = torch.func.functional_call(twin, values, arguments, {"return_plan": True})
+        plans.append(plan.index)
+        return {"x": out.x, "size": out.size, "positions": out.positions}
+
+    shapes = {"x": (2, 8, 8), "size": (2, 8), "positions": (2, 8, 9)}
+    cotangents = {n: make_tokens(1, 1, math.prod(s), seed=4).view(s).to(backend.device) for n, s in shapes.items()}
+    got, got_grads = evaluate(partial(run, backend.impl), inputs, None, cotangents)
+    truth, true_grads = evaluate(partial(run, "reference"), inputs, torch.float64, cotangents)
+    plain, plain_grads = evaluate(partial(run, "reference"), inputs, None, cotangents)
+    for other in plans[1:]:
+        assert_equal("index", other, plans[0])
+    terms = 2 * 61 * (8 + 9)
+    for key, value in truth.items():
+        assert_within_budget(key, got[key], value, plain[key], terms)
+    for key, value in true_grads.items():
+        assert_within_budget(f"gradient of {key}", got_grads[key], value, plain_grads[key], terms, dtype)
+
+
+@pytest.mark.parametrize("name", ["topk", "learned"])
+def test_generators_learn_through_cosine_assignment(name):
+    x = make_tokens(2, 60, 8)
+    module = build(8, meta=name)
+    module(x, (4, 3, 5)).x.square().sum().backward()
+    for parameter_name, parameter in module.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+# Compilation
+
+
+@pytest.mark.unpoisoned
+@each_generator
+def test_fullgraph(name):
+    """Forward and backward, compiled in one graph, give what they give in eager mode."""
+    torch._dynamo.reset()
+    module, x = build(8, meta=name, num_prefix=1, second_moment=True), make_tokens(2, 61, 8)
+    results = []
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out, plan = call(leaf, (4, 3, 5), return_plan=True)
+        (out.x.sin().sum() + out.positions.sin().sum()).backward()
+        results.append((plan.index, out.x, out.size, out.positions, leaf.grad, *(p.grad for p in module.parameters())))
+    for i, (eager, compiled) in enumerate(zip(*results, strict=True)):
+        if i == 0:
+            assert_equal("index", compiled, eager)
+        else:
+            assert_within_budget(f"value {i}", compiled, eager.double(), eager, 61 * 17)
+
+
+@pytest.mark.unpoisoned
+def test_changing_grids_do_not_compile_for_ever():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    module = STTM(8)
+    run = torch.compile(module, fullgraph=True, backend=counter)
+    counts = []
+    for grid in ((4, 4, 6), (5, 6, 7), (6, 5, 8), (8, 8, 4), (9, 5, 5), (3, 7, 12)):
+        x = make_tokens(2, math.prod(grid), 8)
+        assert_same_tokens(run(x, grid), module(x, grid))
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[2]
+
+
+@pytest.mark.unpoisoned
+def test_export():
+    x = make_tokens(2, 61, 8)
+    module = build(8, num_prefix=1)
+    exported = torch.export.export(module, (x, (4, 3, 5)))
+    assert_same_tokens(exported.module()(x, (4, 3, 5)), module(x, (4, 3, 5)))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(2, 25, 4, dtype=torch.int64)}, TypeError, "x must be float32, bfloat16, float16 or float64"),
+        ({"x": torch.ones(25, 4)}, ValueError, r"x must have shape \(B, N, C\), got \(25, 4\)"),
+        ({"x": torch.ones(2, 25, 5)}, ValueError, r"x must have shape \(B, N, C\) = \(2, 25, 4\), got \(2, 25, 5\)"),
+        ({"grid": (4, 6)}, ValueError, r"grid must be \(T, H, W\), 3 positive integers, got \(4, 6\)"),
+        ({"grid": (4, 0, 3)}, ValueError, r"every extent of grid \(T, H, W\) must be at least 1, got 0"),
+        ({"grid": (4, 2.0, 3)}, TypeError, r"every extent of grid \(T, H, W\) must be an int, got float"),
+        ({"grid": (5, 5, 1)}, ValueError, r"grid must hold the N - num_prefix = 24 tokens, got \(5, 5, 1\)"),
+        ({"grid": (3, 2, 4)}, ValueError, "temporal_window must divide the T = 3 frames of the grid, got 2"),
+        ({"grid": (12, 2, 1)}, ValueError, "spatial_keep must be at most the 2 tokens there are to merge, got 3"),
+        ({"size": torch.ones(2, 24)}, ValueError, r"size must have shape \(B, N\) = \(2, 25\), got \(2, 24\)"),
+        ({"size": 1.0}, TypeError, "size must be a torch.Tensor, got float"),
+        ({"positions": torch.ones(24, 3)}, ValueError, r"positions must have shape \(B, N, P\) = \(2, 25, 3\)"),
+        ({"positions": torch.ones(25, 2)}, ValueError, "positions must have 3 or 9 channels, got 2"),
+        ({"metric": torch.ones(2, 24, 4)}, ValueError, r"metric must have the B and N of x, \(2, 25\), got \(2, 24\)"),
+        ({"metric": torch.ones(25, 4)}, ValueError, r"metric must have shape \(B, N, D\) or \(B, H, N, D\)"),
+        ({"metric": torch.ones(2, 25, 4).bool()}, TypeError, "metric must be float32, bfloat16, float16 or float64"),
+    ],
+)
+def test_bad_inputs(change, error, message):
+    module = STTM(4, 3, num_prefix=1, temporal_window=2)
+    with pytest.raises(error, match=message):
+        module(**({"x": torch.ones(2, 25, 4), "grid": (4, 2, 3)} | change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"dim": 4.0}, TypeError, "dim must be an int, got float"),
+        ({"spatial_keep": 0.0}, ValueError, r"spatial_keep must be a fraction in \(0, 1\] or a count of at least 1"),
+        ({"temporal_keep": 1.5}, ValueError, r"temporal_keep must be a fraction in \(0, 1\] or a count of at least 1"),
+        ({"temporal_keep": 0}, ValueError, "temporal_keep must be .* got 0"),
+        ({"spatial_keep": math.nan}, ValueError, "spatial_keep must be .* got nan"),
+        ({"spatial_keep": True}, TypeError, "spatial_keep must be a float, an int or None, got bool"),
+        ({"meta": "median"}, ValueError, "meta must be one of .* got 'median'"),
+        ({"meta": Pool}, TypeError, "meta must be a name or a torch.nn.Module, got type"),
+        ({"num_prefix": -1}, ValueError, "num_prefix must be at least 0, got -1"),
+        ({"similarity": "euclid"}, ValueError, "similarity must be one of .* got 'euclid'"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"weight": "hard"}, ValueError, "weight must be one of .* got 'hard'"),
+        ({"temporal_window": 0}, ValueError, "temporal_window must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(arguments, error, message):
+    with pytest.raises(error, match=message):
+        STTM(**({"dim": 4} | arguments))
