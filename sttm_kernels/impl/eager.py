@@ -73,23 +73,23 @@ class _Similarity:
 
 
 def _maxima(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima of S (b, K, n) over consecutive parts of K, and the lowest k that attains each: (b, n, parts) twice.
+    """Maxima of S (b, K, n) over consecutive parts of K, and the lowest k that attains each: (b, parts, n) twice.
 
     `max_pool2d` over channels-last data is the one vectorised arg-maximum that PyTorch has on CPUs: the n tokens are
     its channels, the K meta tokens its rows.
     """
     if S.device.type != "cpu":
         value, index = S.max(1)
-        return value[..., None], index[..., None]
+        return value[:, None], index[:, None]
     part = (-(-S.shape[1] // POOL_STEPS), 1)
     value, index = F.max_pool2d(S[:, :, None].permute(0, 3, 1, 2), part, part, ceil_mode=True, return_indices=True)
-    return value.squeeze(-1), index.squeeze(-1)
+    return value.squeeze(-1).mT, index.squeeze(-1).mT
 
 
 def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The first greatest of the maxima of `_maxima`, and its k: (b, n) twice."""
-    value, part = value.max(-1)
-    return value, index.gather(-1, part[..., None]).squeeze(-1)
+    value, part = value.max(1)
+    return value, index.gather(1, part[:, None]).squeeze(1)
 
 
 def assign(
@@ -239,10 +239,15 @@ def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not (B and S and T):
         return a.new_full((B, S), -torch.inf), torch.zeros((B, S), dtype=torch.int64, device=a.device)
     tile = _Similarity(a, b, "cosine")
-    tiles = [_maxima(tile(i, n)) for i, n in tile.tiles()]
-    value, position = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*tiles, strict=True))
-    value, position = _greatest(value, position)
-    return value.view(B, S), position.view(B, S)
+    best = position = None
+    for i, n in tile.tiles():
+        value, index = _maxima(tile(i, n))
+        if best is None or position is None:
+            best, position = value.new_empty((B, value.shape[1], S)), index.new_empty((B, value.shape[1], S))
+        best[i, :, n], position[i, :, n] = value, index
+    assert best is not None
+    assert position is not None
+    return _greatest(best, position)
 
 
 def _most_similar_in_windows(a: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,205 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, shared memory, spills, instructions.
+
+    python -m benchmarks.codegen                          # every kernel, dtype and configuration
+    python -m benchmarks.codegen --arch 90 --verb merge   # some of them
+    python -m benchmarks.codegen --covering               # the part that the tests compile
+
+Kernels are compiled as `launch` would compile them, and the machine code is read with the `cuobjdump` that ships inside
+Triton. The columns: registers per thread, bytes of shared memory per program, spill instructions (STL + LDL), matrix
+products (HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100), asynchronous copies (LDGSTS, UTMALDG), and global loads
+with those of 128 bits among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sttm_kernels.impl.triton.config import ARCHITECTURES, SHARED_MEMORY, Specialization
+
+MODULES = ("assign", "soft_merge", "match", "merge", "unmerge", "spatial")
+DOTS = ("HMMA", "HGMMA", "UTCHMMA")
+COPIES = ("LDGSTS", "UTMALDG")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The machine code of one specialization on one architecture."""
+
+    registers: int
+    shared: int
+    instructions: Counter[str]
+    wide_loads: int
+
+    @property
+    def spills(self) -> int:
+        return self.instructions["STL"] + self.instructions["LDL"]
+
+    @property
+    def products(self) -> int:
+        return sum(self.instructions[op] for op in DOTS)
+
+
+def specializations(archs: tuple[int, ...], verbs: tuple[str, ...] = MODULES) -> list[tuple[int, Specialization]]:
+    """Every different (architecture, specialization) that the package ships, in a fixed order."""
+    found: dict[Any, tuple[int, Specialization]] = {}
+    for verb in verbs:
+        for one in importlib.import_module(f"sttm_kernels.impl.triton.{verb}").specializations():
+            for arch in sorted(set(archs).intersection(one.archs)):
+                found.setdefault((arch, *_key(one)), (arch, one))
+    return list(found.values())
+
+
+def _key(one: Specialization) -> tuple[Any, ...]:
+    fixed = tuple(sorted((name, repr(value)) for name, value in one.constexprs.items()))
+    types = tuple(one.signature.items())
+    return one.kernel.__name__, types, fixed, one.divisible, one.num_warps, one.num_stages
+
+
+def covering(work: list[tuple[int, Specialization]]) -> list[tuple[int, Specialization]]:
+    """A small part of `work` in which every kernel meets each architecture with each of its dtypes, each of its block
+    configurations, and each value of its other compile-time settings.
+
+    Greedy: the specialization that shows most that was not seen comes next.
+    """
+    shows = [_shows(*item) for item in work]
+    unseen = set().union(*shows)
+    chosen = []
+    while unseen:
+        at = max(range(len(work)), key=lambda i: len(shows[i] & unseen))
+        unseen -= shows[at]
+        chosen.append(at)
+    return [work[at] for at in sorted(chosen)]
+
+
+def _shows(arch: int, one: Specialization) -> set[Any]:
+    kernel = one.kernel.__name__
+    blocks = tuple(item for item in one.constexprs.items() if item[0].startswith("BLOCK_"))
+    settings = {(kernel, name, repr(v)) for name, v in one.constexprs.items() if not name.startswith("BLOCK_")}
+    dtype = next((kind for kind in one.signature.values() if kind in ("*fp32", "*bf16", "*fp16")), None)
+    return {(kernel, arch, dtype), (kernel, blocks, one.num_warps, one.num_stages), *settings}
+
+
+def describe(arch: int, one: Specialization) -> str:
+    """Architecture, case, settings, blocks."""
+    words = [f"sm_{arch}", one.name]
+    for name, value in one.constexprs.items():
+        if name.startswith("BLOCK_"):
+            words.append(f"{name.removeprefix('BLOCK_').lower()}{value}")
+        elif isinstance(value, str):
+            words.append(value)
+        elif value is True:
+            words.append(name.lower())
+    return " ".join([*words, f"w{one.num_warps}", f"s{one.num_stages}"])
+
+
+def build(arch: int, one: Specialization) -> Report:
+    """Compiles `one` for `arch` and reads the machine code."""
+    places = {name: at for at, name in enumerate(one.signature)}
+    source = ASTSource(
+        fn=one.kernel,
+        signature=dict(one.signature),
+        constexprs={(places[name],): value for name, value in one.constexprs.items()},
+        attrs={(places[name],): [["tt.divisibility", 16]] for name in sorted(one.divisible)},
+    )
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _read(kernel.asm["cubin"], kernel.metadata.shared)
+
+
+def _read(cubin: bytes, shared: int) -> Report:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    registers = re.search(r"\bREG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage}")
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    counts = Counter(opcode.split(".")[0] for opcode in opcodes)
+    wide = sum(opcode.startswith("LDG.") and ".128" in opcode for opcode in opcodes)
+    return Report(int(registers[1]), shared, counts, wide)
+
+
+def faults(arch: int, one: Specialization, report: Report) -> list[str]:
+    """What is wrong with the code of a specialization; empty if nothing is."""
+    found = []
+    if report.shared > 1024 * SHARED_MEMORY[arch]:
+        found.append(f"{report.shared} bytes of shared memory, sm_{arch} has {1024 * SHARED_MEMORY[arch]}")
+    if report.spills:
+        found.append(f"{report.spills} spill instructions")
+    if one.expect_dot and not report.products:
+        found.append("no tensor-core instruction")
+    return found
+
+
+COLUMNS = ("regs", "shared", "spills", *DOTS, *COPIES, "LDG", "128-bit")
+
+
+def row(report: Report) -> tuple[int, ...]:
+    ops = report.instructions
+    counted = (ops[name] for name in (*DOTS, *COPIES, "LDG"))
+    return report.registers, report.shared, report.spills, *counted, report.wide_loads
+
+
+_work: list[tuple[int, Specialization]] = []
+
+
+def _build_at(at: int) -> Report | str:
+    """Builds `_work[at]`, which the worker inherits: kernels cannot be pickled."""
+    try:
+        return build(*_work[at])
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--verb", nargs="+", default=MODULES, choices=MODULES)
+    parser.add_argument("--covering", action="store_true", help="only the part that the tests compile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (%(default)s)")
+    chosen = parser.parse_args(argv)
+
+    _work[:] = specializations(tuple(chosen.arch), tuple(chosen.verb))
+    if chosen.covering:
+        _work[:] = covering(_work)
+    names = [describe(*item) for item in _work]
+    width = max(map(len, names), default=0)
+    print(f"{len(_work)} specializations, triton {triton.__version__}")
+    print(" ".join([f"{'kernel':{width}}", *(f"{name:>7}" for name in COLUMNS)]))
+    failed = 0
+    with multiprocessing.get_context("fork").Pool(chosen.jobs) as pool:
+        results = pool.imap(_build_at, range(len(_work)))
+        for name, item, result in zip(names, _work, results, strict=True):
+            if isinstance(result, str):
+                numbers, wrong = "", [result]
+            else:
+                numbers = " ".join(f"{value:7}" for value in row(result))
+                wrong = faults(*item, result)
+            failed += bool(wrong)
+            print(" ".join([f"{name:{width}}", numbers, *(f"<- {text}" for text in wrong)]), flush=True)
+    print(f"{failed} of {len(_work)} at fault" if failed else "no faults")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

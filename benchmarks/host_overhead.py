@@ -1,0 +1,140 @@
+"""What a verb costs on the host, without a GPU: `python -m benchmarks.host_overhead`.
+
+On small CPU tensors, without gradients, in microseconds. "p50", "p80": from the public function to where a kernel would
+be handed to Triton. "with triton": also Triton's own handling of the arguments, with the compiler and the driver as
+stubs. The driver's launch itself is in no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from sttm_kernels import dispatch
+from sttm_kernels import functional as sttm
+from sttm_kernels.impl.triton.launch import launching_instead
+
+LIMIT_US = 30.0
+
+
+@contextlib.contextmanager
+def stubbed_driver(arch: int = 90) -> Iterator[SimpleNamespace]:
+    """Within it `impl="triton"` takes CPU tensors, compiles nothing and launches nothing.
+
+    Yields:
+        compiled: names of the kernels that would have been compiled, one for every miss of Triton's cache.
+        launched: how many kernels would have been launched.
+    """
+    seen = SimpleNamespace(compiled=[], launched=0)
+    used: list[JITFunction] = []
+
+    def run(*args: Any) -> None:
+        seen.launched += 1
+
+    code = SimpleNamespace(run=run, function=0, packed_metadata=None, launch_metadata=lambda *args: None)
+
+    def compile_nothing(self: JITFunction, key: Any, *rest: Any, **options: Any) -> Any:
+        seen.compiled.append(self.__name__)
+        used.append(self)
+        self.device_caches[0][0][key] = code
+        return code
+
+    def runs(*args: Any) -> None:
+        """Nothing speaks against an implementation."""
+
+    stub = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    patched = ((driver, "_active", stub), (JITFunction, "_do_compile", compile_nothing), (dispatch, "why_not", runs))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
+    for owner, name, value in patched:
+        setattr(owner, name, value)
+    dispatch.kernel.cache_clear()
+    try:
+        yield seen
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        dispatch.kernel.cache_clear()
+        for kernel in used:
+            kernel.device_caches.pop(0, None)
+
+
+def calls(N: int, C: int = 64, K: int = 40, B: int = 2) -> dict[str, Callable[[], Any]]:
+    """One call of every verb, by name, on N tokens."""
+    x, q, meta = torch.randn(B, N, C), torch.randn(B, 4, N, 32), torch.randn(B, K, 32)
+    size, positions = torch.ones(B, N), torch.zeros(N, 3)
+    index = torch.randint(K, (B, N), dtype=torch.int32)
+    plan = sttm.MergePlan(index, K)
+    onward = sttm.MergePlan(torch.zeros(B, K, dtype=torch.int32), 1)
+    few = torch.randn(B, min(N, 256), C).bfloat16()
+    few_meta = torch.randn(B, K, C).bfloat16()
+    groups = (N + 1) // 2
+    token = torch.arange(N, dtype=torch.int32).repeat(B, 1)
+    starts = (2 * torch.arange(groups + 1, dtype=torch.int32)).clamp_max(N).repeat(B, 1)
+    pairs = sttm.MergePlan(token // 2, groups, order=token, offsets=starts)
+    half = torch.randn(B, groups, C)
+    return {
+        "assign": lambda: sttm.assign(q, meta, impl="triton"),
+        "match": lambda: sttm.match(q, N // 2, impl="triton"),
+        "merge": lambda: sttm.merge(x, plan, size, positions, impl="triton"),
+        "merge of a sorted plan": lambda: sttm.merge(x, pairs, size, positions, impl="triton"),
+        "assign_merge": lambda: sttm.assign_merge(few, None, few_meta, impl="triton"),
+        "unmerge": lambda: sttm.unmerge(half, pairs, impl="triton"),
+        "compose": lambda: sttm.compose(plan, onward, impl="triton"),
+        "soft_merge": lambda: sttm.soft_merge(x, q, meta, impl="triton"),
+    }
+
+
+def microseconds(call: Callable[[], Any], repetitions: int) -> tuple[float, float]:
+    """Median and 80th percentile of one call."""
+    for _ in range(20):
+        call()
+    samples = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(samples), statistics.quantiles(samples, n=5)[3]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_overhead", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--repetitions", type=int, default=300)
+    repetitions = parser.parse_args(argv).repetitions
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, triton {triton.__version__}; limit {LIMIT_US:.0f} us")
+    print(f"{'verb':22} {'p50':>7} {'p80':>7} {'with triton':>12} {'launches':>9}")
+    slow = 0
+    with stubbed_driver() as seen, torch.no_grad():
+        for name, call in calls(N=128).items():
+            before = seen.launched
+            call()
+            launches = seen.launched - before
+            through, _ = microseconds(call, repetitions)
+            with launching_instead(lambda *args: None):
+                median, high = microseconds(call, repetitions)
+            over = median > LIMIT_US
+            slow += over
+            print(f"{name:22} {median:7.1f} {high:7.1f} {through:12.1f} {launches:9}{'  <- over the limit' * over}")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

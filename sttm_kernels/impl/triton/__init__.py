@@ -1,0 +1,28 @@
+"""impl="triton": the verbs fused in Triton, for any NVIDIA GPU from sm_80 up; no compiler needed on the machine.
+
+Every function has the arguments and results of its namesake in `impl/eager.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from sttm_kernels.impl.triton.assign import assign as assign
+from sttm_kernels.impl.triton.assign import assign_backward as assign_backward
+from sttm_kernels.impl.triton.match import match as match
+from sttm_kernels.impl.triton.merge import merge as merge
+from sttm_kernels.impl.triton.merge import merge_backward as merge_backward
+from sttm_kernels.impl.triton.soft_merge import soft_merge as soft_merge
+from sttm_kernels.impl.triton.soft_merge import soft_merge_backward as soft_merge_backward
+from sttm_kernels.impl.triton.spatial import assign_merge as assign_merge
+from sttm_kernels.impl.triton.unmerge import compose as compose
+from sttm_kernels.impl.triton.unmerge import unmerge as unmerge
+
+MIN_TRITON = (3, 5)
+
+
+def why_not(verb: str) -> str | None:
+    """The reason why these kernels cannot run `verb` on this installation; None if they can."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"the triton kernels need triton {MIN_TRITON[0]}.{MIN_TRITON[1]}, found {triton.__version__}"
+    return None

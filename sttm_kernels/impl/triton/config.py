@@ -1,0 +1,137 @@
+"""Launch configurations: which architecture a launch is for, what fits its shared memory, which configuration it gets.
+
+No autotuning: every verb keeps a short list of configurations, best first, and takes the first one that fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from sttm_kernels import dispatch
+
+ARCHITECTURES = (80, 90, 100)
+"""Compute capabilities times ten that configurations are written for; a GPU takes those of the highest not above it."""
+
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""KiB of shared memory that one program may have, by compute capability times ten."""
+
+MAX_INT32 = 2**31 - 1
+
+INTERPRET = dispatch.interpreting()
+"""Passed to kernels as a constexpr where the interpreter needs other code: it cannot multiply bfloat16."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched: warps per program, software pipeline stages, and its block sizes by argument name."""
+
+    num_warps: int
+    num_stages: int
+    blocks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One way in which a kernel is compiled, with everything that the compiler must know and nothing else.
+
+    Attributes:
+        name: verb, dtype and case, for tables and test names.
+        kernel: the `triton.jit` function.
+        signature: type of every argument by name, as Triton writes it: "*bf16", "i32", "fp32", "constexpr".
+        constexprs: value of every argument of type "constexpr", None included.
+        divisible: names of the pointers and integers known to be multiples of 16.
+        expect_dot: tensor-core instructions must appear in its code.
+        archs: the architectures that launch it.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: frozenset[str] = field(default_factory=frozenset)
+    num_warps: int = 4
+    num_stages: int = 3
+    expect_dot: bool = False
+    archs: tuple[int, ...] = ARCHITECTURES
+
+
+_forced: dict[str, Config] = {}
+_forced_arch: list[int] = []
+
+
+@cache
+def _capability(device_index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability times ten of the GPU; 80 under the interpreter and for tensors without data."""
+    if _forced_arch:
+        return _forced_arch[-1]
+    return _capability(device.index) if device.type == "cuda" else ARCHITECTURES[0]
+
+
+def architecture(device: torch.device) -> int:
+    """The member of ARCHITECTURES whose configurations this device takes."""
+    found = capability(device)
+    return max(arch for arch in ARCHITECTURES if arch <= found)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    found = capability(device)
+    known = max(cap for cap in SHARED_MEMORY if cap <= found)
+    return 1024 * SHARED_MEMORY[known]
+
+
+def fits(bytes_needed: int, device: torch.device) -> bool:
+    return bytes_needed <= shared_memory(device)
+
+
+def pick(
+    name: str, candidates: Sequence[Config], device: torch.device, bytes_needed: Callable[[Config], int] | None = None
+) -> Config:
+    """The first of `candidates` (best first) that fits the shared memory of the device; the last one if none does.
+
+    Cheap; not to be cached by device, because tests force the architecture.
+
+    Args:
+        name: of the kernel without `_kernel`; a test may force its configuration.
+        bytes_needed: shared memory of one program under a configuration: `num_stages` copies of every tile that is
+            streamed into a dot, plus what stays resident.
+    """
+    if _forced and name in _forced:
+        return _forced[name]
+    if bytes_needed is None:
+        return candidates[0]
+    limit = shared_memory(device)
+    return next((config for config in candidates if bytes_needed(config) <= limit), candidates[-1])
+
+
+@contextlib.contextmanager
+def forced(name: str, num_warps: int = 4, num_stages: int = 1, **blocks: int) -> Iterator[None]:
+    """Within it `pick(name, ...)` returns this configuration: small blocks, so that small tests cross many tiles."""
+    before = dict(_forced)
+    _forced[name] = Config(num_warps, num_stages, blocks)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextlib.contextmanager
+def forced_architecture(arch: int) -> Iterator[None]:
+    """Within it every device counts as one of this compute capability (times ten)."""
+    _forced_arch.append(arch)
+    try:
+        yield
+    finally:
+        _forced_arch.pop()

@@ -1,0 +1,338 @@
+"""match: every src finds its most similar dst, the best r merge, and the index map and its CSR follow on the device.
+
+`nearest_kernel` streams the dst of a tile of src and keeps the best; `select_kernel`, one program per batch item, finds
+the r-th highest score by four passes over the digits of its bits, numbers the groups, and up to `ONE_PROGRAM` tokens
+sorts the tokens by group: two launches, three with `merge`. Two things take more: the mean over heads is taken by a
+launch of its own when several programs would read it again, and longer sequences are sorted by `csr.sort_chunks`.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.similarity import (
+    alignment_of,
+    features,
+    heads,
+    inverse_norm,
+    layout,
+    power_of_two,
+    precision,
+    products,
+    sum_of_squares,
+)
+
+NO_PARTNER = tl.constexpr(-1)
+"""In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token."""
+IS_DST = tl.constexpr(-2)
+IS_PREFIX = tl.constexpr(-3)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b", "stride_h", "stride_n"], do_not_specialize_on_alignment=["stride_d"])
+def mean_over_heads_kernel(
+    metric, stride_b, stride_h, stride_n, stride_d, mean, N,
+    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of tokens."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (n < N)[:, None]
+    row = (n.to(tl.int64) * aligned(stride_n, ALIGN))[:, None]
+    at = metric + item * aligned(stride_b, ALIGN) + row
+    for start in range(0, D, BLOCK_D):
+        tile = features(at, inside, start, stride_d, aligned(stride_h, ALIGN), D, HEADS, WIDEN, BLOCK_D)
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        tl.store(mean + (item * N + n[:, None]) * D + d, tile, mask=inside & (d < D))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "windows", "num_src", "num_dst", "num_prefix", "stride_b", "stride_h", "stride_n", "stride_src",
+        "stride_dst",
+    ],
+    do_not_specialize_on_alignment=["stride_d"],
+)  # fmt: skip
+def nearest_kernel(
+    metric, stride_b, stride_h, stride_n, stride_d,
+    src, stride_src, dst, stride_dst, score, partner,
+    N, windows, num_src, num_dst, num_prefix,
+    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of the src of a window. A similarity that is not a number counts as -inf.
+
+    Every token gets a score and a partner: dst and prefix tokens are shared out among the programs.
+    """
+    tiles = tl.maximum(tl.cdiv(num_src, BLOCK_S), 1)
+    tile = tl.program_id(0) % tiles
+    window = tl.program_id(0) // tiles % windows
+    item = (tl.program_id(0) // tiles // windows).to(tl.int64)
+    score += item * N
+    partner += item * N
+    metric += item * aligned(stride_b, ALIGN)
+    head, step = aligned(stride_h, ALIGN), aligned(stride_n, ALIGN).to(tl.int64)
+    first_dst = num_prefix + 1 - num_prefix % 2
+    if src is not None:
+        src += item * stride_src + window * num_src
+        dst += item * stride_dst + window * num_dst
+        any_dst = tl.load(dst, mask=num_dst > 0, other=-1) >= 0
+    else:
+        any_dst = num_dst > 0
+
+    s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    token = _token(src, s, num_src, num_prefix + num_prefix % 2, N)
+    inside = (token >= 0)[:, None]
+    own_at = metric + (token * step)[:, None]
+    own = 0
+    if D <= BLOCK_D:
+        own = features(own_at, inside, 0, stride_d, head, D, HEADS, WIDEN, BLOCK_D)
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK_S], tl.int32)
+    for start in range(0, num_dst, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        other = _token(dst, t, num_dst, first_dst, N)
+        real = other >= 0
+        dot, sq = products(
+            own, own_at, inside, stride_d, head, metric + (other * step)[:, None], real[:, None], stride_d, head,
+            D, HEADS, HEADS, True, PRECISION, WIDEN, BLOCK_S, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+        S = dot * inverse_norm(sq)[None, :]
+        S = tl.where(real[None, :] & (S == S), S, float("-inf"))
+        top = tl.max(S, 1)
+        at = tl.min(tl.where(S == top[:, None], t[None, :], 2147483647), 1)
+        higher = top > best  # strictly, and the lowest t within a tile: a tie goes to the lowest dst
+        best = tl.where(higher, top, best)
+        best_at = tl.where(higher, at, best_at)
+
+    best *= inverse_norm(sum_of_squares(own_at, inside, stride_d, head, D, HEADS, WIDEN, BLOCK_S, BLOCK_D))
+    best = tl.where(any_dst & (best == best), best, float("-inf"))
+    chosen = tl.where(any_dst, _token(dst, best_at, num_dst, first_dst, N), NO_PARTNER)
+    tl.store(score + token, best, mask=token >= 0)
+    tl.store(partner + token, chosen.to(tl.int32), mask=token >= 0)
+
+    for start in range(tile * BLOCK_S, num_dst, tiles * BLOCK_S):
+        t = start + tl.arange(0, BLOCK_S)
+        _mark(score, partner, _token(dst, t, num_dst, first_dst, N), IS_DST)
+    if tile + window == 0:
+        for start in range(0, num_prefix, BLOCK_S):
+            n = start + tl.arange(0, BLOCK_S)
+            _mark(score, partner, tl.where(n < num_prefix, n, -1).to(tl.int64), IS_PREFIX)
+
+
+@triton.jit
+def _token(tokens, at, count, first, N):
+    """Tokens `at` these places of a list, int64; without a list every second one from `first` on. -1 outside."""
+    inside = at < count
+    if tokens is not None:
+        token = tl.load(tokens + at, mask=inside, other=-1)
+    else:
+        token = tl.where(inside, first + 2 * at, -1)
+    return tl.where((token >= 0) & (token < N), token, -1).to(tl.int64)
+
+
+@triton.jit
+def _mark(score, partner, token, kind):
+    here = token >= 0
+    tl.store(score + token, tl.full(token.shape, float("-inf"), tl.float32), mask=here)
+    tl.store(partner + token, tl.full(token.shape, kind, tl.int32), mask=here)
+
+
+@triton.jit
+def _candidates(score, partner, start, N, BLOCK: tl.constexpr):
+    """Tokens from `start` on: their partner, and as unsigned integers in the same order their scores."""
+    n = start + tl.arange(0, BLOCK)
+    other = tl.load(partner + n, mask=n < N, other=IS_PREFIX)
+    value = tl.load(score + n, mask=n < N, other=float("-inf"))
+    value = tl.where(value == 0, 0.0, value)  # -0 equals 0
+    bits = value.to(tl.uint32, bitcast=True)
+    sign = tl.full(bits.shape, 0x80000000, tl.uint32)
+    ones = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
+    return n, other, bits ^ tl.where((bits & sign) != 0, ones, sign)
+
+
+@triton.jit(do_not_specialize=["N", "r", "num_prefix", "sorting"])
+def select_kernel(
+    score, partner, index, rank, cursor, order, offsets, N, r, num_prefix, sorting,
+    BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One program per batch item. Sorts the tokens by group if `sorting`."""
+    item = tl.program_id(0).to(tl.int64)
+    K = N - r
+    score += item * N
+    partner += item * N
+    index += item * N
+
+    # The r-th highest score, digit by digit, and how many of the tokens that have exactly it are among the r.
+    need = r
+    num_dst = 0
+    threshold = tl.full([], 0, tl.uint32)
+    digits = tl.arange(0, 256)
+    for step in tl.static_range(4):
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, N, BLOCK):
+            _, other, key = _candidates(score, partner, start, N, BLOCK)
+            live = other >= 0
+            if step == 0:
+                num_dst += tl.sum((other == IS_DST).to(tl.int32), 0)
+            else:
+                live = live & (key >> (32 - 8 * step) == threshold)
+            counts += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=live)
+        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        digit = tl.maximum(tl.sum((at_least >= need).to(tl.int32), 0) - 1, 0)
+        need -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        threshold = (threshold << 8) | digit.to(tl.uint32)
+
+    # Groups of all tokens but the merged ones, which take that of their partner once it is written.
+    first_dst = K - num_dst
+    ties, unmerged, dst = 0, 0, 0
+    for start in range(0, N, BLOCK):
+        n, other, key = _candidates(score, partner, start, N, BLOCK)
+        tie = (other >= 0) & (key == threshold)
+        tie_rank = ties + tl.cumsum(tie.to(tl.int32), 0)
+        merges = ((other >= 0) & (key > threshold)) | (tie & (tie_rank <= need))
+        is_dst = other == IS_DST
+        stays = (other >= NO_PARTNER) & (merges == 0)
+        counted = tl.cumsum(is_dst.to(tl.int32) * 65536 + stays.to(tl.int32), 0)
+        group = tl.where(is_dst, first_dst + dst + (counted >> 16) - 1, num_prefix + unmerged + (counted & 65535) - 1)
+        group = tl.minimum(tl.where(other == IS_PREFIX, n, group), K - 1)
+        tl.store(index + n, tl.where(merges, -1, group), mask=n < N)
+        ties += tl.sum(tie.to(tl.int32), 0)
+        unmerged += tl.sum(stays.to(tl.int32), 0)
+        dst += tl.sum(is_dst.to(tl.int32), 0)
+    tl.debug_barrier()
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        merged = tl.load(index + n, mask=n < N, other=0) < 0
+        other = tl.load(partner + n, mask=merged, other=0)
+        tl.store(index + n, tl.load(index + other, mask=merged, other=0), mask=merged)
+    tl.debug_barrier()
+    if sorting != 0:
+        sort_tokens(
+            index, rank + item * N, cursor + item * (K + 1), order + item * N, offsets + item * (K + 1), N, K,
+            BLOCK, BLOCK_PAIRS,
+        )  # fmt: skip
+
+
+READ_AGAIN = 2
+"""The most programs per batch item that each take the mean over heads of all dst."""
+RESIDENT = 128
+"""Features that a tile of src keeps on chip; with more, both sides are read block by block for every tile."""
+
+
+@cache
+def _nearest_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tuple[Config, ...]:
+    if exact:
+        shapes = [(8, 2, 64, 64, 16)]
+    elif D <= RESIDENT:
+        shapes = [(4, 3, 64, 128 if arch < 100 else 64, power_of_two(D)), (4, 2, 64, 64, power_of_two(D))]
+    else:
+        width = 64 if dtype != torch.float32 else 32
+        shapes = [(8, 3, 128, 128 if arch >= 90 else 64, width), (4, 3, 64, 64, width)]
+    return tuple(Config(w, st, {"BLOCK_S": s, "BLOCK_T": t, "BLOCK_D": d}) for w, st, s, t, d in shapes)
+
+
+def _shared_nearest(config: Config, element: int, D: int) -> int:
+    s, t, d = (config.blocks[name] for name in ("BLOCK_S", "BLOCK_T", "BLOCK_D"))
+    if d >= D:
+        return element * d * (s + config.num_stages * t)
+    return element * d * (s + t) * config.num_stages
+
+
+def _mean_over_heads(metric: Tensor) -> Tensor:
+    B, H, N, D = metric.shape
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    mean = metric.new_empty((B, N, D), dtype=torch.float32 if INTERPRET else metric.dtype)
+    block_d = min(power_of_two(D), 128)
+    config = pick("mean_over_heads", _mean_configs(block_d), metric.device)
+    launch(
+        mean_over_heads_kernel,
+        (B * -(-N // config.blocks["BLOCK_N"]),),
+        metric, *layout(metric), mean, N,
+        config=config, D=D, HEADS=H, ALIGN=alignment_of(metric), WIDEN=INTERPRET,
+    )  # fmt: skip
+    return mean
+
+
+@cache
+def _mean_configs(block_d: int) -> tuple[Config, ...]:
+    return (Config(4, 1, {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d}),)
+
+
+def match(
+    metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+    if src is None or dst is None:
+        windows, num_src, num_dst = (
+            1,
+            (N - num_prefix + 1 - num_prefix % 2) // 2,
+            (N - num_prefix + num_prefix % 2) // 2,
+        )
+        lists: tuple[Tensor | int | None, ...] = (None, 0, None, 0)
+    else:
+        src, dst = src.contiguous(), dst.contiguous()
+        windows, num_src, num_dst = src.shape[1], src.shape[2], dst.shape[2]
+        lists = (src, src.stride(0) * (src.shape[0] > 1), dst, dst.stride(0) * (dst.shape[0] > 1))
+    rounding = precision(metric.dtype)
+    element = metric.element_size()
+    config = pick(
+        "nearest",
+        _nearest_configs(metric.dtype, rounding == "ieee", D, architecture(metric.device)),
+        metric.device,
+        lambda config: _shared_nearest(config, element, D),
+    )
+    tiles = max(1, -(-num_src // config.blocks["BLOCK_S"]))
+    if metric.dim() == 4 and tiles > READ_AGAIN:
+        metric = _mean_over_heads(metric)
+
+    score = metric.new_empty((B, N), dtype=torch.float32)
+    partner, index, order = (metric.new_empty((B, N), dtype=torch.int32) for _ in range(3))
+    offsets = index.new_empty((B, N - r + 1))
+    launch(
+        nearest_kernel,
+        (B * windows * tiles,),
+        metric, *layout(metric), *lists, score, partner, N, windows, num_src, num_dst, num_prefix,
+        config=config, D=D, HEADS=heads(metric), ALIGN=alignment_of(metric), PRECISION=rounding, WIDEN=INTERPRET,
+    )  # fmt: skip
+    sorting = N <= ONE_PROGRAM
+    rank, cursor = (torch.empty_like(order), torch.empty_like(offsets)) if sorting else (order, offsets)
+    args = (score, partner, index, rank, cursor, order, offsets, N, r, num_prefix, int(sorting))
+    launch(select_kernel, (B,), *args, config=pick("select", (SORT,), metric.device))
+    if not sorting:
+        sort_chunks(index, order, offsets)
+    return index, score, order, offsets
+
+
+def specializations() -> list[Specialization]:
+    """Every way the kernels of this file are compiled for the shapes that models use."""
+    found = []
+    for arch in ARCHITECTURES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            dots = () if precision(dtype) == "ieee" else ("nearest_kernel",)
+            for D in (64, 80, 88, 128, 1024):
+                found += recorded(
+                    f"match {dtype} D={D}".replace("torch.", ""),
+                    partial(_example, dtype, D),
+                    arch,
+                    dots,
+                )
+    return found
+
+
+def _example(dtype: torch.dtype, D: int) -> None:
+    lists = [torch.empty((1, 4, count), dtype=torch.int32, device="meta") for count in (32, 17)]
+    match(torch.empty((2, 197, D), dtype=dtype, device="meta"), None, None, 8, 1)
+    match(torch.empty((2, 197, D), dtype=dtype, device="meta"), lists[0], lists[1], 8, 1)
+    if D == 64:
+        match(torch.empty((2, 16, 197, D), dtype=dtype, device="meta"), None, None, 8, 1)
+        match(torch.empty((2, 16, 784, D), dtype=dtype, device="meta"), None, None, 8, 1)

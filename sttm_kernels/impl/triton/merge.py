@@ -1,0 +1,660 @@
+"""merge: features, positions, counts and masses of each group in one pass over x; and the way back.
+
+`merge_kernel` takes the tokens of each group from a CSR, which `match` supplies and `csr` makes of any other index. A
+program owns a few groups and a slice of the channels. It walks through its groups side by side, one token of each at a
+time, and then through what long groups have left, many tokens of one at a time: everything is added up in float32, in
+an order that depends on the group alone.
+
+`merge_few_kernel` is for few groups and half precision without a CSR: a product with the weighted one-hot matrix on
+tensor cores, one launch. The way back is a gather by `merge_backward_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.csr import csr
+from sttm_kernels.impl.triton.launch import aligned, alignment, launch, recorded
+from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two, product
+
+MAX_FEW = 128
+"""The most groups, and MAX_FEW_TOKENS the most tokens, that are merged by a one-hot product."""
+MAX_FEW_TOKENS = 4096
+LONG_GROUPS = 16
+"""Tokens per group on average from which on a program owns fewer groups and takes more tokens of each at a time."""
+
+_EXTENTS = ["N", "K", "stride_xb", "stride_xn", "stride_pb", "stride_fb", "stride_gb", "stride_qb"]
+
+
+@triton.jit
+def _weights(weight, size, n, inside):
+    """w_n = size_n weight_n and size_n, which are 1 unless given; 0 outside."""
+    ones = inside.to(tl.float32)
+    count, w = ones, ones
+    if size is not None:
+        count = tl.load(size + n, mask=inside, other=0.0)
+        w = count
+    if weight is not None:
+        w = w * tl.load(weight + n, mask=inside, other=0.0)
+    return w, count
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rest_of_group(
+    x_at, step, order, weight, size, positions, tokens, start, end, c, p, lead,
+    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """What the tokens at [start, end) of `order` add to their group: features, mass, count, positions."""
+    total = tl.full([BLOCK_C], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+    mass = tl.zeros([BLOCK_R], tl.float32)
+    count = tl.zeros([BLOCK_R], tl.float32)
+    position = tl.zeros([BLOCK_P], tl.float32)
+    for first in range(start, end, BLOCK_R):
+        i = first + tl.arange(0, BLOCK_R)
+        here = i < end
+        n = tl.load(order + i, mask=here, other=0)
+        w, one = _weights(weight, size, tokens + n, here)
+        mass += w
+        count += one
+        if REDUCE != "first":
+            at = x_at + (n.to(tl.int64) * step)[:, None]
+            value = tl.load(at, mask=here[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+            if REDUCE == "max":
+                value = tl.where(here[:, None], value, float("-inf"))
+                total = _larger(total, tl.reduce(value, 0, _larger))
+            else:
+                total += tl.sum(w[:, None] * value, 0)
+        if P > 0:
+            at_position = positions + n.to(tl.int64)[:, None] * P + p[None, :]
+            place = tl.load(at_position, mask=here[:, None] & (p < P)[None, :] & lead, other=0.0)
+            position += tl.sum(w[:, None] * place, 0)
+    return total, tl.sum(mass, 0), tl.sum(count, 0), position
+
+
+@triton.jit
+def _store_groups(
+    y, size_out, positions_out, mass_out, fill,
+    total, mass, count, position, group, k, c, p, inside, lead,
+    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Writes groups `group` = b K + k: y from the sums `total`, and if `lead` what has no channels."""
+    empty = mass == 0
+    divisor = tl.where(empty, 1.0, mass)
+    if REDUCE == "mean":
+        total = total / divisor[:, None]
+    here = inside[:, None] & (c < C)[None, :]
+    replacement = tl.zeros(total.shape, tl.float32)
+    if fill is not None:
+        replacement = tl.load(
+            fill + k.to(tl.int64)[:, None] * C + c[None, :], mask=here & empty[:, None], other=0.0
+        ).to(tl.float32)
+    total = tl.where(empty[:, None], replacement, total)
+    tl.store(y + group[:, None] * C + c[None, :], total.to(y.dtype.element_ty), mask=here)
+    if P > 0:
+        mean = tl.where(empty[:, None], 0.0, position / divisor[:, None])
+        at = positions_out + group[:, None] * P + p[None, :]
+        tl.store(at, mean, mask=inside[:, None] & (p < P)[None, :] & lead)
+    tl.store(size_out + group, count, mask=inside & lead)
+    tl.store(mass_out + group, mass, mask=inside & lead)
+
+
+@triton.jit(do_not_specialize=_EXTENTS[:6], do_not_specialize_on_alignment=["stride_xc"])
+def merge_kernel(
+    x, stride_xb, stride_xn, stride_xc, order, offsets, weight, size,
+    positions, stride_pb, fill, stride_fb,
+    y, size_out, positions_out, mass_out, N, K,
+    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program per block of groups and slice of channels; those of the first slice write what has no channels."""
+    tiles = tl.cdiv(K, BLOCK_K)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    lead = tl.program_id(1) == 0
+    x_at = x + item * aligned(stride_xb, ALIGN) + (c.to(tl.int64) * stride_xc)[None, :]
+    step = aligned(stride_xn, ALIGN)
+    order += item * N
+    offsets += item * (K + 1)
+    tokens = item * N
+    if P > 0:
+        positions += item * stride_pb
+    begin = tl.load(offsets + k, mask=k < K, other=0)
+    length = tl.load(offsets + k + 1, mask=k < K, other=0) - begin
+
+    total = tl.full([BLOCK_K, BLOCK_C], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+    mass = tl.zeros([BLOCK_K], tl.float32)
+    count = tl.zeros([BLOCK_K], tl.float32)
+    position = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
+    longest = tl.max(length, 0)
+    for i in range(tl.minimum(longest, STEPS)):
+        here = i < length
+        n = tl.load(order + begin + i, mask=here, other=0)
+        w, one = _weights(weight, size, tokens + n, here)
+        mass += w
+        count += one
+        read = here
+        if REDUCE == "first":
+            read = here & (i == 0)
+        at = x_at + (n.to(tl.int64) * step)[:, None]
+        value = tl.load(at, mask=read[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        if REDUCE == "max":
+            total = tl.where(here[:, None], _larger(total, value), total)
+        elif REDUCE == "first":
+            total += value
+        elif weight is None and size is None:
+            total += value
+        else:
+            total += w[:, None] * value
+        if P > 0:
+            at_position = positions + n.to(tl.int64)[:, None] * P + p[None, :]
+            place = tl.load(at_position, mask=here[:, None] & (p < P)[None, :] & lead, other=0.0)
+            position += w[:, None] * place
+    if longest > STEPS:
+        for j in range(BLOCK_K):
+            start = tl.load(offsets + first + j, mask=first + j < K, other=0) + STEPS
+            end = tl.load(offsets + first + j + 1, mask=first + j < K, other=0)
+            if start < end:
+                mine = tl.arange(0, BLOCK_K) == j
+                rest, rest_mass, rest_count, rest_position = _rest_of_group(
+                    x_at, step, order, weight, size, positions, tokens,
+                    start, end, c, p, lead, REDUCE, C, P, BLOCK_R, BLOCK_C, BLOCK_P,
+                )  # fmt: skip
+                if REDUCE == "max":
+                    rest = _larger(total, rest[None, :])
+                else:
+                    rest = total + rest[None, :]
+                total = tl.where(mine[:, None], rest, total)
+                mass = tl.where(mine, mass + rest_mass, mass)
+                count = tl.where(mine, count + rest_count, count)
+                position = tl.where(mine[:, None], position + rest_position[None, :], position)
+    if fill is not None:
+        fill += item * stride_fb
+    _store_groups(
+        y, size_out, positions_out, mass_out, fill,
+        total, mass, count, position, item * K + k, k, c, p, k < K, lead, REDUCE, C, P,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_EXTENTS[:6], do_not_specialize_on_alignment=["stride_xc"])
+def merge_few_kernel(
+    x, stride_xb, stride_xn, stride_xc, index, weight, size,
+    positions, stride_pb, fill, stride_fb,
+    y, size_out, positions_out, mass_out, N, K,
+    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per block of groups and slice of channels streams all tokens.
+
+    A token's share w_n / mass_k goes into the product as the sum of two numbers of x's dtype, so that it keeps twice
+    its digits. A feature that is not finite would spoil every group of its channel (0 times NaN is NaN): if a sum is
+    not finite, the program adds up again token by token.
+    """
+    tiles = tl.cdiv(K, BLOCK_K)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    lead = tl.program_id(1) == 0
+    x_at = x + item * aligned(stride_xb, ALIGN) + (c.to(tl.int64) * stride_xc)[None, :]
+    step = aligned(stride_xn, ALIGN).to(tl.int64)
+    tokens = item * N
+
+    mass = tl.zeros([BLOCK_K], tl.float32)
+    count = tl.zeros([BLOCK_K], tl.float32)
+    position = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        group = tl.load(index + tokens + n, mask=n < N, other=-1)
+        member = group[None, :] == tl.where(k < K, k, -2)[:, None]
+        w, one = _weights(weight, size, tokens + n, n < N)
+        mass += tl.sum(tl.where(member, w[None, :], 0.0), 1)
+        count += tl.sum(tl.where(member, one[None, :], 0.0), 1)
+        if P > 0:
+            for i in range(tl.where(lead, P, 0)):
+                value = w * tl.load(positions + item * stride_pb + n.to(tl.int64) * P + i, mask=n < N, other=0.0)
+                value = tl.sum(tl.where(member, value[None, :], 0.0), 1)
+                position += tl.where((p == i)[None, :], value[:, None], 0.0)
+
+    share = 1.0 / tl.where(mass == 0, 1.0, mass)
+    total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        group = tl.load(index + tokens + n, mask=n < N, other=-1)
+        member = group[None, :] == tl.where(k < K, k, -2)[:, None]
+        value = tl.load(x_at + (n * step)[:, None], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+        if weight is None and size is None:
+            total = product(member.to(tl.float32).to(value.dtype), value, total, "tf32", WIDEN)
+        else:
+            w, one = _weights(weight, size, tokens + n, n < N)
+            shares = tl.where(member, share[:, None] * w[None, :], 0.0)
+            high = shares.to(value.dtype)
+            low = (shares - high.to(tl.float32)).to(value.dtype)
+            total = product(high, value, total, "tf32", WIDEN)
+            total = product(low, value, total, "tf32", WIDEN)
+    if weight is None and size is None:
+        total *= share[:, None]
+
+    spoiled = tl.zeros([BLOCK_K], tl.int32)
+    for _ in range(0, N, N):  # one round: Triton 3.7 cannot lay out this sum for sm_100 outside of a loop
+        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
+    if tl.sum(spoiled, 0) > 0:
+        total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+        for n in range(N):
+            mine = tl.load(index + tokens + n) == k
+            w, one = _weights(weight, size, tokens + n, n < N)
+            value = tl.load(x_at + n * step, mask=(c < C)[None, :], other=0.0).to(tl.float32)
+            total = tl.where(mine[:, None], total + w * value, total)
+        total *= share[:, None]
+    if REDUCE == "sum":
+        total *= mass[:, None]
+    if fill is not None:
+        fill += item * stride_fb
+    _store_groups(
+        y, size_out, positions_out, mass_out, fill,
+        total, mass, count, position, item * K + k, k, c, p, k < K, lead, "sum", C, P,
+    )  # fmt: skip
+
+
+def _channels(C: int) -> int:
+    return min(power_of_two(C), 256)
+
+
+@cache
+def _merge_configs(C: int, P: int, long: bool, element: int, arch: int) -> tuple[Config, ...]:
+    """Tiles small enough that nothing spills: the compiler aims at many programs per SM, lowest on sm_100."""
+    block_c, block_p = _channels(C), power_of_two(max(P, 1), 1)
+    if long:
+        groups, rows, steps = 1, (4096 if arch < 100 else 2048) // block_c, 1
+    else:
+        rows = (2048 if element == 2 and arch < 100 else 1024) // block_c
+        groups, steps = rows, 8
+    blocks = {"BLOCK_K": groups, "BLOCK_R": rows, "BLOCK_C": block_c, "BLOCK_P": block_p, "STEPS": steps}
+    return (Config(4, 1, blocks),)
+
+
+@cache
+def _few_configs(C: int, P: int) -> tuple[Config, ...]:
+    blocks = {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_C": min(power_of_two(C), 128), "BLOCK_P": power_of_two(max(P, 1), 1)}
+    return (Config(4, 3, blocks), Config(4, 2, blocks))
+
+
+def _shared_few(config: Config) -> int:
+    blocks = config.blocks
+    return 2 * blocks["BLOCK_N"] * (config.num_stages * blocks["BLOCK_C"] + 2 * blocks["BLOCK_K"])
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _items(t: Tensor | None) -> tuple[Tensor | None, int]:
+    """(B, rows, columns) with contiguous items, which may all be the same one, and the stride from item to item."""
+    if t is None:
+        return None, 0
+    if t.stride(2) != 1 or t.stride(1) != t.shape[2]:
+        t = t.contiguous()
+    return t, t.stride(0)
+
+
+def merge(
+    x: Tensor,
+    index: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    fill: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
+    y = x.new_empty((B, K, C))
+    size_out, mass = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
+    positions_out = x.new_empty((B, K, P), dtype=torch.float32)
+    weight, size = _dense(weight), _dense(size)
+    features = (*_items(positions), *_items(fill), y, size_out, positions_out, mass, N, K)
+    constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment_of(x)}
+    given = order is not None and offsets is not None
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if not given and half and reduce in ("mean", "sum") and K <= MAX_FEW and N <= MAX_FEW_TOKENS:
+        config = pick("merge_few", _few_configs(C, P), x.device, _shared_few)
+        grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
+        args = (x, *x.stride(), index.contiguous(), weight, size, *features)
+        launch(merge_few_kernel, grid, *args, config=config, WIDEN=INTERPRET, **constants)
+        return y, size_out, positions_out, mass
+    order, offsets = _groups(index, K, order, offsets)
+    arch = architecture(x.device)
+    config = pick("merge", _merge_configs(C, P, N >= LONG_GROUPS * K, x.element_size(), arch), x.device)
+    grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
+    args = (x, *x.stride(), order, offsets, weight, size, *features)
+    launch(merge_kernel, grid, *args, config=config, **constants)
+    return y, size_out, positions_out, mass
+
+
+def _groups(index: Tensor, num_groups: int, order: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    if order is None or offsets is None:
+        return csr(index.contiguous(), num_groups)
+    return order.contiguous(), offsets.contiguous()
+
+
+@triton.jit(
+    do_not_specialize=[one for one in _EXTENTS if one != "stride_fb"], do_not_specialize_on_alignment=["stride_xc"]
+)
+def merge_backward_kernel(
+    grad_y, stride_gb, grad_size, grad_positions, stride_qb,
+    x, stride_xb, stride_xn, stride_xc, index, order, offsets, weight, size,
+    positions, stride_pb, mass,
+    grad_x, grad_weight, grad_size_in, grad_positions_in, dot_out, N, K,
+    REDUCE: tl.constexpr, CENTRED: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program per block of tokens. What is None is not wanted.
+
+    grad_x_n = (w_n / mass_k) g_k for "mean", w_n g_k for "sum", g_k of the first token for "first"; nothing for "max".
+    The gradient of w_n is written unless CENTRED: then the products it is made of go to `dot_out` (2, B, N), one plane
+    for those from which `centre_kernel` takes their mean over the group, and one for the others.
+    """
+    tiles = tl.cdiv(N, BLOCK_N)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = item * N + n
+    k = tl.load(index + token, mask=n < N, other=-1)
+    member = (k >= 0) & (k < K)
+    w, one = _weights(weight, size, token, member)
+    group_mass = tl.load(mass + item * K + k, mask=member, other=0.0)
+    full = group_mass != 0
+    share = tl.where(full, w / tl.where(full, group_mass, 1.0), 0.0)
+    coefficient = tl.where(full, w, 0.0)
+    if REDUCE == "mean":
+        coefficient = share
+    if REDUCE == "first":
+        head = tl.load(offsets + item * (K + 1) + k, mask=member, other=0)
+        head = tl.load(order + item * N + head, mask=member, other=-1)
+        coefficient = (full & (head == n)).to(tl.float32)
+    row = k.to(tl.int64)[:, None]
+
+    WANTS_W: tl.constexpr = (grad_weight is not None) or (grad_size_in is not None)
+    LINEAR: tl.constexpr = (REDUCE == "mean") or (REDUCE == "sum")
+    dot = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    if grad_x is not None or (WANTS_W and LINEAR and grad_y is not None):
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            inside = (c < C)[None, :]
+            g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+            if grad_y is not None:
+                at = grad_y + item * aligned(stride_gb, ALIGN_G) + row * C + c[None, :]
+                g = tl.load(at, mask=full[:, None] & inside, other=0.0).to(tl.float32)
+            if WANTS_W and LINEAR and grad_y is not None:
+                at = x + item * aligned(stride_xb, ALIGN) + n.to(tl.int64)[:, None] * aligned(stride_xn, ALIGN)
+                at += c.to(tl.int64)[None, :] * stride_xc
+                dot += g * tl.load(at, mask=full[:, None] & inside, other=0.0).to(tl.float32)
+            if grad_x is not None:
+                value = (coefficient[:, None] * g).to(grad_x.dtype.element_ty)
+                tl.store(grad_x + token[:, None] * C + c[None, :], value, mask=(n < N)[:, None] & inside)
+    moved = tl.zeros([BLOCK_N], tl.float32)
+    if P > 0:
+        p = tl.arange(0, BLOCK_P)
+        inside = full[:, None] & (p < P)[None, :]
+        g = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        if grad_positions is not None:
+            at = grad_positions + item * stride_qb + row * P + p[None, :]
+            g = tl.load(at, mask=inside, other=0.0)
+        if grad_positions_in is not None:
+            at = grad_positions_in + token[:, None] * P + p[None, :]
+            tl.store(at, share[:, None] * g, mask=(n < N)[:, None] & (p < P)[None, :])
+        if WANTS_W and CENTRED:
+            at = positions + item * stride_pb + n.to(tl.int64)[:, None] * P + p[None, :]
+            moved = tl.sum(g * tl.load(at, mask=inside, other=0.0), 1)
+    if WANTS_W:
+        plain = tl.sum(dot, 1)
+        if CENTRED:
+            if REDUCE == "mean":
+                moved += plain
+            elif REDUCE == "sum":
+                tl.store(dot_out + (tl.num_programs(0) // tiles).to(tl.int64) * N + token, plain, mask=n < N)
+            tl.store(dot_out + token, moved, mask=n < N)
+        mine = n < N
+        if CENTRED:
+            mine = mine & (member == 0)
+        _store_weight_grads(
+            plain, grad_size, weight, size, grad_weight, grad_size_in, token, item * K + k, mine, member
+        )
+
+
+@triton.jit
+def _store_weight_grads(
+    grad_w, grad_size, weight, size, grad_weight, grad_size_in, token, group, inside, member
+):  # fmt: skip
+    """dL/dweight_n = size_n dL/dw_n and dL/dsize_n = weight_n dL/dw_n + dL/dsize'_k."""
+    if grad_weight is not None:
+        value = grad_w
+        if size is not None:
+            value = value * tl.load(size + token, mask=member, other=0.0)
+        tl.store(grad_weight + token, tl.where(member, value, 0.0), mask=inside)
+    if grad_size_in is not None:
+        value = grad_w
+        if weight is not None:
+            value = value * tl.load(weight + token, mask=member, other=0.0)
+        if grad_size is not None:
+            value += tl.load(grad_size + group, mask=member, other=0.0)
+        tl.store(grad_size_in + token, tl.where(member, value, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def centre_kernel(
+    dot, order, offsets, weight, size, mass, grad_size, grad_weight, grad_size_in, N, K,
+    REDUCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per block of groups: dL/dw_n = (dot_n - sum_m w_m dot_m / mass_k) / mass_k + the second plane.
+
+    This is <g_k, x_n - y_k> / mass_k without the rounding error of y.
+    """
+    tiles = tl.cdiv(K, BLOCK_K)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    second = (tl.num_programs(0) // tiles).to(tl.int64) * N
+    k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    begin = tl.load(offsets + item * (K + 1) + k, mask=k < K, other=0)[:, None]
+    length = tl.load(offsets + item * (K + 1) + k + 1, mask=k < K, other=0)[:, None] - begin
+    group_mass = tl.load(mass + item * K + k, mask=k < K, other=0.0)[:, None]
+    full = group_mass != 0
+    inverse = tl.where(full, 1.0 / tl.where(full, group_mass, 1.0), 0.0)
+    longest = tl.max(tl.max(length, 1), 0)
+    at = tl.arange(0, BLOCK_R)[None, :]
+    total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    for start in range(0, longest, BLOCK_R):
+        here = start + at < length
+        token = item * N + tl.load(order + item * N + begin + start + at, mask=here, other=0)
+        w, one = _weights(weight, size, token, here)
+        total += w * tl.load(dot + token, mask=here, other=0.0)
+    mean = tl.sum(total, 1)[:, None] * inverse
+    for start in range(0, longest, BLOCK_R):
+        here = start + at < length
+        token = item * N + tl.load(order + item * N + begin + start + at, mask=here, other=0)
+        # A token alone in its group is its mean: its weight moves nothing, rounding aside.
+        grad_w = tl.where(length > 1, (tl.load(dot + token, mask=here, other=0.0) - mean) * inverse, 0.0)
+        if REDUCE == "sum":
+            grad_w += tl.load(dot + second + token, mask=here & full, other=0.0)
+        group = item * K + k[:, None] + tl.zeros_like(token)
+        _store_weight_grads(grad_w, grad_size, weight, size, grad_weight, grad_size_in, token, group, here, here)
+
+
+@triton.jit(
+    do_not_specialize=["N", "K", "stride_gb", "stride_xb", "stride_xn"], do_not_specialize_on_alignment=["stride_xc"]
+)
+def merge_max_backward_kernel(
+    grad_y, stride_gb, x, stride_xb, stride_xn, stride_xc, y, order, offsets, mass, grad_x, N, K,
+    C: tl.constexpr, ALIGN: tl.constexpr, ALIGN_G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per group and slice of channels: g goes to the first token that has the maximum, 0 to the others.
+
+    The tokens that follow the last group have none, and get 0.
+    """
+    item = (tl.program_id(0) // (K + 1)).to(tl.int64)
+    k = tl.program_id(0) % (K + 1)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin = tl.load(offsets + item * (K + 1) + k)
+    end = tl.load(offsets + item * (K + 1) + k + 1, mask=k < K, other=0)
+    end = tl.where(k < K, end, N)
+    real = (k < K) & (tl.load(mass + item * K + k, mask=k < K, other=0.0) != 0)
+    inside = (c < C) & real
+    best = tl.load(y + (item * K + k) * C + c, mask=inside, other=0.0)
+    g = tl.load(grad_y + item * aligned(stride_gb, ALIGN_G) + k.to(tl.int64) * C + c, mask=inside, other=0.0)
+    x_at = x + item * aligned(stride_xb, ALIGN) + (c.to(tl.int64) * stride_xc)[None, :]
+    rows = tl.arange(0, BLOCK_R)
+    winner = tl.full([BLOCK_C], 2147483647, tl.int32)
+    for start in range(begin, end, BLOCK_R):
+        i = start + rows
+        here = (i < end)[:, None] & inside[None, :]
+        n = tl.load(order + item * N + i, mask=i < end, other=0)
+        value = tl.load(x_at + (n.to(tl.int64) * aligned(stride_xn, ALIGN))[:, None], mask=here, other=0.0)
+        hit = (value == best[None, :]) | ((value != value) & (best != best)[None, :])
+        winner = tl.minimum(winner, tl.min(tl.where(here & hit, i[:, None], 2147483647), 0))
+    for start in range(begin, end, BLOCK_R):
+        i = start + rows
+        n = tl.load(order + item * N + i, mask=i < end, other=0)
+        value = tl.where(i[:, None] == winner[None, :], g[None, :], tl.zeros_like(g)[None, :])
+        tl.store(grad_x + (item * N + n)[:, None] * C + c[None, :], value, mask=(i < end)[:, None] & (c < C)[None, :])
+
+
+@cache
+def _backward_configs(C: int, P: int, arch: int) -> tuple[Config, ...]:
+    block_c = _channels(C)
+    blocks = {
+        "BLOCK_N": (2048 if arch < 100 else 1024) // block_c,
+        "BLOCK_C": block_c,
+        "BLOCK_P": power_of_two(max(P, 1), 1),
+    }
+    return (Config(4, 1, blocks),)
+
+
+@cache
+def _max_configs(C: int) -> tuple[Config, ...]:
+    return (Config(4, 1, {"BLOCK_R": 8, "BLOCK_C": _channels(C)}),)
+
+
+CENTRE = Config(4, 1, {"BLOCK_K": 8, "BLOCK_R": 64})
+
+
+def merge_backward(
+    grad_y: Tensor | None,
+    grad_size: Tensor | None,
+    grad_positions: Tensor | None,
+    x: Tensor,
+    index: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    y: Tensor,
+    positions_out: Tensor,
+    mass: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    reduce: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
+    need_x, need_weight, need_size, need_positions = needs
+    need_positions = need_positions and positions is not None
+    rows = mass.new_empty(0)
+    grad_x = x.new_empty((B, N, C) if need_x else 0)
+    grad_weight, grad_size_in = (rows.new_empty((B, N) if need else 0) for need in (need_weight, need_size))
+    grad_positions_in = rows.new_empty((B, N, P) if need_positions else 0)
+
+    index, weight, size, grad_size = index.contiguous(), _dense(weight), _dense(size), _dense(grad_size)
+    need_w = need_weight or need_size
+    through_y = need_w and grad_y is not None and reduce == "mean"
+    through_positions = need_w and grad_positions is not None and positions is not None
+    centred = through_y or through_positions
+    to_winners = need_x and grad_y is not None and reduce == "max"
+    if centred or to_winners or reduce == "first":
+        order, offsets = _groups(index, K, order, offsets)
+    else:
+        order = offsets = None
+
+    grad_y, stride_gb = _items(grad_y)
+    align = {"ALIGN": alignment_of(x), "ALIGN_G": alignment(stride_gb)}
+    if to_winners:
+        config = pick("merge_max_backward", _max_configs(C), x.device)
+        launch(
+            merge_max_backward_kernel,
+            (B * (K + 1), -(-C // config.blocks["BLOCK_C"])),
+            grad_y, stride_gb, x, *x.stride(), y.contiguous(), order, offsets, mass, grad_x, N, K,
+            config=config, C=C, **align,
+        )  # fmt: skip
+    gather_x = need_x and not to_winners
+    if not (gather_x or need_w or need_positions):
+        return grad_x, grad_weight, grad_size_in, grad_positions_in
+    dot = rows.new_empty((2 if reduce == "sum" else 1, B, N) if centred else 0)
+    config = pick("merge_backward", _backward_configs(C, P, architecture(x.device)), x.device)
+    launch(
+        merge_backward_kernel,
+        (B * -(-N // config.blocks["BLOCK_N"]),),
+        grad_y, stride_gb, grad_size, *_items(grad_positions), x, *x.stride(),
+        index, order, offsets, weight, size, *_items(positions), mass,
+        grad_x if gather_x else None, grad_weight if need_weight else None, grad_size_in if need_size else None,
+        grad_positions_in if need_positions else None, dot, N, K,
+        config=config, REDUCE=reduce, CENTRED=centred, C=C, P=P, **align,
+    )  # fmt: skip
+    if centred:
+        config = pick("centre", (CENTRE,), x.device)
+        launch(
+            centre_kernel,
+            (B * -(-K // config.blocks["BLOCK_K"]),),
+            dot, order, offsets, weight, size, mass, grad_size,
+            grad_weight if need_weight else None, grad_size_in if need_size else None, N, K,
+            config=config, REDUCE=reduce,
+        )  # fmt: skip
+    return grad_x, grad_weight, grad_size_in, grad_positions_in
+
+
+def specializations() -> list[Specialization]:
+    """Every way the kernels of this file are compiled for the shapes that models use."""
+    found = []
+    for arch in ARCHITECTURES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for C in (768, 1408):
+                found += recorded(
+                    f"merge {dtype} C={C}".replace("torch.", ""),
+                    partial(_example, dtype, C),
+                    arch,
+                    ("merge_few_kernel",),
+                )
+    return found
+
+
+def _example(dtype: torch.dtype, C: int) -> None:
+    x = torch.empty((2, 1568, C), dtype=dtype, device="meta")
+    index = torch.empty((2, 1568), dtype=torch.int32, device="meta")
+    weight = torch.empty((2, 1568), dtype=torch.float32, device="meta")
+    positions = torch.empty((2, 1568, 3), dtype=torch.float32, device="meta")
+    for reduce in ("mean", "sum", "max", "first") if C == 768 else ("mean",):
+        for K in (784, 64):
+            fill = x.new_empty((2, K, C)) if reduce == "mean" else None
+            order, offsets = index, index.new_empty((2, K + 1))
+            for w, size, p in ((weight, weight, positions), (None, None, None)):
+                y, size_out, positions_out, mass = merge(x, index, K, w, size, p, fill, order, offsets, reduce)
+                merge(x, index, K, w, size, p, fill, None, None, reduce)
+                needs = (True, w is not None, size is not None, p is not None)
+                merge_backward(
+                    y, size_out, positions_out, x, index, K, w, size, p, y, positions_out, mass, order, offsets,
+                    reduce, needs,
+                )  # fmt: skip

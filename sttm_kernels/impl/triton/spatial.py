@@ -1,0 +1,283 @@
+"""`assign` and `merge` of short sequences in one launch: the spatial stage of STTM, one frame per program.
+
+First the similarities of the frame, some tokens at a time, end in an index and a weight per token. Then these turn into
+a weighted one-hot matrix on chip, whose product with the features is the merge: nothing but the results is written.
+
+If the metric is not x, x is read once. If it is x, it is streamed twice, once for the similarities and once, last
+channels first, for the merge. A frame of 196 tokens and 1024 bfloat16 channels is 392 KiB, more than the shared memory
+of an SM, so the second pass comes from the L2 cache for as long as that holds the frames in flight (52 MB for 132 of
+them), and from memory for what it lost: somewhere between one read of x and two.
+
+A token whose features are not finite makes every group of its frame NaN; frames do not touch each other.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sttm_kernels.impl.triton.assign import assign
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, fits, pick
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.merge import merge
+from sttm_kernels.impl.triton.similarity import (
+    alignment_of,
+    features,
+    heads,
+    layout,
+    precision,
+    product,
+    rows_at,
+    similarity_of,
+    squares,
+)
+
+MAX_TOKENS = 256
+MAX_GROUPS = 128
+
+
+@triton.jit
+def _shares(index, weight, size, mass, item, n, N, K, SOFT: tl.constexpr):
+    """Of tokens n: the group, -1 if none, and w_n over the mass of that group."""
+    chosen = tl.load(index + item * N + n, mask=n < N, other=-1)
+    real = chosen >= 0
+    w = tl.where(real, 1.0, 0.0)
+    if SOFT:
+        w = tl.load(weight + item * N + n, mask=real, other=0.0)
+    if size is not None:
+        w *= tl.load(size + item * N + n, mask=real, other=0.0)
+    whole = tl.load(mass + item * K + chosen, mask=real, other=0.0)
+    return chosen, w / tl.where(whole == 0, 1.0, whole)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "K", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk",
+        "stride_pb", "stride_fb",
+    ]
+)  # fmt: skip
+def assign_merge_kernel(
+    x, stride_xb, stride_xn, stride_xc,
+    q, stride_qb, stride_qh, stride_qn, stride_qd,
+    m, stride_mb, stride_mk, stride_md,
+    mask, size, positions, stride_pb, fill, stride_fb,
+    index, score, lse, weight, y, size_out, positions_out, mass_out,
+    N, K, inverse_temperature,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
+    SOFT: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N holds all tokens, BLOCK_K all groups; similarities exist for BLOCK_R tokens at a time."""
+    item = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    m_at = rows_at(m + item * aligned(stride_mb, ALIGN), 0, k, stride_mk, ALIGN)
+    q_item = q + item * aligned(stride_qb, ALIGN)
+    head = aligned(stride_qh, ALIGN)
+    is_group = (k < K)[:, None]
+
+    mass = tl.zeros([BLOCK_K], tl.float32)
+    count = tl.zeros([BLOCK_K], tl.float32)
+    for first in range(0, N, BLOCK_R):
+        n = first + tl.arange(0, BLOCK_R)
+        real = n < N
+        if mask is not None:
+            real = real & (tl.load(mask + item * N + n, mask=n < N, other=0) != 0)
+        q_at = rows_at(q_item, first, tl.arange(0, BLOCK_R), stride_qn, ALIGN)
+        dot = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        q_sq = tl.zeros([BLOCK_R], tl.float32)
+        m_sq = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            own = features(q_at, real[:, None], start, stride_qd, head, D, HEADS, WIDEN, BLOCK_D)
+            other = features(m_at, is_group, start, stride_md, 0, D, 1, WIDEN, BLOCK_D)
+            dot = product(own, tl.trans(other), dot, PRECISION, WIDEN)
+            if SIMILARITY != "dot":
+                q_sq += squares(own)
+                m_sq += squares(other)
+        S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
+        S = tl.where((k < K)[None, :], S, float("-inf"))
+
+        best = tl.max(S, 1)
+        chosen = tl.min(tl.where(best[:, None] == S, k[None, :], BLOCK_K), 1)  # a tie goes to the lowest k
+        chosen = tl.where(real, tl.minimum(chosen, K - 1), -1)  # features that are not numbers
+        tl.store(index + item * N + n, chosen, mask=n < N)
+        tl.store(score + item * N + n, tl.where(real, best, 0.0), mask=n < N)
+        w = tl.where(real, 1.0, 0.0)
+        tokens = w
+        if SOFT:
+            total = tl.sum(tl.exp(S - best[:, None]), 1)
+            w = tl.where(real, 1.0 / total, 0.0)
+            tl.store(lse + item * N + n, tl.where(real, best + tl.log(total), 0.0), mask=n < N)
+            tl.store(weight + item * N + n, w, mask=n < N)
+        if size is not None:
+            tokens = tl.load(size + item * N + n, mask=real, other=0.0)
+            w *= tokens
+        member = chosen[:, None] == k[None, :]
+        mass += tl.sum(tl.where(member, w[:, None], 0.0), 0)
+        count += tl.sum(tl.where(member, tokens[:, None], 0.0), 0)
+
+    empty = mass == 0
+    group = item * K + k
+    tl.store(mass_out + group, mass, mask=k < K)
+    tl.store(size_out + group, count, mask=k < K)
+    tl.debug_barrier()  # what other threads of this program stored is read from here on
+
+    rows = tl.arange(0, BLOCK_R)
+    rounded = tl.zeros([BLOCK_K], tl.float32)
+    for first in range(0, N, BLOCK_R):
+        chosen, share = _shares(index, weight, size, mass_out, item, first + rows, N, K, SOFT)
+        share = share.to(x.dtype.element_ty).to(tl.float32)
+        rounded += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+    for p in range(P):
+        mean = tl.zeros([BLOCK_K], tl.float32)
+        for first in range(0, N, BLOCK_R):
+            n = first + rows
+            chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
+            share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
+            mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+        tl.store(positions_out + group * P + p, mean, mask=k < K)
+
+    # Shares are rounded to the dtype of x, so the sum of the rounded ones divides: equal tokens keep their value.
+    n = tl.arange(0, BLOCK_N)
+    chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
+    real = chosen >= 0
+    shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
+    rounded = tl.where(rounded == 0, 1.0, rounded)
+    x_at = rows_at(x + item * aligned(stride_xb, ALIGN_X), 0, n, stride_xn, ALIGN_X)
+    for back in range(0, C, BLOCK_C):
+        start = (C - 1) // BLOCK_C * BLOCK_C - back
+        c = (start + tl.arange(0, BLOCK_C))[None, :]
+        tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
+        mean = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN) / rounded[:, None]
+        inside = is_group & (c < C)
+        if fill is not None:
+            instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
+            mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
+        tl.store(y + group[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+
+
+def assign_merge(
+    x: Tensor,
+    q: Tensor | None,
+    meta: Tensor,
+    mask: Tensor | None,
+    size: Tensor | None,
+    positions: Tensor | None,
+    fill: Tensor | None,
+    similarity: str,
+    temperature: float,
+    soft: bool,
+) -> tuple[Tensor, ...]:
+    B, N, C = x.shape
+    K, D = meta.shape[1:]
+    q = x if q is None else q
+    config = _config(x, N, K)
+    if config is None:
+        plan = assign(q, meta, mask, similarity, temperature, soft)
+        weight = plan[3] if soft else None
+        return *plan, *merge(x, plan[0], K, weight, size, positions, fill, None, None, "mean")
+
+    P = 0 if positions is None else positions.shape[2]
+    index = x.new_empty((B, N), dtype=torch.int32)
+    score = x.new_empty((B, N), dtype=torch.float32)
+    lse, weight = score.new_empty((B, N) if soft else 0), score.new_empty((B, N) if soft else 0)
+    y = x.new_empty((B, K, C))
+    size_out, mass = score.new_empty((B, K)), score.new_empty((B, K))
+    positions_out = score.new_empty((B, K, P))
+    positions, fill = _items_contiguous(positions), _items_contiguous(fill)
+    launch(
+        assign_merge_kernel,
+        (B,),
+        x, *x.stride(),
+        q, *layout(q),
+        meta, meta.stride(0), meta.stride(1), meta.stride(2),
+        None if mask is None else mask.contiguous(), None if size is None else size.contiguous(),
+        positions, 0 if positions is None else positions.stride(0),
+        fill, 0 if fill is None else fill.stride(0),
+        index, score, lse, weight, y, size_out, positions_out, mass,
+        N, K, 1.0 / temperature,
+        config=config,
+        C=C, D=D, P=P, HEADS=heads(q), SIMILARITY=similarity, SOFT=soft,
+        ALIGN_X=alignment_of(x), ALIGN=alignment_of(q, meta), PRECISION=precision(x.dtype), WIDEN=INTERPRET,
+    )  # fmt: skip
+    return index, score, lse, weight, y, size_out, positions_out, mass
+
+
+def _items_contiguous(t: Tensor | None) -> Tensor | None:
+    """Every item contiguous; the same one for the whole batch stays so."""
+    if t is None or (t.stride(2) == 1 and t.stride(1) == t.shape[2]):
+        return t
+    return t.contiguous()
+
+
+def _config(x: Tensor, N: int, K: int) -> Config | None:
+    """None if the frame, the precision or the shared memory of the GPU asks for two launches."""
+    if N > MAX_TOKENS or K > MAX_GROUPS or precision(x.dtype) == "ieee":
+        return None
+    block_n = 64 if N <= 64 else MAX_TOKENS
+    block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
+    itemsize = x.element_size()
+
+    def bytes_needed(config: Config) -> int:
+        rows, d, c = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_D", "BLOCK_C"))
+        similarity = config.num_stages * (rows + block_k) * d
+        product = block_n * block_k + config.num_stages * block_n * c + block_k * c
+        return itemsize * max(similarity, product)
+
+    candidates = _candidates(block_n, block_k, itemsize, architecture(x.device))
+    config = pick("assign_merge", candidates, x.device, bytes_needed)
+    return config if fits(bytes_needed(config), x.device) else None
+
+
+@cache
+def _candidates(block_n: int, block_k: int, itemsize: int, arch: int) -> list[Config]:
+    """For the bucket that holds N and K: nothing is compiled for N or K itself."""
+    warps = 4 if block_n == 64 else 8
+    widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
+    if arch < 90:
+        widths = widths[1:]  # a third stage spills there
+    return [
+        Config(
+            warps,
+            stages,
+            {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64, "BLOCK_D": width, "BLOCK_C": width},
+        )
+        for width, stages in widths
+    ]
+
+
+def specializations() -> list[Specialization]:
+    """What the ahead-of-time tests compile: the canonical frames, and the other branches in one dtype."""
+    found = []
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for arch in ARCHITECTURES:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for N, K in ((196, 98), (196, 49), (196, 16), (49, 25)):
+                    found += _specialize(arch, dtype, N, K)
+            found += _specialize(arch, torch.bfloat16, 196, 98, extras=True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return found
+
+
+def _specialize(arch: int, dtype: torch.dtype, N: int, K: int, extras: bool = False) -> list[Specialization]:
+    """x of 1024 channels as its own metric, with positions; or, with extras, a mean over heads and everything else."""
+    x = torch.empty(2, N, 1024, dtype=dtype, device="meta")
+    q = x.new_empty(2, 16, N, 64) if extras else None
+    m = x.new_empty(2, K, 64 if extras else 1024)
+    positions = torch.empty(N, 3, device="meta").expand(2, N, 3)
+    mask = x.new_empty((2, N), dtype=torch.bool) if extras else None
+    size = torch.empty(2, N, device="meta") if extras else None
+    fill = x.new_empty(2, K, 1024) if extras else None
+    return recorded(
+        f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
+        lambda: assign_merge(x, q, m, mask, size, positions, fill, "l2" if extras else "cosine", 1.0, True),
+        arch,
+        ("assign_merge_kernel",),
+    )

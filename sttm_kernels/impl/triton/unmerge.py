@@ -1,0 +1,86 @@
+"""unmerge and compose: gathers along an index, 0 or -1 where it points outside."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, pick
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two
+
+
+@triton.jit(do_not_specialize=["N", "K", "stride_xb", "stride_xk"], do_not_specialize_on_alignment=["stride_xc"])
+def unmerge_kernel(
+    x, stride_xb, stride_xk, stride_xc, index, y, N, K,
+    C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per block of tokens and slice of channels."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.load(index + item * N + n, mask=n < N, other=-1)
+    member = (k >= 0) & (k < K)
+    at = x + item * aligned(stride_xb, ALIGN) + (k.to(tl.int64) * aligned(stride_xk, ALIGN))[:, None]
+    at += (c.to(tl.int64) * stride_xc)[None, :]
+    value = tl.load(at, mask=member[:, None] & (c < C)[None, :], other=0.0)
+    tl.store(y + (item * N + n)[:, None] * C + c[None, :], value, mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "K", "num_groups"])
+def compose_kernel(index1, index2, out, N, K, num_groups, BLOCK: tl.constexpr):
+    """One program per block of tokens."""
+    tiles = tl.cdiv(N, BLOCK)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    k = tl.load(index1 + item * N + n, mask=n < N, other=-1)
+    onward = tl.load(index2 + item * K + k, mask=(k >= 0) & (k < K), other=-1)
+    onward = tl.where((onward >= 0) & (onward < num_groups), onward, -1)
+    tl.store(out + item * N + n, onward, mask=n < N)
+
+
+@cache
+def _unmerge_configs(C: int) -> tuple[Config, ...]:
+    block_c = min(power_of_two(C), 512)
+    return (Config(4, 1, {"BLOCK_N": 4096 // block_c, "BLOCK_C": block_c}),)
+
+
+COMPOSE = Config(4, 1, {"BLOCK": 512})
+
+
+def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
+    (B, K, C), N = x.shape, index.shape[1]
+    y = x.new_empty((B, N, C))
+    config = pick("unmerge", _unmerge_configs(C), x.device)
+    grid = (B * -(-N // config.blocks["BLOCK_N"]), -(-C // config.blocks["BLOCK_C"]))
+    args = (x, *x.stride(), index.contiguous(), y, N, K)
+    launch(unmerge_kernel, grid, *args, config=config, C=C, ALIGN=alignment_of(x))
+    return y
+
+
+def compose(index1: Tensor, index2: Tensor, num_groups: int) -> Tensor:
+    index1, index2 = index1.contiguous(), index2.contiguous()
+    out = torch.empty_like(index1)
+    config = pick("compose", (COMPOSE,), index1.device)
+    grid = (index1.shape[0] * -(-index1.shape[1] // config.blocks["BLOCK"]),)
+    launch(compose_kernel, grid, index1, index2, out, index1.shape[1], index2.shape[1], num_groups, config=config)
+    return out
+
+
+def specializations() -> list[Specialization]:
+    """Every way the kernels of this file are compiled for the shapes that models use."""
+    found = []
+    for arch in ARCHITECTURES:
+        index = torch.empty((2, 1568), dtype=torch.int32, device="meta")
+        found += recorded("compose", partial(compose, index, index[:, :784], 392), arch)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for C in (640, 1408):
+                x = torch.empty((2, 784, C), dtype=dtype, device="meta")
+                name = f"unmerge {dtype} C={C}".replace("torch.", "")
+                found += recorded(name, partial(unmerge, x, index, None, None), arch)
+    return found

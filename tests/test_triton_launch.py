@@ -1,0 +1,150 @@
+"""Launching without a GPU: what is compiled again and what is not, the device guard, offsets past 2^31 elements."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from sttm_kernels import dispatch, functional
+from sttm_kernels.testing import assert_equal, make_tokens
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from benchmarks.host_overhead import calls, stubbed_driver
+from sttm_kernels.impl.triton import config, launch
+
+compiled = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 replaces what is counted")
+interpreted = pytest.mark.skipif(
+    not dispatch.interpreting(), reason="needs TRITON_INTERPRET=1: runs in a process of its own"
+)
+
+LENGTHS = (197, 129, 130, 131, 144, 160, 192, 196, 208, 224, 225, 240, 249, 250, 251, 252, 253, 254, 255, 256)
+
+
+@compiled
+@pytest.mark.parametrize("C", [64, 20], ids=lambda C: f"C={C}")
+@pytest.mark.parametrize("verb", list(calls(N=8)))
+def test_another_length_compiles_nothing(verb, C):
+    """Triton's own launch path runs with its compiler and its driver replaced by stubs: it looks every launch up in its
+    cache by the types, the specialised values and the compile-time constants, and the stub counts the misses."""
+    with stubbed_driver() as seen, torch.no_grad():
+        calls(LENGTHS[0], C)[verb]()
+        first = list(seen.compiled)
+        for N in LENGTHS[1:]:
+            calls(N, C)[verb]()
+    assert first
+    assert seen.compiled == first
+    assert seen.launched >= len(LENGTHS)
+
+
+@compiled
+def test_another_length_compiles_nothing_backward():
+    def step(N):
+        x = torch.randn(2, N, 64, requires_grad=True)
+        size = torch.ones(2, N, requires_grad=True)
+        plan = functional.MergePlan(torch.zeros(2, N, dtype=torch.int32), 40)
+        out = functional.merge(x, plan, size, impl="triton")
+        (out.x.sum() + out.size.sum()).backward()
+
+    with stubbed_driver() as seen:
+        step(LENGTHS[0])
+        first = list(seen.compiled)
+        for N in LENGTHS[1:]:
+            step(N)
+    assert len(first) >= 2
+    assert seen.compiled == first
+
+
+@compiled
+@pytest.mark.parametrize("verb", list(calls(N=8)))
+def test_match_and_merge_take_at_most_three_launches(verb):
+    with stubbed_driver() as seen, torch.no_grad():
+        calls(128)[verb]()
+    assert 1 <= seen.launched <= {"match": 2, "merge of a sorted plan": 1, "assign_merge": 1}.get(verb, 3)
+
+
+def test_the_device_of_the_tensors_is_made_current(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: entered.append(grid)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    settings = config.Config(4, 1, {})
+    with torch._subclasses.FakeTensorMode():
+        here, there = (torch.empty(2, device=f"cuda:{i}") for i in (0, 1))
+    launch.launch(Kernel(), (3,), None, there, config=settings)
+    assert entered == [torch.device("cuda:1"), (3,), "left"]
+    entered.clear()
+    launch.launch(Kernel(), (3,), here, config=settings)
+    assert entered == [(3,)]
+    launch.launch(Kernel(), (0, 3), here, config=settings)
+    assert entered == [(3,)]
+
+
+def test_a_configuration_must_fit_shared_memory():
+    candidates = [config.Config(4, stages, {"BLOCK": 64}) for stages in (4, 2, 1)]
+    device = torch.device("cpu")
+
+    def chosen(arch):
+        with config.forced_architecture(arch):
+            return config.pick("none", candidates, device, lambda one: one.num_stages * 60 * 1024).num_stages
+
+    assert [chosen(arch) for arch in (80, 86, 89, 90, 100, 120)] == [2, 1, 1, 2, 2, 1]
+    with config.forced("none", 8, 3, BLOCK=16):
+        assert config.pick("none", candidates, device).blocks == {"BLOCK": 16}
+    assert config.pick("none", candidates, device) is candidates[0]
+
+
+@compiled
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_the_fused_spatial_stage_fits_every_gpu(arch):
+    x = torch.randn(1, 256, 64).bfloat16()
+    with stubbed_driver(arch) as seen, config.forced_architecture(arch), torch.no_grad():
+        functional.assign_merge(x, None, x[:, :128], impl="triton")
+    assert seen.launched == 1
+
+
+def far_apart(values, dtype):
+    """The same values with batch items 2^30 + 8 elements apart: three of them span more than 2^31 elements.
+
+    Memory that nothing touches is only reserved, not used.
+    """
+    B, stride = values.shape[0], 2**30 + 8
+    memory = torch.empty((B - 1) * stride + values[0].numel(), dtype=dtype)
+    view = memory.as_strided(values.shape, (stride, *values[0].contiguous().stride()))
+    return view.copy_(values)
+
+
+@interpreted
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("verb", ["assign", "match", "merge", "unmerge", "soft_merge", "assign_merge"])
+def test_offsets_past_two_to_the_31(verb):
+    dtype = torch.float16
+    x = far_apart(make_tokens(3, 20, 16, dtype), dtype)
+    near = x.contiguous()
+    meta = make_tokens(3, 4, 16, dtype, seed=1)
+    plan = functional.MergePlan(torch.arange(20, dtype=torch.int32).remainder(4).repeat(3, 1), 4)
+    onward = functional.MergePlan(torch.arange(30, dtype=torch.int32).remainder(20).repeat(3, 1), 20)
+    run = {
+        "assign": lambda x: functional.assign(x, meta, impl="triton").score,
+        "match": lambda x: functional.match(x, 6, impl="triton").score,
+        "merge": lambda x: functional.merge(x, plan, impl="triton").x,
+        "unmerge": lambda x: functional.unmerge(x, onward, impl="triton"),
+        "soft_merge": lambda x: functional.soft_merge(x, x, meta, impl="triton").x,
+        "assign_merge": lambda x: functional.assign_merge(x, None, meta, impl="triton")[0].x,
+    }[verb]
+    assert_equal(verb, run(x), run(near))
