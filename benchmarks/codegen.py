@@ -67,7 +67,7 @@ def specializations(archs: tuple[int, ...], verbs: tuple[str, ...] = MODULES) ->
 def _key(one: Specialization) -> tuple[Any, ...]:
     fixed = tuple(sorted((name, repr(value)) for name, value in one.constexprs.items()))
     types = tuple(one.signature.items())
-    return one.kernel.__name__, types, fixed, one.divisible, one.num_warps, one.num_stages
+    return one.kernel.__name__, types, fixed, one.divisible, *one.options.values()
 
 
 def covering(work: list[tuple[int, Specialization]]) -> list[tuple[int, Specialization]]:
@@ -91,7 +91,7 @@ def _shows(arch: int, one: Specialization) -> set[Any]:
     blocks = tuple(item for item in one.constexprs.items() if item[0].startswith("BLOCK_"))
     settings = {(kernel, name, repr(v)) for name, v in one.constexprs.items() if not name.startswith("BLOCK_")}
     dtype = next((kind for kind in one.signature.values() if kind in ("*fp32", "*bf16", "*fp16")), None)
-    return {(kernel, arch, dtype), (kernel, blocks, one.num_warps, one.num_stages), *settings}
+    return {(kernel, arch, dtype), (kernel, blocks, *one.options.values()), *settings}
 
 
 def describe(arch: int, one: Specialization) -> str:
@@ -104,7 +104,7 @@ def describe(arch: int, one: Specialization) -> str:
             words.append(value)
         elif value is True:
             words.append(name.lower())
-    return " ".join([*words, f"w{one.num_warps}", f"s{one.num_stages}"])
+    return " ".join([*words, f"w{one.options['num_warps']}", f"s{one.options['num_stages']}"])
 
 
 def build(arch: int, one: Specialization) -> Report:
@@ -116,8 +116,7 @@ def build(arch: int, one: Specialization) -> Report:
         constexprs={(places[name],): value for name, value in one.constexprs.items()},
         attrs={(places[name],): [["tt.divisibility", 16]] for name in sorted(one.divisible)},
     )
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(one.options))
     return _read(kernel.asm["cubin"], kernel.metadata.shared)
 
 

@@ -74,29 +74,29 @@ def stubbed_driver(arch: int = 90) -> Iterator[SimpleNamespace]:
             kernel.device_caches.pop(0, None)
 
 
-def calls(N: int, C: int = 64, K: int = 40, B: int = 2) -> dict[str, Callable[[], Any]]:
+def calls(
+    N: int, C: int = 64, K: int = 40, B: int = 2, impl: str = "triton", device: str = "cpu"
+) -> dict[str, Callable[[], Any]]:
     """One call of every verb, by name, on N tokens."""
-    x, q, meta = torch.randn(B, N, C), torch.randn(B, 4, N, 32), torch.randn(B, K, 32)
-    size, positions = torch.ones(B, N), torch.zeros(N, 3)
-    index = torch.randint(K, (B, N), dtype=torch.int32)
-    plan = sttm.MergePlan(index, K)
-    onward = sttm.MergePlan(torch.zeros(B, K, dtype=torch.int32), 1)
-    few = torch.randn(B, min(N, 256), C).bfloat16()
-    few_meta = torch.randn(B, K, C).bfloat16()
+    x, q, meta = (torch.randn(shape, device=device) for shape in ((B, N, C), (B, 4, N, 32), (B, K, 32)))
+    size, positions = torch.ones(B, N, device=device), torch.zeros(N, 3, device=device)
+    plan = sttm.MergePlan(torch.randint(K, (B, N), dtype=torch.int32, device=device), K)
+    onward = sttm.MergePlan(torch.zeros(B, K, dtype=torch.int32, device=device), 1)
+    few, few_meta = x[:, :256].bfloat16(), torch.randn(B, K, C, device=device).bfloat16()
     groups = (N + 1) // 2
-    token = torch.arange(N, dtype=torch.int32).repeat(B, 1)
-    starts = (2 * torch.arange(groups + 1, dtype=torch.int32)).clamp_max(N).repeat(B, 1)
+    token = torch.arange(N, dtype=torch.int32, device=device).repeat(B, 1)
+    starts = (2 * torch.arange(groups + 1, dtype=torch.int32, device=device)).clamp_max(N).repeat(B, 1)
     pairs = sttm.MergePlan(token // 2, groups, order=token, offsets=starts)
-    half = torch.randn(B, groups, C)
+    half = torch.randn(B, groups, C, device=device)
     return {
-        "assign": lambda: sttm.assign(q, meta, impl="triton"),
-        "match": lambda: sttm.match(q, N // 2, impl="triton"),
-        "merge": lambda: sttm.merge(x, plan, size, positions, impl="triton"),
-        "merge of a sorted plan": lambda: sttm.merge(x, pairs, size, positions, impl="triton"),
-        "assign_merge": lambda: sttm.assign_merge(few, None, few_meta, impl="triton"),
-        "unmerge": lambda: sttm.unmerge(half, pairs, impl="triton"),
-        "compose": lambda: sttm.compose(plan, onward, impl="triton"),
-        "soft_merge": lambda: sttm.soft_merge(x, q, meta, impl="triton"),
+        "assign": lambda: sttm.assign(q, meta, impl=impl),
+        "match": lambda: sttm.match(q, N // 2, impl=impl),
+        "merge": lambda: sttm.merge(x, plan, size, positions, impl=impl),
+        "merge of a sorted plan": lambda: sttm.merge(x, pairs, size, positions, impl=impl),
+        "assign_merge": lambda: sttm.assign_merge(few, None, few_meta, impl=impl),
+        "unmerge": lambda: sttm.unmerge(half, pairs, impl=impl),
+        "compose": lambda: sttm.compose(plan, onward, impl=impl),
+        "soft_merge": lambda: sttm.soft_merge(x, q, meta, impl=impl),
     }
 
 

@@ -60,12 +60,12 @@ def _check_tokens(x: Tensor) -> None:
 
 def size_and_positions(x: Tensor, size: Tensor | None, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Checks both and brings them to the accumulation dtype, positions to (B, N, P)."""
-    rows = tuple(x.shape[:2])
+    rows = x.shape[:2]
     if size is not None:
         validate.tensor("size", size)
         validate.shape("size", size, "(B, N)", rows)
         validate.same_device("size", size, "x", x)
-        size = size.to(acc_dtype(x.dtype))
+        size = _to(acc_dtype(x.dtype), size)
     if positions is not None:
         validate.tensor("positions", positions)
         validate.dims("positions", positions, "(B, N, P) or (N, P)", 2, 3)
@@ -73,15 +73,20 @@ def size_and_positions(x: Tensor, size: Tensor | None, positions: Tensor | None)
         if positions.dim() == 2:
             positions = positions.expand(rows[0], -1, -1)
         validate.shape("positions", positions, "(B, N, P)", (*rows, positions.shape[-1]))
-        positions = positions.to(acc_dtype(x.dtype))
+        positions = _to(acc_dtype(x.dtype), positions)
     return size, positions
+
+
+def _to(dtype: torch.dtype, value: Tensor) -> Tensor:
+    """`value.to(dtype)`, which is not free where it does nothing."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _check_plan(name: str, plan: MergePlan) -> None:
     if not isinstance(plan, MergePlan):
         raise TypeError(f"{name} must be a MergePlan, got {type(plan).__name__}")
     _check_int32(f"{name}.index", plan.index)
-    validate.dims(f"{name}.index", plan.index[..., None], "(B, N)", 3)
+    validate.dims(f"{name}.index", plan.index, "(B, N)", 2, batched=2)
     validate.integer(f"{name}.num_groups", plan.num_groups, 1)
     B, N = plan.index.shape
     for field, layout, expected in (
@@ -104,7 +109,7 @@ def _check_int32(name: str, value: Tensor) -> None:
 
 def _check_plan_of(plan: MergePlan, x: Tensor) -> None:
     """The plan must be one of the tokens x (B, N, C)."""
-    validate.shape("plan.index", plan.index, "(B, N)", tuple(x.shape[:2]))
+    validate.shape("plan.index", plan.index, "(B, N)", x.shape[:2])
     validate.same_device("plan.index", plan.index, "x", x)
 
 
@@ -300,7 +305,7 @@ def merge(
     fill = _check_fill(fill, x, plan.num_groups)
     if impl == "reference":
         return reference.merge(x, plan, size, positions, reduce, fill)
-    weight = None if plan.weight is None else plan.weight.to(acc_dtype(x.dtype))
+    weight = None if plan.weight is None else _to(acc_dtype(x.dtype), plan.weight)
     y, size_out, positions_out, _ = ops.merge(
         x, plan.index, plan.num_groups, weight, size, positions, fill, plan.order, plan.offsets, reduce, impl
     )

@@ -7,10 +7,12 @@ A tensor that was not asked for comes back with shape (0,). Differentiating a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sttm_kernels import dispatch, reference
 from sttm_kernels.plan import MergePlan
@@ -20,21 +22,74 @@ NAMESPACE = "sttm_kernels"
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Registers an operator whose last argument is `impl` and whose first tensor decides device and dtype."""
+_functions: dict[str, type[torch.autograd.Function]] = {}
+_functorch = torch._C._functorch
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers an operator whose last argument is `impl` and whose first tensor decides device and dtype.
+
+    Returns the function to call it by. The dispatcher is asked only where something may listen to it: a tracer, a mode,
+    a transform, a tensor subclass, a device without data. Elsewhere its price, more than the rest of a small verb, buys
+    nothing.
+    """
     _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    def run(*args: Any) -> Any:
-        lead = next(arg for arg in args if isinstance(arg, Tensor))
-        return dispatch.kernel(name, args[-1], lead.device.type, lead.dtype)(*args[:-1])
-
-    _lib.impl(name, run, "CompositeExplicitAutograd")
+    _lib.impl(name, partial(_run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _listened_to():
+            return overload(*args)
+        lead = None
+        needs_grad = False
+        for arg in args:
+            kind = type(arg)
+            if kind in _PLAIN:
+                lead = arg if lead is None else lead
+                needs_grad = needs_grad or arg.requires_grad
+            elif kind not in _SETTINGS and isinstance(arg, Tensor):
+                return overload(*args)
+        if lead is None or lead.is_meta:
+            return overload(*args)
+        if needs_grad and name in _functions and torch.is_grad_enabled():
+            return _functions[name].apply(*args)
+        return _run(name, *args)
+
+    return call
+
+
+def _run(name: str, *args: Any) -> Any:
+    lead = args[0] if args[0] is not None else next(arg for arg in args if isinstance(arg, Tensor))
+    return dispatch.kernel(name, args[-1], lead.device.type, lead.dtype)(*args[:-1])
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_SETTINGS = frozenset({type(None), str, int, float, bool, list})
+
+
+def _listened_to() -> bool:
+    """Whether a dispatch mode, a functorch transform, forward-mode AD or a tracer is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives an operator its gradient, in the dispatcher and in a `Function` for calls that do not go through it."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_lib)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _run(name, *args)
+        setup(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    _functions[name] = type(name, (torch.autograd.Function,), members)
 
 
 def _through_reference(

@@ -38,16 +38,17 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be bool, got {value.dtype}")
 
 
-def dims(name: str, value: Tensor, layout: str, *counts: int) -> None:
-    """`layout` is the shape as the docstring writes it; every extent but the batch must be at least 1."""
+def dims(name: str, value: Tensor, layout: str, *counts: int, batched: int = 3) -> None:
+    """`layout` is the shape as the docstring writes it; no extent may be 0 but the batch, which comes first in values
+    of at least `batched` dimensions."""
     if value.dim() not in counts:
         raise ValueError(f"{name} must have shape {layout}, got {shape_text(value.shape)}")
-    if any(extent == 0 for extent in value.shape[1 if value.dim() > 2 else 0 :]):
+    if 0 in (value.shape[1:] if value.dim() >= batched else value.shape):
         raise ValueError(f"{name} must have shape {layout} with no empty dimension, got {shape_text(value.shape)}")
 
 
-def shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) -> None:
-    if value.dim() != len(expected) or any(a != b for a, b in zip(value.shape, expected, strict=True)):
+def shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
         raise ValueError(f"{name} must have shape {layout} = {shape_text(expected)}, got {shape_text(value.shape)}")
 
 

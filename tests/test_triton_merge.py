@@ -85,8 +85,9 @@ def test_forward_and_gradients(reduce, given, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("given", [(), EVERYTHING])
+@pytest.mark.parametrize(
+    ("reduce", "given"), [("mean", ()), ("mean", EVERYTHING), ("sum", EVERYTHING), ("max", EVERYTHING)]
+)
 def test_half_precision(reduce, given, dtype, blocks):
     check(draw(2, 20, 5, 20, dtype, given), make_index(2, 20, 5), 5, reduce)
 
@@ -125,8 +126,16 @@ def test_shipped_blocks_of_few_groups(reduce, given, dtype):
     check(draw(1, 70, 66, 72, dtype, given), make_index(1, 70, 66), 66, reduce)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced", "expanded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("transposed", torch.float32),
+        ("transposed", torch.float16),
+        ("strided", torch.float32),
+        ("sliced", torch.float16),
+        ("expanded", torch.float32),
+    ],
+)
 def test_layouts_are_read_in_place(layout, dtype, blocks):
     inputs = draw(2, 20, 5, 20, dtype, layout=layout)
     inputs["positions"] = inputs["positions"][:1].expand(2, -1, -1)
@@ -224,8 +233,9 @@ def guarded_outputs(monkeypatch):
         one.check("output")
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("reduce", "dtype"), [*((name, torch.float32) for name in REDUCTIONS), ("mean", torch.float16)]
+)
 def test_an_index_far_outside_stays_in_bounds(reduce, dtype, blocks, guarded_outputs):
     """It counts as -1, forward and backward."""
     index = make_index(2, 20, 5)

@@ -153,12 +153,16 @@ def test_the_batch_changes_no_bit(small_blocks):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_bad_numbers_stay_in_bounds(bad, small_blocks):
+def test_bad_numbers_stay_in_bounds_and_in_their_group(bad, small_blocks):
     inputs = {name: guarded(value) for name, value in draw(2, 20, 6, 20, 24, torch.float32).items()}
     inputs["q"].tensor[0, 3:5] = bad
     inputs["x"].tensor[0, 4] = bad
-    _, plan = assign_merge(**{name: value.tensor for name, value in inputs.items()}, impl="triton")
+    out, plan = assign_merge(**{name: value.tensor for name, value in inputs.items()}, impl="triton")
     assert bool(((plan.index >= 0) & (plan.index < 6)).all())
+    finite = out.x.isfinite().all(-1) & out.positions.isfinite().all(-1)
+    spoiled = torch.zeros(2, 6, dtype=torch.bool)
+    spoiled[0, plan.index[0, 3:5].long()] = True
+    assert_equal("finite", finite, ~spoiled)
     for name, value in inputs.items():
         value.check(name)
 

@@ -74,6 +74,13 @@ def _merge_backward(
     return 2 * _merge(x, index, num_groups, weight, size, positions)
 
 
+def _assign_merge(
+    x: Shape, q: Shape | None, meta: Shape, mask: Shape | None, size: Shape | None, positions: Shape | None,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _pairs(x if q is None else q, meta) + _merge(x, x, meta[1], None, size, positions)
+
+
 def _soft_merge(
     x: Shape, q: Shape, meta: Shape, size: Shape | None, positions: Shape | None, *_: Any, **__: Any
 ) -> int:
@@ -99,17 +106,18 @@ def _density_peaks(q: Shape, num_peaks: int, *_: Any, **__: Any) -> int:
     return 2 * 2 * math.prod(q) * q[1]
 
 
-FORMULAS: dict[Any, Callable[..., int]] = {
-    ops.assign: _assign,
-    ops.assign_backward: _assign_backward,
-    ops.match: _match,
-    ops.merge: _merge,
-    ops.merge_backward: _merge_backward,
-    ops.soft_merge: _soft_merge,
-    ops.soft_merge_backward: _soft_merge_backward,
-    torch.ops.sttm_kernels.farthest_points.default: _farthest_points,
-    torch.ops.sttm_kernels.density_peaks.default: _density_peaks,
+FORMULAS: dict[str, Callable[..., int]] = {
+    "assign": _assign,
+    "assign_backward": _assign_backward,
+    "match": _match,
+    "merge": _merge,
+    "merge_backward": _merge_backward,
+    "assign_merge": _assign_merge,
+    "soft_merge": _soft_merge,
+    "soft_merge_backward": _soft_merge_backward,
+    "farthest_points": _farthest_points,
+    "density_peaks": _density_peaks,
 }
 
-for _operator, _formula in FORMULAS.items():
-    register_flop_formula(_operator.overloadpacket)(_formula)
+for _name, _formula in FORMULAS.items():
+    register_flop_formula(getattr(getattr(torch.ops, ops.NAMESPACE), _name))(_formula)

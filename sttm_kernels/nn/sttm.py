@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sttm_kernels import validate
-from sttm_kernels.functional import assign, compose, merge, size_and_positions
+from sttm_kernels.functional import assign_merge, compose, merge, size_and_positions
 from sttm_kernels.nn.generators import make
 from sttm_kernels.plan import MergedTokens, MergePlan
 from sttm_kernels.reference import acc_dtype, mean_over_heads
@@ -245,8 +245,10 @@ class STTM(nn.Module):
         q = x if here.q is None else split(here.q)
         size = None if here.size is None else split(here.size)
         meta = generator(q, *shape, num_meta, size, cells)
-        plan = assign(q, meta, self.similarity, self.temperature, self.weight, impl=self.impl)
-        out = merge(x, plan, size, split(here.positions), impl=self.impl)
+        out, plan = assign_merge(
+            x, None if here.q is None else q, meta, self.similarity, self.temperature, self.weight,
+            size=size, positions=split(here.positions), impl=self.impl,
+        )  # fmt: skip
         assert out.positions is not None
         later_q = None if here.q is None else join(merge(q, plan, size, impl=self.impl).x)
         first = num_meta * torch.arange(parts, dtype=torch.int32, device=x.device)

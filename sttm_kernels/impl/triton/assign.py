@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, pick
-from sttm_kernels.impl.triton.launch import aligned, launch
+from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.launch import aligned, empty, launch
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
     KINDS,
@@ -282,7 +282,7 @@ def _forward_configs(dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, .
 
 
 @cache
-def _backward_configs(dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, ...]:
+def _backward_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tuple[Config, ...]:
     part = power_of_two(D) if D <= RESIDENT else 128
     if exact:
         shapes = [(8, 1, 64, 16, 16, 64), (4, 1, 32, 16, 16, 32)]
@@ -290,7 +290,8 @@ def _backward_configs(dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, 
         shapes = [(8, 2, 64, 32, 32, part), (4, 1, 32, 32, 32, part)]
     else:
         block_d = part if D <= RESIDENT else 64
-        rows = 64 if dtype == torch.bfloat16 and block_d <= 64 else 32
+        # mma of sm_80 keeps its operands in registers
+        rows = 64 if dtype == torch.bfloat16 and block_d <= 64 and arch > 80 else 32
         shapes = [(8, 3, 64, rows, block_d, part), (8, 2, 64, rows, block_d, part), (4, 1, 32, 32, block_d, part)]
     return tuple(
         Config(w, s, {"BLOCK_OWN": a, "BLOCK_OTHER": b, "BLOCK_D": d, "SLICE": c}) for w, s, a, b, d, c in shapes
@@ -343,16 +344,16 @@ def assign(
     q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (q.shape[0], q.shape[-2])
-    index = q.new_empty(rows, dtype=torch.int32)
-    score = q.new_empty(rows, dtype=torch.float32)
-    lse, weight = (q.new_empty(rows if soft else 0, dtype=torch.float32) for _ in range(2))
+    index = empty(q, rows, dtype=torch.int32)
+    score = empty(q, rows, dtype=torch.float32)
+    lse, weight = (empty(q, rows if soft else 0, dtype=torch.float32) for _ in range(2))
     _forward(q, meta, mask, similarity, temperature, soft, [index, score, lse, weight])
     return index, score, lse, weight
 
 
 def token_lse(q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float) -> Tensor:
     """logsumexp_k S[n, k], float32 (B, N); 0 where masked."""
-    lse = q.new_empty((q.shape[0], q.shape[-2]), dtype=torch.float32)
+    lse = empty(q, (q.shape[0], q.shape[-2]), dtype=torch.float32)
     _forward(q, meta, mask, similarity, temperature, True, [lse])
     return lse
 
@@ -371,7 +372,7 @@ def assign_backward(
 ) -> tuple[Tensor, Tensor]:
     B, N, D, K, H = q.shape[0], q.shape[-2], q.shape[-1], meta.shape[1], heads(q)
     need_q, need_meta = needs
-    grad_q, grad_meta = q.new_empty(q.shape if need_q else 0), meta.new_empty(meta.shape if need_meta else 0)
+    grad_q, grad_meta = empty(q, q.shape if need_q else 0), empty(meta, meta.shape if need_meta else 0)
     stride_mb, _, stride_mk, stride_md = layout(meta)
     places = (q, *layout(q), meta, stride_mb, stride_mk, stride_md)
     soft = grad_lse is not None
@@ -389,7 +390,7 @@ def assign_backward(
     rounding = precision(q.dtype)
     config = pick(
         "assign_backward",
-        _backward_configs(q.dtype, rounding == "ieee", D),
+        _backward_configs(q.dtype, rounding == "ieee", D, architecture(q.device)),
         q.device,
         lambda config: _shared_backward(config, q.element_size(), D),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 
 
 MAX_INT32 = 2**31 - 1
 
+WARP = 32
+REGISTERS = 65536
+"""Of 32 bits, per multiprocessor; one thread has at most 255."""
+
 INTERPRET = dispatch.interpreting()
 """Passed to kernels as a constexpr where the interpreter needs other code: it cannot multiply bfloat16."""
 
@@ -35,6 +39,16 @@ class Config:
     num_stages: int
     blocks: Mapping[str, int]
 
+    @cached_property
+    def options(self) -> dict[str, int]:
+        """What Triton is given beside the blocks.
+
+        A thread may have all the registers there are: left alone, the compiler spills some so that more programs share
+        a multiprocessor.
+        """
+        maxnreg = min(255, REGISTERS // (WARP * self.num_warps))
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": maxnreg}
+
 
 @dataclass(frozen=True)
 class Specialization:
@@ -46,6 +60,7 @@ class Specialization:
         signature: type of every argument by name, as Triton writes it: "*bf16", "i32", "fp32", "constexpr".
         constexprs: value of every argument of type "constexpr", None included.
         divisible: names of the pointers and integers known to be multiples of 16.
+        options: warps, stages and registers, as `Config.options`.
         expect_dot: tensor-core instructions must appear in its code.
         archs: the architectures that launch it.
     """
@@ -55,8 +70,7 @@ class Specialization:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     divisible: frozenset[str] = field(default_factory=frozenset)
-    num_warps: int = 4
-    num_stages: int = 3
+    options: Mapping[str, int] = field(default_factory=dict)
     expect_dot: bool = False
     archs: tuple[int, ...] = ARCHITECTURES
 

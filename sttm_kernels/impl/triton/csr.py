@@ -10,15 +10,13 @@ Tokens without a group count as group K: they follow all others in `order`.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, pick
-from sttm_kernels.impl.triton.launch import launch, recorded
+from sttm_kernels.impl.triton.config import Config, pick
+from sttm_kernels.impl.triton.launch import empty, launch
 
 ONE_PROGRAM = 4096
 """The most tokens that one program sorts."""
@@ -134,15 +132,15 @@ def place_kernel(index, rank, cursor, order, offsets, N, K, chunk, chunks, BLOCK
     tl.store(order + item * N + at, n, mask=inside)
 
 
-SORT = Config(16, 1, {"BLOCK": 2048, "BLOCK_PAIRS": 128})
-COUNT = Config(16, 1, {"BLOCK": 1024, "BLOCK_PAIRS": 128})
+SORT = Config(16, 1, {"BLOCK": 2048, "BLOCK_PAIRS": 64})  # more pairs than 64 spill
+COUNT = Config(16, 1, {"BLOCK": 1024, "BLOCK_PAIRS": 64})
 PLACE = Config(4, 1, {"BLOCK": 1024})
 
 
 def csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """`order` (B, N) and `offsets` (B, K + 1) of an index (B, N), contiguous."""
     order, rank = torch.empty_like(index), torch.empty_like(index)
-    offsets = index.new_empty((index.shape[0], num_groups + 1))
+    offsets = empty(index, (index.shape[0], num_groups + 1))
     if index.shape[1] <= ONE_PROGRAM:
         args = (index, rank, torch.empty_like(offsets), order, offsets, index.shape[1], num_groups)
         launch(sort_kernel, (index.shape[0],), *args, config=pick("sort", (SORT,), index.device))
@@ -154,24 +152,16 @@ def csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def sort_chunks(index: Tensor, order: Tensor, offsets: Tensor) -> None:
     """Fills `order` and `offsets` by several programs per batch item."""
     (B, N), K = index.shape, offsets.shape[1] - 1
-    count, place = pick("count", (COUNT,), index.device), pick("place", (PLACE,), index.device)
+    count = pick("count", (COUNT,), index.device)
+    place = pick("place", (PLACE,), index.device)
     block = count.blocks["BLOCK_PAIRS"]
     chunk = -(-max(LEAST_CHUNK, -(-N // MAX_CHUNKS)) // block) * block
     chunks = -(-N // chunk)
     rank = torch.empty_like(index)
-    cursor = index.new_empty((B, chunks, K + 1))
+    cursor = empty(index, (B, chunks, K + 1))
     launch(count_kernel, (B * chunks,), index, rank, cursor, N, K, chunk, chunks, config=count)
     tiles = -(-(K + 1) // place.blocks["BLOCK"])
     launch(start_kernel, (B * tiles,), index, cursor, offsets, N, K, chunks, config=place)
     tiles = -(-N // place.blocks["BLOCK"])
     args = (index, rank, cursor, order, offsets, N, K, chunk, chunks)
     launch(place_kernel, (B * tiles,), *args, config=place)
-
-
-def specializations() -> list[Specialization]:
-    found = []
-    for arch in ARCHITECTURES:
-        for N in (197, 18432):
-            index = torch.empty((2, N), dtype=torch.int32, device="meta")
-            found += recorded("csr", partial(csr, index, 392), arch)
-    return found

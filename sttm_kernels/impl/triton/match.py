@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
 from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
 from sttm_kernels.impl.triton.similarity import (
     alignment_of,
     features,
@@ -251,7 +251,7 @@ def _shared_nearest(config: Config, element: int, D: int) -> int:
 def _mean_over_heads(metric: Tensor) -> Tensor:
     B, H, N, D = metric.shape
     # The interpreter cuts bfloat16 off where a GPU rounds.
-    mean = metric.new_empty((B, N, D), dtype=torch.float32 if INTERPRET else metric.dtype)
+    mean = empty(metric, (B, N, D), dtype=torch.float32 if INTERPRET else metric.dtype)
     block_d = min(power_of_two(D), 128)
     config = pick("mean_over_heads", _mean_configs(block_d), metric.device)
     launch(
@@ -295,9 +295,9 @@ def match(
     if metric.dim() == 4 and tiles > READ_AGAIN:
         metric = _mean_over_heads(metric)
 
-    score = metric.new_empty((B, N), dtype=torch.float32)
-    partner, index, order = (metric.new_empty((B, N), dtype=torch.int32) for _ in range(3))
-    offsets = index.new_empty((B, N - r + 1))
+    score = empty(metric, (B, N), dtype=torch.float32)
+    partner, index, order = (empty(metric, (B, N), dtype=torch.int32) for _ in range(3))
+    offsets = empty(index, (B, N - r + 1))
     launch(
         nearest_kernel,
         (B * windows * tiles,),
@@ -336,3 +336,4 @@ def _example(dtype: torch.dtype, D: int) -> None:
     if D == 64:
         match(torch.empty((2, 16, 197, D), dtype=dtype, device="meta"), None, None, 8, 1)
         match(torch.empty((2, 16, 784, D), dtype=dtype, device="meta"), None, None, 8, 1)
+        match(torch.empty((2, 8192, D), dtype=dtype, device="meta"), None, None, 8, 1)

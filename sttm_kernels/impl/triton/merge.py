@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
 from sttm_kernels.impl.triton.csr import csr
-from sttm_kernels.impl.triton.launch import aligned, alignment, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, alignment, empty, launch, recorded
 from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two, product
 
 MAX_FEW = 128
@@ -325,9 +325,9 @@ def merge(
     reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
-    y = x.new_empty((B, K, C))
-    size_out, mass = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
-    positions_out = x.new_empty((B, K, P), dtype=torch.float32)
+    y = empty(x, (B, K, C))
+    size_out, mass = (empty(x, (B, K), dtype=torch.float32) for _ in range(2))
+    positions_out = empty(x, (B, K, P), dtype=torch.float32)
     weight, size = _dense(weight), _dense(size)
     features = (*_items(positions), *_items(fill), y, size_out, positions_out, mass, N, K)
     constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment_of(x)}
@@ -574,10 +574,10 @@ def merge_backward(
     (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
     need_x, need_weight, need_size, need_positions = needs
     need_positions = need_positions and positions is not None
-    rows = mass.new_empty(0)
-    grad_x = x.new_empty((B, N, C) if need_x else 0)
-    grad_weight, grad_size_in = (rows.new_empty((B, N) if need else 0) for need in (need_weight, need_size))
-    grad_positions_in = rows.new_empty((B, N, P) if need_positions else 0)
+    rows = empty(mass, 0)
+    grad_x = empty(x, (B, N, C) if need_x else 0)
+    grad_weight, grad_size_in = (empty(rows, (B, N) if need else 0) for need in (need_weight, need_size))
+    grad_positions_in = empty(rows, (B, N, P) if need_positions else 0)
 
     index, weight, size, grad_size = index.contiguous(), _dense(weight), _dense(size), _dense(grad_size)
     need_w = need_weight or need_size
@@ -603,7 +603,7 @@ def merge_backward(
     gather_x = need_x and not to_winners
     if not (gather_x or need_w or need_positions):
         return grad_x, grad_weight, grad_size_in, grad_positions_in
-    dot = rows.new_empty((2 if reduce == "sum" else 1, B, N) if centred else 0)
+    dot = empty(rows, (2 if reduce == "sum" else 1, B, N) if centred else 0)
     config = pick("merge_backward", _backward_configs(C, P, architecture(x.device)), x.device)
     launch(
         merge_backward_kernel,
@@ -648,8 +648,8 @@ def _example(dtype: torch.dtype, C: int) -> None:
     positions = torch.empty((2, 1568, 3), dtype=torch.float32, device="meta")
     for reduce in ("mean", "sum", "max", "first") if C == 768 else ("mean",):
         for K in (784, 64):
-            fill = x.new_empty((2, K, C)) if reduce == "mean" else None
-            order, offsets = index, index.new_empty((2, K + 1))
+            fill = empty(x, (2, K, C)) if reduce == "mean" else None
+            order, offsets = index, empty(index, (2, K + 1))
             for w, size, p in ((weight, weight, positions), (None, None, None)):
                 y, size_out, positions_out, mass = merge(x, index, K, w, size, p, fill, order, offsets, reduce)
                 merge(x, index, K, w, size, p, fill, None, None, reduce)

@@ -31,9 +31,13 @@ def layout(t: Tensor) -> tuple[int, int, int, int]:
 
 def alignment_of(*tensors: Tensor) -> int:
     """What divides every batch, head and row stride, in elements; 1 if features are not adjacent, as nothing is won."""
-    if any(t.stride(-1) != 1 for t in tensors):
-        return 1
-    return alignment(*(stride for t in tensors for stride in t.stride()[:-1]))
+    extents: list[int] = []
+    for t in tensors:
+        *outer, inner = t.stride()
+        if inner != 1:
+            return 1
+        extents += outer
+    return alignment(*extents)
 
 
 def heads(q: Tensor) -> int:
@@ -42,7 +46,7 @@ def heads(q: Tensor) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How tensor cores may round float32 operands: as PyTorch is told to for its own products."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and not torch._C._get_cublas_allow_tf32():
         return "ieee"
     return "tf32"
 

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import token_lse
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, pick
-from sttm_kernels.impl.triton.launch import aligned, launch
+from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.launch import aligned, empty, launch
 from sttm_kernels.impl.triton.similarity import (
     KINDS,
     alignment_of,
@@ -404,9 +404,13 @@ def soft_merge_grad_metric_kernel(
 
 
 @cache
-def _configs(dtype: torch.dtype, exact: bool, D: int, width: int, own: str, other: str) -> tuple[Config, ...]:
+def _configs(
+    dtype: torch.dtype, exact: bool, arch: int, D: int, width: int, own: str, other: str
+) -> tuple[Config, ...]:
     """Blocks of the rows of both sides, of D, and of the slice of `width` features that a product fills."""
-    block_d = power_of_two(D) if D <= 64 else 64
+    # mma of sm_80 keeps its operands in registers, and float32 ones are twice as wide.
+    widest = 32 if arch == 80 or dtype == torch.float32 else 64
+    block_d = power_of_two(D) if D <= widest else widest
     part = min(power_of_two(width), 256)
     if exact:
         shapes = [(8, 1, 32, 16, 16, min(part, 64)), (4, 1, 16, 16, 16, 16)]
@@ -435,7 +439,7 @@ def _choose(name: str, x: Tensor, q: Tensor, width: int, own: str = "BLOCK_OWN",
         )
 
     exact = _precision(x, q) == "ieee"
-    return pick(name, _configs(x.dtype, exact, D, width, own, other), q.device, shared)
+    return pick(name, _configs(x.dtype, exact, architecture(q.device), D, width, own, other), q.device, shared)
 
 
 def _strided(t: Tensor | None, dims: int) -> tuple[Any, ...]:
@@ -461,9 +465,9 @@ def soft_merge(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, N, C), K, D = x.shape, meta.shape[1], q.shape[-1]
     P = 0 if positions is None else positions.shape[-1]
-    y = x.new_empty((B, K, C))
-    size_out = x.new_empty((B, K), dtype=torch.float32)
-    positions_out = size_out.new_empty((B, K, P))
+    y = empty(x, (B, K, C))
+    size_out = empty(x, (B, K), dtype=torch.float32)
+    positions_out = empty(size_out, (B, K, P))
     over_meta = normalize == "meta"
     lse = token_lse(q, meta, mask, similarity, temperature) if over_meta else torch.empty_like(size_out)
     config = _choose("soft_merge", x, q, C, "BLOCK_K", "BLOCK_N")
@@ -506,10 +510,10 @@ def soft_merge_backward(
     P = 0 if positions is None else positions.shape[-1]
     over_meta = normalize == "meta"
     grad_x, grad_q, grad_meta = (
-        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
+        empty(t, t.shape if needed else 0) for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
     )
-    nothing = mass.new_empty(0)
-    grad_p = mass.new_empty((B, N, P)) if need_positions else nothing
+    nothing = empty(mass, 0)
+    grad_p = empty(mass, (B, N, P)) if need_positions else nothing
     if (K if over_meta else N) == 1:  # a softmax over one thing is 1 whatever the metric
         grad_q.zero_()
         grad_meta.zero_()
@@ -553,8 +557,8 @@ def soft_merge_backward(
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
     passes = (("size", N, need_mean, nothing), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
-    grad_size_in = mass.new_empty((B, N)) if need_mean else nothing
-    config = _choose("soft_merge_grad_metric", x, q, D)
+    grad_size_in = empty(mass, (B, N)) if need_mean else nothing
+    config = _choose("soft_merge_grad_metric", x, q, min(D, 128))
     blocks = config.blocks
     for of, rows, needed, grad in passes:
         if needed:

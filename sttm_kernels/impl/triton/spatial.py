@@ -8,7 +8,7 @@ channels first, for the merge. A frame of 196 tokens and 1024 bfloat16 channels 
 of an SM, so the second pass comes from the L2 cache for as long as that holds the frames in flight (52 MB for 132 of
 them), and from memory for what it lost: somewhere between one read of x and two.
 
-A token whose features are not finite makes every group of its frame NaN; frames do not touch each other.
+A token whose features are not finite spoils its own group alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
 from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, fits, pick
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
 from sttm_kernels.impl.triton.merge import merge
 from sttm_kernels.impl.triton.similarity import (
     alignment_of,
@@ -152,7 +152,17 @@ def assign_merge_kernel(
         start = (C - 1) // BLOCK_C * BLOCK_C - back
         c = (start + tl.arange(0, BLOCK_C))[None, :]
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
-        mean = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN) / rounded[:, None]
+        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
+        if tl.sum(tl.sum((total - total != 0).to(tl.int32), 1), 0) > 0:
+            # 0 times what is not finite spoils groups that the token is not in: add up token by token.
+            total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+            for one in range(N):
+                group_of_one, its_share = _shares(index, weight, size, mass_out, item, one, N, K, SOFT)
+                its_share = its_share.to(x.dtype.element_ty).to(tl.float32)
+                row = x + item * aligned(stride_xb, ALIGN_X) + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
+                value = tl.load(row + c * stride_xc, mask=c < C, other=0.0).to(tl.float32)
+                total = tl.where((k == group_of_one)[:, None], total + its_share * value, total)
+        mean = total / rounded[:, None]
         inside = is_group & (c < C)
         if fill is not None:
             instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
@@ -182,12 +192,12 @@ def assign_merge(
         return *plan, *merge(x, plan[0], K, weight, size, positions, fill, None, None, "mean")
 
     P = 0 if positions is None else positions.shape[2]
-    index = x.new_empty((B, N), dtype=torch.int32)
-    score = x.new_empty((B, N), dtype=torch.float32)
-    lse, weight = score.new_empty((B, N) if soft else 0), score.new_empty((B, N) if soft else 0)
-    y = x.new_empty((B, K, C))
-    size_out, mass = score.new_empty((B, K)), score.new_empty((B, K))
-    positions_out = score.new_empty((B, K, P))
+    index = empty(x, (B, N), dtype=torch.int32)
+    score = empty(x, (B, N), dtype=torch.float32)
+    lse, weight = empty(score, (B, N) if soft else 0), empty(score, (B, N) if soft else 0)
+    y = empty(x, (B, K, C))
+    size_out, mass = empty(score, (B, K)), empty(score, (B, K))
+    positions_out = empty(score, (B, K, P))
     positions, fill = _items_contiguous(positions), _items_contiguous(fill)
     launch(
         assign_merge_kernel,
@@ -269,12 +279,12 @@ def specializations() -> list[Specialization]:
 def _specialize(arch: int, dtype: torch.dtype, N: int, K: int, extras: bool = False) -> list[Specialization]:
     """x of 1024 channels as its own metric, with positions; or, with extras, a mean over heads and everything else."""
     x = torch.empty(2, N, 1024, dtype=dtype, device="meta")
-    q = x.new_empty(2, 16, N, 64) if extras else None
-    m = x.new_empty(2, K, 64 if extras else 1024)
+    q = empty(x, (2, 16, N, 64)) if extras else None
+    m = empty(x, (2, K, 64 if extras else 1024))
     positions = torch.empty(N, 3, device="meta").expand(2, N, 3)
-    mask = x.new_empty((2, N), dtype=torch.bool) if extras else None
+    mask = empty(x, (2, N), dtype=torch.bool) if extras else None
     size = torch.empty(2, N, device="meta") if extras else None
-    fill = x.new_empty(2, K, 1024) if extras else None
+    fill = empty(x, (2, K, 1024)) if extras else None
     return recorded(
         f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
         lambda: assign_merge(x, q, m, mask, size, positions, fill, "l2" if extras else "cosine", 1.0, True),

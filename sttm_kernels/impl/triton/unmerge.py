@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, pick
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
 from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two
 
 
@@ -55,7 +55,7 @@ COMPOSE = Config(4, 1, {"BLOCK": 512})
 
 def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
     (B, K, C), N = x.shape, index.shape[1]
-    y = x.new_empty((B, N, C))
+    y = empty(x, (B, N, C))
     config = pick("unmerge", _unmerge_configs(C), x.device)
     grid = (B * -(-N // config.blocks["BLOCK_N"]), -(-C // config.blocks["BLOCK_C"]))
     args = (x, *x.stride(), index.contiguous(), y, N, K)
