@@ -59,6 +59,33 @@ RAGGED_SHAPES = (
 # Error budgets
 
 
+class Comparison(NamedTuple):
+    """What one check saw: the largest error of a value or the largest gap of a choice, and what was allowed."""
+
+    name: str
+    error: float
+    budget: float
+
+
+_observers: list[Callable[[Comparison], None]] = []
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[Comparison], None]) -> Iterator[None]:
+    """Within it every comparison under a budget is reported to `observer`, before it may fail."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _report(name: str, errors: Tensor, budget: float) -> None:
+    """The largest of `errors` to every observer; not worked out if there is none."""
+    for observer in _observers:
+        observer(Comparison(name, float(errors.max()) if errors.numel() else 0.0, budget))
+
+
 def error_budget(reference: Tensor, plain: Tensor, dtype: torch.dtype, terms: int) -> float:
     """The largest error allowed: 2 max|plain - reference| + eps(dtype) max|reference| sqrt(terms).
 
@@ -108,6 +135,7 @@ def assert_within_budget(
     truth, got = reference.detach(), actual.detach().double()
     error = (got - truth).abs()
     finite = truth.to(actual.dtype).isfinite()
+    _report(name, error[finite], budget)
     wrong = torch.where(finite, ~(error <= budget), got.isfinite())
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
@@ -241,6 +269,7 @@ def assign_at(
 def assert_choice_within_budget(name: str, chosen: Tensor, best: Tensor, budget: float) -> None:
     """The score-gap rule: the true score of what was chosen is within `budget` of the true best one."""
     _same_shape(name, chosen, best)
+    _report(name, (best - chosen)[best > chosen], budget)
     wrong = ~(chosen >= best - budget)
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())

@@ -1,24 +1,32 @@
 """Every implementation against the float64 specification: values, choices and gradients under the error budget."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
-from conftest import Backend
-from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import sttm_kernels as sttm
 from sttm_kernels import partition as partitions
 from sttm_kernels import reference
+from sttm_kernels.checks import (
+    check_assign,
+    check_assign_merge,
+    check_compose,
+    check_match,
+    check_merge,
+    check_soft_merge,
+    check_unmerge,
+    fields,
+    make_mask,
+    make_rows,
+)
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.impl import eager
 from sttm_kernels.testing import (
     DTYPES,
     LAYOUTS,
     RAGGED_SHAPES,
-    assert_assign_within_budget,
     assert_equal,
     assert_index_in_range,
     assert_match_valid,
@@ -37,36 +45,7 @@ each_similarity = pytest.mark.parametrize("similarity", SIMILARITIES)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def fields(value: sttm.MergePlan | sttm.MergedTokens) -> dict[str, Tensor]:
-    names = ("score", "lse", "weight") if isinstance(value, sttm.MergePlan) else ("x", "size", "positions")
-    return {name: getattr(value, name) for name in names if getattr(value, name) is not None}
-
-
-def make_rows(B: int, N: int, device: str, seed: int, least: float = 0.25) -> Tensor:
-    """float32 `(B, N)` in [least, least + 1), as sizes and weights are."""
-    return (torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) + least).to(device)
-
-
-def make_mask(B: int, N: int, device: str, seed: int = 9) -> Tensor:
-    return (torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) > 0.2).to(device)
-
-
 # assign
-
-
-def check_assign(backend, q, meta, similarity="cosine", temperature=1.0, weight="softmax", mask=None):
-    settings = (similarity, temperature, weight)
-    plan = sttm.assign(q, meta, *settings, mask, backend.impl)
-    assert_assign_within_budget(plan, q, meta, *settings, mask)
-    terms = q.shape[-1] * (q.shape[1] if q.dim() == 4 else 1) + meta.shape[-2]
-    assert_verb_within_budget(
-        "assign",
-        lambda q, meta: fields(sttm.assign(q, meta, *settings, mask, backend.impl)),
-        lambda q, meta: fields(assign_at(plan.index, q, meta, *settings)),
-        {"q": q, "meta": meta},
-        terms,
-        terms + q.shape[-2],
-    )
 
 
 @each_dtype
@@ -76,7 +55,7 @@ def test_assign(backend, shape, dtype, similarity):
     backend.needs("assign", dtype)
     q = make_tokens(shape.B, shape.N, shape.D, dtype, backend.device)
     meta = make_tokens(shape.B, shape.K, shape.D, dtype, backend.device, seed=1)
-    check_assign(backend, q, meta, similarity, 0.5 if shape.K > 5 else 1.0)
+    check_assign(backend.impl, q, meta, similarity, 0.5 if shape.K > 5 else 1.0)
 
 
 @each_dtype
@@ -87,8 +66,8 @@ def test_assign_layouts(backend, layout, dtype, similarity):
     q = make_tokens(2, 33, 24, dtype, backend.device, layout=layout)
     meta = make_tokens(2, 9, 24, dtype, backend.device, seed=1, layout=layout)
     mask = make_mask(33, 2, backend.device).mT
-    check_assign(backend, q, meta, similarity, 2.0, "softmax", mask)
-    check_assign(backend, q, meta, similarity, 2.0, "uniform", mask)
+    check_assign(backend.impl, q, meta, similarity, 2.0, "softmax", mask)
+    check_assign(backend.impl, q, meta, similarity, 2.0, "uniform", mask)
 
 
 @each_dtype
@@ -97,9 +76,9 @@ def test_assign_heads_and_shared_meta(backend, dtype, similarity):
     backend.needs("assign", dtype)
     heads = make_tokens(6, 21, 16, dtype, backend.device).view(2, 3, 21, 16)
     meta = make_tokens(1, 7, 16, dtype, backend.device, seed=1)[0]
-    check_assign(backend, heads, meta, similarity, mask=make_mask(2, 21, backend.device))
+    check_assign(backend.impl, heads, meta, similarity, mask=make_mask(2, 21, backend.device))
     interleaved = make_tokens(2, 21, 48, dtype, backend.device).view(2, 21, 3, 16).transpose(1, 2)
-    check_assign(backend, interleaved, meta, similarity)
+    check_assign(backend.impl, interleaved, meta, similarity)
 
 
 @each_dtype
@@ -121,21 +100,10 @@ def test_assign_ties_go_to_the_lowest(backend, dtype, similarity):
 def test_assign_with_many_meta_tokens(backend, dtype):
     backend.needs("assign", dtype)
     q, meta = (make_tokens(1, n, 16, dtype, backend.device, seed=n) for n in (70, 1500))
-    check_assign(backend, q, meta, "dot", 4.0)
+    check_assign(backend.impl, q, meta, "dot", 4.0)
 
 
 # match
-
-
-def check_match(backend, metric, r, num_prefix=0, partition="alternate", grid=None, window=None):
-    plan = sttm.match(metric, r, num_prefix, partition, grid, window, backend.impl)
-    N = metric.shape[-2]
-    expected = sttm.match(metric.cpu().double(), r, num_prefix, partition, grid, window, "reference")
-    assert plan.num_groups == expected.num_groups
-    cpu = torch.device("cpu")
-    is_dst = partitions.destinations(partition, N, num_prefix, grid, (2, 2), None, cpu)
-    block = None if window is None else partitions.blocks(grid, window, cpu)
-    assert_match_within_budget(plan, metric, N - plan.num_groups, num_prefix, is_dst, block)
 
 
 @each_dtype
@@ -144,7 +112,7 @@ def test_match(backend, shape, dtype):
     backend.needs("match", dtype)
     metric = make_tokens(shape.B, shape.N, shape.D, dtype, backend.device)
     for r in (0, 1, shape.N // 4, shape.N):
-        check_match(backend, metric, r)
+        check_match(backend.impl, metric, r)
 
 
 @each_dtype
@@ -153,13 +121,13 @@ def test_match(backend, shape, dtype):
 def test_match_layouts_and_prefix(backend, layout, dtype, num_prefix):
     backend.needs("match", dtype)
     metric = make_tokens(3, 38, 20, dtype, backend.device, layout=layout)
-    check_match(backend, metric, 9, num_prefix)
+    check_match(backend.impl, metric, 9, num_prefix)
 
 
 @each_dtype
 def test_match_heads(backend, dtype):
     backend.needs("match", dtype)
-    check_match(backend, make_tokens(2, 40, 48, dtype, backend.device).view(2, 40, 3, 16).transpose(1, 2), 13, 1)
+    check_match(backend.impl, make_tokens(2, 40, 48, dtype, backend.device).view(2, 40, 3, 16).transpose(1, 2), 13, 1)
 
 
 @each_dtype
@@ -177,14 +145,14 @@ def test_match_partitions_and_windows(backend, partition, window, dtype):
         partition = torch.cat([torch.ones(B, 1, dtype=torch.bool), order < 20], 1).to(backend.device)
     metric = make_tokens(B, N, 12, dtype, backend.device, seed=3)
     for r in (0, 7, N):
-        check_match(backend, metric, r, num_prefix, partition, grid, window)
+        check_match(backend.impl, metric, r, num_prefix, partition, grid, window)
 
 
 @pytest.mark.parametrize("is_dst", [[True] * 6, [False] * 6, [False] * 5 + [True]], ids=str)
 def test_match_lopsided_masks(backend, is_dst):
     backend.needs("match")
-    check_match(backend, make_tokens(2, 6, 4, device=backend.device), 3, 0, torch.tensor(is_dst))
-    check_match(backend, make_tokens(2, 6, 4, device=backend.device), 3, 2, torch.tensor(is_dst))
+    check_match(backend.impl, make_tokens(2, 6, 4, device=backend.device), 3, 0, torch.tensor(is_dst))
+    check_match(backend.impl, make_tokens(2, 6, 4, device=backend.device), 3, 2, torch.tensor(is_dst))
 
 
 def test_match_random2d_is_the_specification(backend):
@@ -211,21 +179,6 @@ def test_match_ties_go_to_the_lower_token(backend, dtype):
 # merge
 
 
-def check_merge(backend, x, index, num_groups, size, weight, positions, fill, reduce="mean"):
-    def run(merge, x, size, weight, positions, fill):
-        return fields(merge(x, sttm.MergePlan(index, num_groups, weight=weight), size, positions, reduce, fill))
-
-    inputs = {"x": x, "size": size, "weight": weight, "positions": positions, "fill": fill}
-    assert_verb_within_budget(
-        f"merge by {reduce}",
-        partial(run, partial(sttm.merge, impl=backend.impl)),
-        partial(run, reference.merge),
-        inputs,
-        x.shape[1],
-        x.shape[1] + x.shape[2],
-    )
-
-
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max", "first"])
@@ -235,8 +188,8 @@ def test_merge(backend, shape, dtype, reduce):
     x = make_tokens(B, N, C, dtype, device)
     size, weight = make_rows(B, N, device, 1, 1), make_rows(B, N, device, 2)
     positions, fill = make_tokens(B, N, 3, device=device, seed=3), make_tokens(B, K, C, dtype, device, seed=4)
-    check_merge(backend, x, make_index(B, N, K, device), K, size, weight, positions, fill, reduce)
-    check_merge(backend, x, make_index(B, N, K, device, kind="even"), K, None, None, None, None, reduce)
+    check_merge(backend.impl, x, make_index(B, N, K, device), K, size, weight, positions, fill, reduce)
+    check_merge(backend.impl, x, make_index(B, N, K, device, kind="even"), K, None, None, None, None, reduce)
 
 
 @each_dtype
@@ -250,7 +203,9 @@ def test_merge_layouts(backend, layout, dtype, kind, reduce):
     index = make_index(N, B, K, device, kind=kind).mT
     size, weight = make_rows(N, B, device, 1, 1).mT, make_rows(B, 2 * N, device, 2)[:, ::2]
     positions = make_tokens(B, N, 3, device=device, seed=3, layout=layout)
-    check_merge(backend, x, index, K, size, weight, positions, make_tokens(B, K, C, dtype, device, 4, layout), reduce)
+    check_merge(
+        backend.impl, x, index, K, size, weight, positions, make_tokens(B, K, C, dtype, device, 4, layout), reduce
+    )
 
 
 @each_dtype
@@ -330,24 +285,8 @@ def test_assign_merge(backend, dtype, layout, own):
     fill, positions = make_tokens(B, K, C, dtype, device, 2, layout), make_tokens(B, N, 3, device=device)
     size, mask = make_rows(B, N, device, 1, 1), make_mask(B, N, device)
     for weight in ("softmax", "uniform"):
-
-        def actual(x, q, meta, size=None, positions=None, fill=None, mask=None, weight=weight):
-            settings = (similarity, 2.0, weight, mask, size, positions, fill)
-            out, plan = assign_merge(x, None if own else q, meta, *settings, backend.impl)
-            return fields(plan) | fields(out) | {"index": plan.index}
-
         for extras in ({}, {"size": size, "positions": positions, "fill": fill, "mask": mask}):
-            inputs = {"x": x, "q": None if own else q, "meta": meta, **extras}
-            chosen = actual(**inputs)
-            plan = sttm.MergePlan(chosen["index"], K, *(chosen.get(name) for name in ("score", "lse", "weight")))
-            settings = (similarity, 2.0, weight)
-            assert_assign_within_budget(plan, x if own else q, meta, *settings, extras.get("mask"))
-
-            def truth(x, q, meta, size=None, positions=None, fill=None, mask=None, plan=plan, settings=settings):
-                plan = assign_at(plan.index, x if own else q, meta, *settings)
-                return fields(plan) | fields(reference.merge(x, plan, size, positions, "mean", fill))
-
-            assert_verb_within_budget("assign_merge", actual, truth, inputs, N + K + C, N + K + C)
+            check_assign_merge(backend.impl, x, None if own else q, meta, similarity, 2.0, weight, extras)
 
 
 # unmerge and compose
@@ -360,17 +299,7 @@ def test_unmerge(backend, shape, dtype):
     B, N, K, _, C = shape
     for layout in LAYOUTS:
         index = make_index(B, N, K, backend.device)
-        plan = sttm.MergePlan(index, K)
-        x = make_tokens(B, K, C, dtype, backend.device, layout=layout)
-        assert_equal("unmerge", sttm.unmerge(x, plan, backend.impl), reference.unmerge(x, plan))
-        assert_verb_within_budget(
-            "unmerge",
-            lambda x: {"x": sttm.unmerge(x, plan, backend.impl)},  # noqa: B023
-            lambda x: {"x": reference.unmerge(x, plan)},  # noqa: B023
-            {"x": x},
-            1,
-            N,
-        )
+        check_unmerge(backend.impl, make_tokens(B, K, C, dtype, backend.device, layout=layout), index)
 
 
 def test_unmerge_along_match(backend):
@@ -392,11 +321,7 @@ def test_unmerge_along_match(backend):
 def test_compose(backend, shape):
     backend.needs("compose")
     B, N, K, D, _ = shape
-    first, second = make_index(B, N, K, backend.device), make_index(B, K, D, backend.device, seed=1)
-    plans = sttm.MergePlan(first, K), sttm.MergePlan(second, D)
-    plan, expected = sttm.compose(*plans, impl=backend.impl), reference.compose(*plans)
-    assert_equal("index", plan.index, expected.index)
-    assert plan.num_groups == D
+    check_compose(backend.impl, make_index(B, N, K, backend.device), make_index(B, K, D, backend.device, seed=1), D)
 
 
 def test_compose_is_unmerging_twice(backend):
@@ -411,25 +336,6 @@ def test_compose_is_unmerging_twice(backend):
 # soft_merge
 
 
-def check_soft_merge(backend, x, q, meta, similarity, temperature, normalize, size=None, positions=None, mask=None):
-    def run(soft_merge, x, q, meta, size, positions):
-        return fields(soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask))
-
-    assert_verb_within_budget(
-        f"soft_merge over {normalize}",
-        partial(run, partial(sttm.soft_merge, impl=backend.impl)),
-        lambda meta, positions, **rest: run(
-            reference.soft_merge,
-            meta=meta.expand(x.shape[0], *meta.shape[-2:]),
-            positions=positions,
-            **rest,
-        ),
-        {"x": x, "q": q, "meta": meta, "size": size, "positions": positions},
-        x.shape[1] + q.shape[-1] + meta.shape[-2],
-        x.shape[1] + q.shape[-1] + meta.shape[-2] + x.shape[2],
-    )
-
-
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("normalize", ["meta", "tokens"])
@@ -440,7 +346,9 @@ def test_soft_merge(backend, shape, dtype, normalize):
     x, q = make_tokens(B, N, C, dtype, device), make_tokens(B, N, D, dtype, device, seed=1)
     meta, positions = make_tokens(B, K, D, dtype, device, seed=2), make_tokens(B, N, 3, device=device, seed=3)
     temperature = {"cosine": 0.5, "dot": D**0.5, "l2": float(D)}[similarity]
-    check_soft_merge(backend, x, q, meta, similarity, temperature, normalize, make_rows(B, N, device, 4, 1), positions)
+    check_soft_merge(
+        backend.impl, x, q, meta, similarity, temperature, normalize, make_rows(B, N, device, 4, 1), positions
+    )
 
 
 @each_dtype
@@ -452,8 +360,10 @@ def test_soft_merge_layouts(backend, layout, dtype, normalize):
     x, q = make_tokens(B, N, C, dtype, device, 0, layout), make_tokens(B, N, D, dtype, device, 1, layout)
     meta = make_tokens(B, K, D, dtype, device, 2, layout)
     mask, size = make_mask(N, B, device).mT, make_rows(N, B, device, 4, 1).mT
-    check_soft_merge(backend, x, q, meta, "cosine", 0.3, normalize, size, make_tokens(1, N, 3, device=device)[0], mask)
-    check_soft_merge(backend, x, q, meta, "l2", 8.0, normalize)
+    check_soft_merge(
+        backend.impl, x, q, meta, "cosine", 0.3, normalize, size, make_tokens(1, N, 3, device=device)[0], mask
+    )
+    check_soft_merge(backend.impl, x, q, meta, "l2", 8.0, normalize)
 
 
 @pytest.mark.parametrize("normalize", ["meta", "tokens"])
@@ -461,7 +371,7 @@ def test_soft_merge_heads_and_shared_meta(backend, normalize):
     backend.needs("soft_merge")
     heads = make_tokens(2, 21, 48, device=backend.device).view(2, 21, 3, 16).transpose(1, 2)
     x, meta = make_tokens(2, 21, 5, device=backend.device), make_tokens(1, 7, 16, device=backend.device, seed=1)[0]
-    check_soft_merge(backend, x, heads, meta, "dot", 4.0, normalize)
+    check_soft_merge(backend.impl, x, heads, meta, "dot", 4.0, normalize)
 
 
 # tiles
@@ -472,17 +382,17 @@ def test_soft_merge_heads_and_shared_meta(backend, normalize):
 def test_torch_in_many_tiles(monkeypatch, elements, dtype):
     """What needs one tile at these sizes, cut into many, as at sizes that are too slow to test."""
     monkeypatch.setattr(eager, "TILE_ELEMENTS", {"cpu": elements, "cuda": elements})
-    torch_, mask = Backend("torch", "cpu"), make_mask(2, 37, "cpu")
+    mask = make_mask(2, 37, "cpu")
     q, x = make_tokens(2, 37, 12, dtype), make_tokens(2, 37, 10, dtype, seed=1)
     meta, size, positions = make_tokens(2, 9, 12, dtype, seed=2), make_rows(2, 37, "cpu", 3), make_tokens(2, 37, 3)
     for similarity in SIMILARITIES:
-        check_assign(torch_, q, meta, similarity, 2.0, mask=mask)
+        check_assign("torch", q, meta, similarity, 2.0, mask=mask)
         for normalize in ("meta", "tokens"):
-            check_soft_merge(torch_, x, q, meta, similarity, 2.0, normalize, size, positions, mask)
-    check_match(torch_, q, 11, 1)
-    check_match(torch_, q, 11, 1, "alternate", (2, 3, 6), (1, 2, 4))
-    check_match(torch_, q, 11, 1, "frames", (2, 3, 6), (2, 2, 4))
-    check_merge(torch_, x, make_index(2, 37, 9), 9, size, make_rows(2, 37, "cpu", 4), positions, None)
+            check_soft_merge("torch", x, q, meta, similarity, 2.0, normalize, size, positions, mask)
+    check_match("torch", q, 11, 1)
+    check_match("torch", q, 11, 1, "alternate", (2, 3, 6), (1, 2, 4))
+    check_match("torch", q, 11, 1, "frames", (2, 3, 6), (2, 2, 4))
+    check_merge("torch", x, make_index(2, 37, 9), 9, size, make_rows(2, 37, "cpu", 4), positions, None)
 
 
 # derivatives of derivatives

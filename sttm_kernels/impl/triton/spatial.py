@@ -153,7 +153,7 @@ def assign_merge_kernel(
         c = (start + tl.arange(0, BLOCK_C))[None, :]
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
         total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
-        if tl.sum(tl.sum((total - total != 0).to(tl.int32), 1), 0) > 0:
+        if tl.sum(tl.sum((tile - tile != 0).to(tl.int32), 1), 0) > 0:
             # 0 times what is not finite spoils groups that the token is not in: add up token by token.
             total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for one in range(N):
