@@ -230,7 +230,8 @@ def match(
             src, dst = _partition.window_lists(
                 is_dst, num_prefix, *blocks, _partition.window_bound(partition, blocks[1])
             )
-    index, score, order, offsets = ops.match(metric.detach(), src, dst, r, num_prefix, impl)
+    metric = metric.detach() if metric.requires_grad else metric
+    index, score, order, offsets = ops.match(metric, src, dst, r, num_prefix, impl)
     return MergePlan(index, N - r, score, order=order, offsets=offsets)
 
 

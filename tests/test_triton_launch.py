@@ -96,7 +96,7 @@ def test_the_device_of_the_tensors_is_made_current(monkeypatch):
 
 
 def test_a_configuration_must_fit_shared_memory():
-    candidates = [config.Config(4, stages, {"BLOCK": 64}) for stages in (4, 2, 1)]
+    candidates = tuple(config.Config(4, stages, {"BLOCK": 64}) for stages in (4, 2, 1))
     device = torch.device("cpu")
 
     def chosen(arch):

@@ -6,7 +6,7 @@ No autotuning: every verb keeps a short list of configurations, best first, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -31,7 +31,7 @@ INTERPRET = dispatch.interpreting()
 """Passed to kernels as a constexpr where the interpreter needs other code: it cannot multiply bfloat16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
     """How a kernel is launched: warps per program, software pipeline stages, and its block sizes by argument name."""
 
@@ -75,6 +75,7 @@ class Specialization:
     archs: tuple[int, ...] = ARCHITECTURES
 
 
+_picked: dict[tuple[Any, ...], Config] = {}
 _forced: dict[str, Config] = {}
 _forced_arch: list[int] = []
 
@@ -110,23 +111,25 @@ def fits(bytes_needed: int, device: torch.device) -> bool:
 
 
 def pick(
-    name: str, candidates: Sequence[Config], device: torch.device, bytes_needed: Callable[[Config], int] | None = None
+    name: str, candidates: tuple[Config, ...], device: torch.device, bytes_needed: Callable[[Config], int] | None = None
 ) -> Config:
     """The first of `candidates` (best first) that fits the shared memory of the device; the last one if none does.
 
-    Cheap; not to be cached by device, because tests force the architecture.
-
     Args:
         name: of the kernel without `_kernel`; a test may force its configuration.
+        candidates: the same objects for the same case: what was picked from them is remembered.
         bytes_needed: shared memory of one program under a configuration: `num_stages` copies of every tile that is
-            streamed into a dot, plus what stays resident.
+            streamed into a dot, plus what stays resident. Depends on nothing but what the candidates were made for.
     """
     if _forced and name in _forced:
         return _forced[name]
     if bytes_needed is None:
         return candidates[0]
-    limit = shared_memory(device)
-    return next((config for config in candidates if bytes_needed(config) <= limit), candidates[-1])
+    key = (name, candidates, capability(device))
+    if key not in _picked:
+        limit = shared_memory(device)
+        _picked[key] = next((config for config in candidates if bytes_needed(config) <= limit), candidates[-1])
+    return _picked[key]
 
 
 @contextlib.contextmanager

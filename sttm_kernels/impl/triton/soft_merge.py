@@ -405,11 +405,14 @@ def soft_merge_grad_metric_kernel(
 
 @cache
 def _configs(
-    dtype: torch.dtype, exact: bool, arch: int, D: int, width: int, own: str, other: str
+    dtype: torch.dtype, element: int, exact: bool, arch: int, D: int, width: int, own: str, other: str
 ) -> tuple[Config, ...]:
-    """Blocks of the rows of both sides, of D, and of the slice of `width` features that a product fills."""
+    """Blocks of the rows of both sides, of D, and of the slice of `width` features that a product fills.
+
+    `dtype` is that of x, `element` the bytes of the wider of x and q.
+    """
     # mma of sm_80 keeps its operands in registers, and float32 ones are twice as wide.
-    widest = 32 if arch == 80 or dtype == torch.float32 else 64
+    widest = 32 if arch == 80 or element == 4 else 64
     block_d = power_of_two(D) if D <= widest else widest
     part = min(power_of_two(width), 256)
     if exact:
@@ -439,7 +442,8 @@ def _choose(name: str, x: Tensor, q: Tensor, width: int, own: str = "BLOCK_OWN",
         )
 
     exact = _precision(x, q) == "ieee"
-    return pick(name, _configs(x.dtype, exact, architecture(q.device), D, width, own, other), q.device, shared)
+    candidates = _configs(x.dtype, element, exact, architecture(q.device), D, width, own, other)
+    return pick(name, candidates, q.device, shared)
 
 
 def _strided(t: Tensor | None, dims: int) -> tuple[Any, ...]:

@@ -244,20 +244,20 @@ def _config(x: Tensor, N: int, K: int) -> Config | None:
 
 
 @cache
-def _candidates(block_n: int, block_k: int, itemsize: int, arch: int) -> list[Config]:
+def _candidates(block_n: int, block_k: int, itemsize: int, arch: int) -> tuple[Config, ...]:
     """For the bucket that holds N and K: nothing is compiled for N or K itself."""
     warps = 4 if block_n == 64 else 8
     widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
     if arch < 90:
         widths = widths[1:]  # a third stage spills there
-    return [
+    return tuple(
         Config(
             warps,
             stages,
             {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64, "BLOCK_D": width, "BLOCK_C": width},
         )
         for width, stages in widths
-    ]
+    )
 
 
 def specializations() -> list[Specialization]:
