@@ -1,13 +1,15 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, shared memory, spills, instructions.
+"""What the compilers make of every kernel, without a GPU: registers, shared memory, spills, instructions.
 
-    python -m benchmarks.codegen                          # every kernel, dtype and configuration
+    python -m benchmarks.codegen                          # every Triton kernel, dtype and configuration
+    python -m benchmarks.codegen --impl triton cuda       # and every CUDA kernel, if there is an nvcc
     python -m benchmarks.codegen --arch 90 --verb merge   # some of them
-    python -m benchmarks.codegen --covering               # the part that the tests compile
+    python -m benchmarks.codegen --covering               # of Triton's, the part that the tests compile
 
-Kernels are compiled as `launch` would compile them, and the machine code is read with the `cuobjdump` that ships inside
-Triton. The columns: registers per thread, bytes of shared memory per program, spill instructions (STL + LDL), matrix
-products (HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100), asynchronous copies (LDGSTS, UTMALDG), and global loads
-with those of 128 bits among them.
+Triton kernels are compiled as `launch` would compile them, and the machine code is read with the `cuobjdump` that ships
+inside Triton. The columns: registers per thread, bytes of shared memory per program (of a CUDA kernel, those known at
+compile time), spill instructions (STL + LDL; of a CUDA kernel, spilled bytes), matrix products (HMMA by mma.sync on any
+architecture, HGMMA on sm_90, UTCHMMA on sm_100), asynchronous copies (LDGSTS, UTMALDG), and global loads with those of
+128 bits among them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +33,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import codegen_cuda
 from sttm_kernels.impl.triton.config import ARCHITECTURES, SHARED_MEMORY, Specialization
 
 MODULES = ("assign", "soft_merge", "match", "merge", "unmerge", "spatial")
-DOTS = ("HMMA", "HGMMA", "UTCHMMA")
-COPIES = ("LDGSTS", "UTMALDG")
+DOTS = codegen_cuda.DOTS
+COLUMNS = codegen_cuda.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,8 @@ def faults(arch: int, one: Specialization, report: Report) -> list[str]:
     return found
 
 
-COLUMNS = ("regs", "shared", "spills", *DOTS, *COPIES, "LDG", "128-bit")
-
-
 def row(report: Report) -> tuple[int, ...]:
-    ops = report.instructions
-    counted = (ops[name] for name in (*DOTS, *COPIES, "LDG"))
+    counted = (report.instructions[name] for name in COLUMNS[3:-1])
     return report.registers, report.shared, report.spills, *counted, report.wide_loads
 
 
@@ -170,33 +171,60 @@ def _build_at(at: int) -> Report | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
+Row = tuple[str, tuple[int, ...], list[str]]
+"""The name of a kernel, its numbers in the order of COLUMNS, and its faults."""
+
+
+def _triton_rows(archs: tuple[int, ...], verbs: tuple[str, ...], only_covering: bool, jobs: int) -> Iterator[Row]:
+    _work[:] = specializations(archs, verbs)
+    if only_covering:
+        _work[:] = covering(_work)
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for item, result in zip(_work, pool.imap(_build_at, range(len(_work))), strict=True):
+            if isinstance(result, str):
+                yield describe(*item), (), [result]
+            else:
+                yield describe(*item), row(result), faults(*item, result)
+
+
+def _cuda_rows(archs: tuple[int, ...], verbs: tuple[str, ...], jobs: int) -> Iterator[Row]:
+    if codegen_cuda.nvcc() is None:
+        raise SystemExit("there is no nvcc: set CUDA_HOME, or ask for --impl triton")
+    known = {int(name.rstrip("a")): name for name in codegen_cuda.ARCHITECTURES}
+    work = [(verb, known.get(arch, str(arch))) for verb in verbs for arch in archs]
+    with ThreadPoolExecutor(jobs) as pool:
+        for reports in pool.map(lambda item: codegen_cuda.build(*item), work):
+            for report in reports:
+                yield f"sm_{report.arch} cuda {report.name}", report.row, codegen_cuda.faults(report)
+
+
 def main(argv: list[str] | None = None) -> int:
+    verbs = tuple(dict.fromkeys((*MODULES, *codegen_cuda.VERBS)))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--impl", nargs="+", default=("triton",), choices=("triton", "cuda"))
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--verb", nargs="+", default=MODULES, choices=MODULES)
-    parser.add_argument("--covering", action="store_true", help="only the part that the tests compile")
+    parser.add_argument("--verb", nargs="+", default=verbs, choices=verbs)
+    parser.add_argument("--covering", action="store_true", help="of Triton's, only the part that the tests compile")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (%(default)s)")
     chosen = parser.parse_args(argv)
+    archs = tuple(chosen.arch)
 
-    _work[:] = specializations(tuple(chosen.arch), tuple(chosen.verb))
-    if chosen.covering:
-        _work[:] = covering(_work)
-    names = [describe(*item) for item in _work]
-    width = max(map(len, names), default=0)
-    print(f"{len(_work)} specializations, triton {triton.__version__}")
+    rows: list[Iterator[Row]] = []
+    if "triton" in chosen.impl:
+        of_triton = tuple(verb for verb in chosen.verb if verb in MODULES)
+        rows.append(_triton_rows(archs, of_triton, chosen.covering, chosen.jobs))
+    if "cuda" in chosen.impl:
+        of_cuda = tuple(verb for verb in chosen.verb if verb in codegen_cuda.VERBS)
+        rows.append(_cuda_rows(archs, of_cuda, chosen.jobs))
+    width = 88
     print(" ".join([f"{'kernel':{width}}", *(f"{name:>7}" for name in COLUMNS)]))
-    failed = 0
-    with multiprocessing.get_context("fork").Pool(chosen.jobs) as pool:
-        results = pool.imap(_build_at, range(len(_work)))
-        for name, item, result in zip(names, _work, results, strict=True):
-            if isinstance(result, str):
-                numbers, wrong = "", [result]
-            else:
-                numbers = " ".join(f"{value:7}" for value in row(result))
-                wrong = faults(*item, result)
-            failed += bool(wrong)
-            print(" ".join([f"{name:{width}}", numbers, *(f"<- {text}" for text in wrong)]), flush=True)
-    print(f"{failed} of {len(_work)} at fault" if failed else "no faults")
+    failed = total = 0
+    for name, numbers, wrong in (one for part in rows for one in part):
+        total += 1
+        failed += bool(wrong)
+        marks = [f"<- {text}" for text in wrong]
+        print(" ".join([f"{name:{width}}", *(f"{value:7}" for value in numbers), *marks]), flush=True)
+    print(f"{failed} of {total} at fault" if failed else f"{total} without faults")
     return 1 if failed else 0
 
 

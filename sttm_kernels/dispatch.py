@@ -28,6 +28,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def on_host() -> bool:
+    """True when the CUDA kernels run on the CPU, compiled for it (`STTM_CUDA_HOST=<path of that module>`)."""
+    return bool(os.environ.get("STTM_CUDA_HOST"))
+
+
+def tf32() -> bool:
+    """Whether PyTorch may round the float32 operands of a product on a GPU to TF32; so may the kernels.
+
+    `allow_tf32` raises once somebody has set `fp32_precision`, which knows of both.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
 @cache
 def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
     """The reason why `impl` cannot run `verb` on this kind of device in this dtype; None if it can.
@@ -41,6 +54,10 @@ def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.f
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if impl in ("torch", "reference"):
         return None
+    if impl == "cuda" and on_host():
+        if device_type != "cpu" or dtype == torch.float64:
+            return f"STTM_CUDA_HOST runs CPU tensors other than float64, got {dtype} on {device_type}"
+        return importlib.import_module(_MODULES[impl]).why_not(verb)
     if importlib.util.find_spec(_MODULES[impl]) is None:
         return f"this build of sttm_kernels has no {impl} kernels"
     if impl == "triton" and importlib.util.find_spec("triton") is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +30,9 @@ class Backend:
             pytest.skip("Triton's interpreter multiplies bfloat16 bit patterns in tl.dot")
 
 
-BACKENDS = [("triton", "cpu")] if dispatch.interpreting() else [("torch", "cpu")]
-GPU_BACKENDS = [] if dispatch.interpreting() else [(impl, "cuda") for impl in ("torch", "triton", "cuda")]
+BACKENDS = [("triton" if dispatch.interpreting() else "cuda" if dispatch.on_host() else "torch", "cpu")]
+ON_HOST = dispatch.interpreting() or dispatch.on_host()
+GPU_BACKENDS = [] if ON_HOST else [(impl, "cuda") for impl in ("torch", "triton", "cuda")]
 
 
 @pytest.fixture(
@@ -53,6 +56,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def _declare_torchvision_operators() -> torch.library.Library | None:
+    """timm imports torchvision, whose compiled operators may be built for another PyTorch; they are not called, but
+    these must exist before its import."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        for compiled in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(compiled)
+            return None
+    except OSError:
+        pass
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_TORCHVISION = _declare_torchvision_operators()  # declared for as long as this lives
 
 
 @pytest.fixture(autouse=True)

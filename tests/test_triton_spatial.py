@@ -33,10 +33,10 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _tensor_cores():
     """True float32 products take two launches; the fused kernel is for those that tensor cores can do."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import textwrap
@@ -33,6 +34,7 @@ def collect() -> dict[str, Any]:
 
     Returns:
         "versions": package to version, None if it is not installed, and "cuda" as PyTorch was built for it;
+        "extension": "reason", why there are no CUDA kernels, or None; then also "nvcc", "architectures" and "host";
         "devices": a list of dicts with "device" and "name", for GPUs also "capability" and "memory_bytes";
         "verbs": for every verb and device type ("cpu", "cuda" if there is one) "auto", the implementation that is
         taken for float32 (None if the choice fails), and for every implementation None if it can run, or the reason
@@ -47,6 +49,7 @@ def collect() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             **{package: _version(package) for package in OPTIONAL},
         },
+        "extension": _extension(),
         "devices": _devices(),
         "verbs": {verb: {kind: _implementations(verb, kind) for kind in kinds} for verb in dispatch.VERBS},
     }
@@ -57,6 +60,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        return importlib.import_module("sttm_kernels.impl.cuda").build_info()
+    except Exception as error:
+        return {"reason": f"cannot be loaded: {type(error).__name__}: {error}"}
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -99,6 +109,13 @@ def _why_not(verb: str, impl: str, kind: str) -> str | None:
 def _table(facts: dict[str, Any]) -> str:
     lines = ["versions"]
     lines += [f"  {package:<14}{found or 'not installed'}" for package, found in facts["versions"].items()]
+    built = facts["extension"]
+    lines += ["", "CUDA kernels"]
+    if built["reason"] is None:
+        by_nvcc = f"nvcc {built['nvcc']}, compute capabilities {', '.join(built['architectures'])}"
+        lines.append(f"  {'compiled for the CPU' if built['host'] else by_nvcc}")
+    else:
+        lines += textwrap.wrap(built["reason"], 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", "devices"]
     for device in facts["devices"]:
         more = f", compute capability {device['capability']}" if "capability" in device else ""

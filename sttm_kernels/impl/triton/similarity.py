@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sttm_kernels import dispatch
 from sttm_kernels.impl.triton.config import ARCHITECTURES, Specialization
 from sttm_kernels.impl.triton.launch import aligned, alignment, recorded
 from sttm_kernels.reference import NORM_FLOOR
@@ -46,7 +47,7 @@ def heads(q: Tensor) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How tensor cores may round float32 operands: as PyTorch is told to for its own products."""
-    if dtype == torch.float32 and not torch._C._get_cublas_allow_tf32():
+    if dtype == torch.float32 and not dispatch.tf32():
         return "ieee"
     return "tf32"
 
@@ -215,11 +216,11 @@ def recorded_everywhere(
     name: str, run: Callable[[], Any], dtype: torch.dtype, tf32: bool, dots: tuple[str, ...]
 ) -> list[Specialization]:
     """`recorded` on every architecture, with TF32 allowed or not."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         exact = precision(dtype) == "ieee"
         kind = str(dtype).removeprefix("torch.")
         return [one for arch in ARCHITECTURES for one in recorded(f"{name} {kind}", run, arch, () if exact else dots)]
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.fp32_precision = before

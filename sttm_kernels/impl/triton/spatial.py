@@ -263,8 +263,8 @@ def _candidates(block_n: int, block_k: int, itemsize: int, arch: int) -> tuple[C
 def specializations() -> list[Specialization]:
     """What the ahead-of-time tests compile: the canonical frames, and the other branches in one dtype."""
     found = []
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         for arch in ARCHITECTURES:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -272,7 +272,7 @@ def specializations() -> list[Specialization]:
                     found += _specialize(arch, dtype, N, K)
             found += _specialize(arch, torch.bfloat16, 196, 98, extras=True)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     return found
 
 

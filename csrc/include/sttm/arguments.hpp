@@ -1,0 +1,224 @@
+// What the launchers take: device pointers, extents and strides in elements. No PyTorch, no Python, any C++17 compiler.
+//
+// Unless said otherwise an array is dense, row-major, and a pointer that is null stands for an argument not given or a
+// result not asked for. `x`, `q`, `meta` may have any strides. Launchers allocate nothing, wait for nothing and can be
+// captured in a CUDA graph.
+#pragma once
+
+#include <cstdint>
+
+#if defined(STTM_HOST)
+#include "../../host/cuda_on_host.hpp"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace sttm {
+
+// Of features. Scores, weights, sizes, positions and masses are float, indices int32_t, masks bytes of 0 or 1.
+enum class DType : int32_t { float32, float16, bfloat16 };
+
+enum class Reduce : int32_t { mean, sum, max, first };
+
+enum class Similarity : int32_t { cosine, dot, l2 };
+
+// Rows of features: item b, row n, channel c at data[b * stride_b + n * stride_n + c * stride_c].
+struct Rows {
+    const void* data;
+    int64_t stride_b, stride_n, stride_c;
+};
+
+// y (B, N, C) = row index[b, n] of x (B, K, C), 0 where index is outside of [0, K).
+struct UnmergeArguments {
+    DType dtype;
+    int B, N, K, C;
+    Rows x;
+    const int32_t* index;
+    void* y;
+};
+cudaError_t unmerge(const UnmergeArguments&, cudaStream_t);
+
+// out (B, N) = index2[b, index1[b, n]], index1 (B, N), index2 (B, K); -1 where either leads nowhere.
+struct ComposeArguments {
+    int B, N, K, num_groups;
+    const int32_t *index1, *index2;
+    int32_t* out;
+};
+cudaError_t compose(const ComposeArguments&, cudaStream_t);
+
+// Whether kernels can run on the current device: a driver that is new enough, code for its architecture.
+cudaError_t probe();
+
+// order (B, N), the tokens sorted by group and then by token, those without a group last; offsets (B, K + 1), where in
+// it each group begins. other (B, N) is scratch.
+struct CsrArguments {
+    int B, N, K;
+    const int32_t* index;
+    int32_t *order, *offsets, *other;
+};
+cudaError_t csr(const CsrArguments&, cudaStream_t);
+
+// What similarity is measured on: item b, head h, row n, feature d at data[b * stride_b + h * stride_h + n * stride_n +
+// d * stride_d], averaged over the heads.
+struct Metric {
+    const void* data;
+    int heads;
+    int64_t stride_b, stride_h, stride_n, stride_d;
+};
+
+// Every src token finds its most similar dst token by cosine, the r best merge. Without lists, tokens behind the prefix
+// are src at even positions and dst at odd ones; with lists, src (B or 1, windows, num_src) and dst (B or 1, windows,
+// num_dst) are the tokens of each window, ascending, padded with -1.
+//
+// index, order and score are (B, N), offsets (B, N - r + 1); score is -inf where there was nothing to find. partner
+// (B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if given, the mean over heads is
+// taken once, beforehand, else by every block that reads a token.
+struct MatchArguments {
+    DType dtype;
+    bool tf32;  // whether float32 products may round to TF32
+    int B, N, D;
+    Metric metric;
+    bool listed;  // src and dst are lists, which may be empty; else every second token
+    const int32_t *src, *dst;
+    int64_t stride_src, stride_dst;  // from item to item
+    int windows, num_src, num_dst;
+    int r, num_prefix;
+    float* score;
+    int32_t *index, *order, *offsets;
+    int32_t *partner, *arrived;
+    void* mean;
+};
+cudaError_t match(const MatchArguments&, cudaStream_t);
+
+// merge x (B, N, C) to y (B, K, C); positions (B, N, P), items dense; fill (B, K, C), items dense, or null.
+// The tokens of each group come from `order` (B, N) and `offsets` (B, K + 1). If `other` (B, N), scratch, is given,
+// they are made here of `index` (B, N), else `index` is not read. Sizes and masses are (B, K), positions (B, K, P).
+struct MergeArguments {
+    DType dtype;
+    Reduce reduce;
+    int B, N, K, C, P;
+    Rows x;
+    const int32_t* index;
+    int32_t *order, *offsets, *other;
+    const float *weight, *size, *positions;
+    int64_t stride_pb;
+    const void* fill;
+    int64_t stride_fb;
+    void* y;
+    float *size_out, *positions_out, *mass_out;
+};
+cudaError_t merge(const MergeArguments&, cudaStream_t);
+
+// Gradients of what is asked for. `order` and `offsets` are needed for max and first and with `dot`, and are made of
+// `index` if `other` is given, as in merge. `dot`, scratch (1, or 2 for sum, B, N), is needed where the gradient of
+// weights depends on the mean over a group: weights or sizes are differentiated, and y of a mean or positions is.
+struct MergeBackwardArguments {
+    DType dtype;
+    Reduce reduce;
+    int B, N, K, C, P;
+    Rows grad_y;  // data null if none
+    const float *grad_size, *grad_positions;
+    int64_t stride_qb;  // of grad_positions
+    Rows x;
+    const int32_t* index;
+    int32_t *order, *offsets, *other;
+    const float *weight, *size, *positions;
+    int64_t stride_pb;
+    const void* y;  // for max
+    const float* mass;
+    void* grad_x;
+    float *grad_weight, *grad_size_in, *grad_positions_in, *dot;
+    bool to_winners;  // set by the launcher
+};
+cudaError_t merge_backward(const MergeBackwardArguments&, cudaStream_t);
+
+// One float, or one byte of 0 or 1, per row of a batch item; data null if there is none.
+struct Column {
+    const float* data;
+    int64_t stride_b, stride_n;
+};
+struct Mask {
+    const uint8_t* data;
+    int64_t stride_b, stride_n;
+};
+
+// Every row of q (B, heads, N, D) finds its most similar row of meta (B, heads, K, D). Results are (B, N): index and
+// score; lse; weight, which needs lse. Rows of q that `mask` leaves out have index -1 and 0s, rows of meta that
+// `meta_mask` leaves out are not looked at.
+struct AssignArguments {
+    DType dtype;
+    bool tf32;  // whether float32 products may round to TF32
+    Similarity similarity;
+    float inverse_temperature;
+    int B, N, K, D;
+    Metric q, meta;
+    Mask mask, meta_mask;
+    int32_t* index;
+    float *score, *lse, *weight;
+};
+cudaError_t assign(const AssignArguments&, cudaStream_t);
+
+// Gradients of score and, if grad_lse is given, of lse, with respect to q (its shape) and meta (B, K, D), either null
+// if not asked for. A row whose index is outside of [0, K) has none.
+struct AssignBackwardArguments {
+    DType dtype;
+    bool tf32;
+    Similarity similarity;
+    float inverse_temperature;
+    int B, N, K, D;
+    Metric q, meta;
+    const int32_t* index;
+    const float *score, *lse;
+    Column grad_score, grad_lse;
+    void *grad_q, *grad_meta;
+};
+cudaError_t assign_backward(const AssignBackwardArguments&, cudaStream_t);
+
+// assign, then merge by mean along its index, of at most kSpatialTokens tokens and kSpatialGroups groups, in one
+// launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
+struct SpatialArguments {
+    AssignArguments assign;
+    MergeArguments merge;
+};
+constexpr int kSpatialTokens = 256;
+constexpr int kSpatialGroups = 128;
+cudaError_t spatial(const SpatialArguments&, cudaStream_t);
+
+// What soft_merge and its gradients are made of: x (B, N, C), q (B, heads, N, D), meta (B, heads, K, D), positions
+// (B, N, P), of floats. The softmax is over meta tokens (over_meta) or over tokens.
+struct SoftMergeInputs {
+    DType dtype;
+    bool tf32;
+    Similarity similarity;
+    float inverse_temperature;
+    bool over_meta;
+    int B, N, K, C, D, P;
+    Rows x;
+    Metric q, meta;
+    Column size;
+    Mask mask;
+    Rows positions;
+};
+
+// y (B, K, C), size_out (B, K), positions_out (B, K, P); lse is (B, N) over meta tokens and (B, K) over tokens.
+struct SoftMergeArguments : SoftMergeInputs {
+    void* y;
+    float *size_out, *positions_out, *lse;
+};
+cudaError_t soft_merge(const SoftMergeArguments&, cudaStream_t);
+
+// Gradients of what is asked for, given those of y (B, K, C), size_out and positions_out (B, K, P), each null if there
+// is none. `mass` is size_out. shift (B, K) is scratch that grad_q, grad_meta and grad_size_in (B, N) need; grad_q and
+// grad_meta need grad_size_in as well if over_meta.
+struct SoftMergeBackwardArguments : SoftMergeInputs {
+    Rows grad_y;
+    Column grad_size;
+    Rows grad_positions;
+    const void* y;
+    const float *mass, *positions_out, *lse;
+    void *grad_x, *grad_q, *grad_meta;
+    float *grad_size_in, *grad_positions_in, *shift;
+};
+cudaError_t soft_merge_backward(const SoftMergeBackwardArguments&, cudaStream_t);
+
+}  // namespace sttm

@@ -1,0 +1,220 @@
+// match: every src finds its most similar dst, the best r merge, and the index map and its CSR follow.
+//
+// One launch for up to kOneLaunch tokens: the block that is the last of its batch item to finish selects. More tokens
+// take a second launch, in which larger blocks select. A mean over heads that many blocks would take again is taken by
+// a launch before.
+#pragma once
+
+#include "sttm/select.cuh"
+#include "sttm/similarity.cuh"
+#include "sttm/view.cuh"
+
+namespace sttm {
+
+constexpr int kOneLaunch = 2048;  // tokens whose scores and partners fit beside the table of the sort
+constexpr int kSelectThreads = 512;
+
+// 64 src by 128 dst; warps share the src, so that blocks are many and reuse what they load.
+template <typename T, bool EXACT>
+using MatchTiles = DotTiles<T, EXACT, 2, 4, 2, 4>;
+constexpr int kMatchOwn = 64;
+constexpr int kMatchThreads = 256;
+
+// Tokens of one side of a window: those of a list, or every second one.
+template <bool DST>
+struct TokenList {
+    const MatchArguments& a;
+    const int* list;
+
+    __device__ __forceinline__ TokenList(const MatchArguments& a, int64_t item, int window) : a(a), list(nullptr) {
+        if (!a.listed) return;
+        list = DST ? a.dst + item * a.stride_dst + int64_t(window) * a.num_dst
+                   : a.src + item * a.stride_src + int64_t(window) * a.num_src;
+    }
+    // The token at a place of the list, -1 beyond its end.
+    __device__ __forceinline__ int operator[](int at) const {
+        if (at >= (DST ? a.num_dst : a.num_src)) return -1;
+        const int odd = a.num_prefix % 2;
+        const int token = a.listed ? list[at] : a.num_prefix + (DST ? 1 - odd : odd) + 2 * at;
+        return token >= 0 && token < a.N ? token : -1;
+    }
+};
+
+template <typename T, bool DST>
+struct TokenRows {
+    const TokenList<DST>& tokens;
+    const T* data;
+
+    __device__ __forceinline__ const T* operator()(int at) const {
+        const int token = tokens[at];
+        return token < 0 ? nullptr : data + token * tokens.a.metric.stride_n;
+    }
+};
+
+// One block per tile of the src of a window. A similarity that is not a number is passed over.
+template <typename T, bool EXACT>
+__global__ void __launch_bounds__(kMatchThreads, 2)
+    nearest_kernel(const MatchArguments a, const Features f, int tiles, bool select) {
+    using Tiles = MatchTiles<T, EXACT>;
+    static_assert(Tiles::OWN == kMatchOwn && Tiles::THREADS == kMatchThreads);
+    constexpr int kMT = 2, kNT = 4, kColumnWarps = 4;
+    const int blocks = tiles * a.windows;
+    const int64_t item = blockIdx.x / blocks;
+    const int window = blockIdx.x % blocks / tiles, tile = blockIdx.x % tiles;
+    const int thread = static_cast<int>(threadIdx.x);
+    float* score = a.score + item * a.N;
+    int* partner = a.partner + item * a.N;
+    const TokenList<false> src(a, item, window);
+    const TokenList<true> dst(a, item, window);
+    const T* metric = static_cast<const T*>(a.metric.data) + item * a.metric.stride_b;
+    const TokenRows<T, false> own{src, metric};
+    const TokenRows<T, true> other{dst, metric};
+
+    unsigned char* const shared = shared_memory<unsigned char>();
+    int* const tokens = reinterpret_cast<int*>(shared + Tiles::BYTES);  // of the dst of a tile
+    Tiles dots(shared);
+    RowBest<kMT> best;
+    best.clear();
+    for (int start = 0; start < a.num_dst; start += Tiles::OTHER) {
+        float acc[kMT][kNT][4];
+        clear(acc);
+        dots.multiply(acc, own, f, tile * Tiles::OWN, other, f, start, Similarity::cosine,
+                      start + Tiles::OTHER < a.num_dst, [&] {
+                          if (thread < Tiles::OTHER) tokens[thread] = dst[start + thread];
+                      });
+        STTM_UNROLL
+        for (int j = 0; j < kNT; ++j) {
+            STTM_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                const int column = dots.column(j, e);
+                if (tokens[column] < 0) continue;
+                STTM_UNROLL
+                for (int i = 0; i < kMT; ++i)
+                    best.offer(i, e, similarity_of(acc[i][j][e], dots.own_term[dots.row(i, e)],
+                                                   dots.other_term[column], 1.0f, Similarity::cosine),
+                               start + column);
+            }
+        }
+    }
+    best.reduce();
+
+    // Over the warps that share the rows, the lowest position on a tie.
+    __syncthreads();
+    float* const values = reinterpret_cast<float*>(shared);
+    int* const places = reinterpret_cast<int*>(values + kColumnWarps * Tiles::OWN);
+    if (lane_index() % 4 == 0) {
+        STTM_UNROLL
+        for (int i = 0; i < kMT; ++i) {
+            STTM_UNROLL
+            for (int e = 0; e < 4; e += 2) {
+                const int at = warp_index() % kColumnWarps * Tiles::OWN + dots.row(i, e);
+                values[at] = best.value[i][e / 2];
+                places[at] = best.at[i][e / 2];
+            }
+        }
+    }
+    __syncthreads();
+    if (thread < Tiles::OWN) {
+        const int token = src[tile * Tiles::OWN + thread];
+        float value = values[thread];
+        int place = places[thread];
+        for (int at = thread + Tiles::OWN; at < kColumnWarps * Tiles::OWN; at += Tiles::OWN)
+            if (values[at] > value || (values[at] == value && places[at] < place)) {
+                value = values[at];
+                place = places[at];
+            }
+        if (token >= 0) {
+            score[token] = value;
+            partner[token] = dst[0] < 0 ? kNoPartner : dst[place];
+        }
+    }
+    for (int at = tile * kMatchThreads + thread; at < a.num_dst; at += tiles * kMatchThreads) {
+        const int token = dst[at];
+        if (token < 0) continue;
+        score[token] = -INFINITY;
+        partner[token] = kIsDst;
+    }
+    if (tile + window == 0)
+        for (int n = thread; n < a.num_prefix; n += kMatchThreads) {
+            score[n] = -INFINITY;
+            partner[n] = kIsPrefix;
+        }
+    if (!select) return;
+
+    // Scores before the count, and the count before the scores of the other blocks.
+    __threadfence();
+    __syncthreads();
+    STTM_SHARED(int, last, [1]);
+    if (thread == 0) last[0] = atomicAdd(a.arrived + item, 1) == blocks - 1;
+    __syncthreads();
+    if (last[0] == 0) return;
+    __threadfence();
+    float* const scores = reinterpret_cast<float*>(shared + Select<kMatchThreads>::kShared);
+    int* const partners = reinterpret_cast<int*>(scores + a.N);
+    for (int n = thread; n < a.N; n += kMatchThreads) {
+        scores[n] = static_cast<volatile const float*>(score)[n];  // past the L1 cache, which may hold what was before
+        partners[n] = static_cast<volatile const int*>(partner)[n];
+    }
+    __syncthreads();
+    Select<kMatchThreads>::run(scores, partners, a.N, a.r, a.num_prefix, a.index + item * a.N, a.order + item * a.N,
+                               a.offsets + item * (a.N - a.r + 1), partner, shared);
+}
+
+// One block per batch item.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) select_kernel(const MatchArguments a) {
+    const int64_t item = blockIdx.x, first = item * a.N;
+    Select<THREADS>::run(a.score + first, a.partner + first, a.N, a.r, a.num_prefix, a.index + first, a.order + first,
+                         a.offsets + item * (a.N - a.r + 1), a.partner + first, shared_memory<void>());
+}
+
+// mean (B, N, D) over the heads; a thread for 16 bytes of it.
+template <typename T>
+__global__ void __launch_bounds__(kMatchThreads) mean_kernel(const MatchArguments a, const Features f) {
+    const int pieces = ceil_div(a.D, Vec<T>::size);
+    const int64_t all = int64_t(a.B) * a.N * pieces, step = int64_t(gridDim.x) * kMatchThreads;
+    for (int64_t at = int64_t(blockIdx.x) * kMatchThreads + threadIdx.x; at < all; at += step) {
+        const int64_t row = at / pieces;
+        const int d = static_cast<int>(at % pieces) * Vec<T>::size;
+        const T* from =
+            static_cast<const T*>(a.metric.data) + row / a.N * a.metric.stride_b + row % a.N * a.metric.stride_n;
+        const Vec<T> v = features(from, f, d);
+        T* to = static_cast<T*>(a.mean) + row * a.D + d;
+        if (a.D % Vec<T>::size == 0) {
+            v.store(to);
+        } else {
+            for (int e = 0; e < Vec<T>::size && d + e < a.D; ++e) to[e] = v.value[e];
+        }
+    }
+}
+
+template <typename T, bool EXACT>
+cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
+    if (a.B == 0) return cudaSuccess;
+    if (a.mean != nullptr) {
+        const int64_t blocks = ceil_div64(int64_t(a.B) * a.N * ceil_div(a.D, Vec<T>::size), kMatchThreads);
+        const dim3 grid(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid));
+        const cudaError_t error =
+            launch(mean_kernel<T>, grid, kMatchThreads, 0, stream, a, features_of<T>(a.metric, a.D));
+        if (error != cudaSuccess) return error;
+        a.metric = Metric{a.mean, 1, int64_t(a.N) * a.D, 0, a.D, 1};
+    }
+    const bool select = a.N <= kOneLaunch;
+    const int tiles = max(1, ceil_div(a.num_src, kMatchOwn));
+    const int64_t blocks = int64_t(a.B) * a.windows * tiles;
+    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    const int for_tiles = MatchTiles<T, EXACT>::BYTES + MatchTiles<T, EXACT>::OTHER * int(sizeof(int));
+    const int for_select = Select<kMatchThreads>::kShared + a.N * int(sizeof(float) + sizeof(int));
+    if (select) {
+        const cudaError_t error = cudaMemsetAsync(a.arrived, 0, a.B * sizeof(int), stream);
+        if (error != cudaSuccess) return error;
+    }
+    const int shared = select ? max(for_tiles, for_select) : for_tiles;
+    const cudaError_t error = launch(nearest_kernel<T, EXACT>, dim3(unsigned(blocks)), kMatchThreads, shared, stream, a,
+                                     features_of<T>(a.metric, a.D), tiles, select);
+    if (error != cudaSuccess || select) return error;
+    return launch(select_kernel<kSelectThreads>, dim3(unsigned(a.B)), kSelectThreads, Select<kSelectThreads>::kShared,
+                  stream, a);
+}
+
+}  // namespace sttm

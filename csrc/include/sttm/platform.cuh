@@ -1,0 +1,248 @@
+// What the kernels need of the platform. The only header that knows who compiles them: nvcc for a GPU, or with
+// -DSTTM_HOST a C++ compiler for csrc/host/cuda_on_host.hpp, which runs them on the CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(STTM_HOST)
+#include "../../host/cuda_on_host.hpp"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cub/block/block_scan.cuh>
+#endif
+
+namespace sttm {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div64(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// STTM_SHARED(float, tile, [16][17]) declares `__shared__ float tile[16][17]`.
+#if defined(STTM_HOST)
+#define STTM_SHARED(type, name, ...)                           \
+    typedef type name##_type __VA_ARGS__;                      \
+    static ::sttm::host::Shared<name##_type> name##_storage;   \
+    name##_type& name = name##_storage.get()
+#define STTM_UNROLL
+#define STTM_NO_UNROLL
+#else
+#define STTM_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define STTM_UNROLL _Pragma("unroll")
+#define STTM_NO_UNROLL _Pragma("unroll 1")
+#endif
+
+// The dynamic shared memory of the block, aligned to 128 bytes.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#if defined(STTM_HOST)
+    return reinterpret_cast<T*>(host::machine.dynamic_shared);
+#else
+    extern __shared__ __align__(128) unsigned char sttm_dynamic_shared[];
+    return reinterpret_cast<T*>(sttm_dynamic_shared);
+#endif
+}
+
+// Runs `kernel` on the stream. An empty grid runs nothing. Kernels that ask for more than 48 KiB of dynamic shared
+// memory are allowed it here.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+#if defined(STTM_HOST)
+    (void)stream;
+    return host::run(grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
+#else
+    if (shared_bytes > 48 * 1024) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (error != cudaSuccess) {
+            cudaGetLastError();
+            return error;
+        }
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    if (error != cudaSuccess) cudaGetLastError();  // leaves no error behind for whoever asks next
+    return error;
+#endif
+}
+
+// float, half and bfloat16
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float value) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __float2half_rn(value);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return __float2bfloat16_rn(value);
+    } else {
+        return value;
+    }
+}
+
+// 16 bytes of T, read and written at once. Addresses must be multiples of 16.
+template <class T>
+struct alignas(16) Vec {
+    static constexpr int size = 16 / sizeof(T);
+    T value[size];
+
+    static __device__ __forceinline__ Vec load(const T* at) { return *reinterpret_cast<const Vec*>(at); }
+    static __device__ __forceinline__ Vec filled(T value) {
+        Vec all;
+        STTM_UNROLL
+        for (int i = 0; i < size; ++i) all.value[i] = value;
+        return all;
+    }
+    __device__ __forceinline__ void store(T* at) const { *reinterpret_cast<Vec*>(at) = *this; }
+};
+
+// Warps. Every lane must call; lane and warp are those of a block in one dimension.
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+#if defined(STTM_HOST)
+
+template <class T>
+inline T shuffle(T value, int source, STTM_HOST_SITE) {
+    return host::from_bits<T>(host::exchange(host::to_bits(value), {"shuffle", file, line})[source & 31]);
+}
+template <class T>
+inline T shuffle_xor(T value, int mask, STTM_HOST_SITE) {
+    const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_xor", file, line});
+    return host::from_bits<T>(all[(threadIdx.x % kWarpSize) ^ mask]);
+}
+template <class T>
+inline T shuffle_up(T value, int delta, STTM_HOST_SITE) {
+    const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_up", file, line});
+    const int lane = lane_index();
+    return host::from_bits<T>(all[lane < delta ? lane : lane - delta]);
+}
+template <class T>
+inline T shuffle_down(T value, int delta, STTM_HOST_SITE) {
+    const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_down", file, line});
+    const int lane = lane_index();
+    return host::from_bits<T>(all[lane + delta > 31 ? lane : lane + delta]);
+}
+inline unsigned ballot(bool predicate, STTM_HOST_SITE) {
+    const uint64_t* all = host::exchange(predicate, {"ballot", file, line});
+    unsigned votes = 0;
+    for (int lane = 0; lane < kWarpSize; ++lane) votes |= unsigned(all[lane]) << lane;
+    return votes;
+}
+inline unsigned match_any(int value, STTM_HOST_SITE) {
+    const uint64_t mine = host::to_bits(value), *all = host::exchange(mine, {"match_any", file, line});
+    unsigned same = 0;
+    for (int lane = 0; lane < kWarpSize; ++lane) same |= unsigned(all[lane] == mine) << lane;
+    return same;
+}
+
+#else
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source) {
+    return __shfl_sync(kAllLanes, value, source);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(kAllLanes, value, mask);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int delta) {
+    return __shfl_up_sync(kAllLanes, value, delta);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_down(T value, int delta) {
+    return __shfl_down_sync(kAllLanes, value, delta);
+}
+__device__ __forceinline__ unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
+__device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(kAllLanes, value); }
+
+#endif
+
+// Every lane gets the result, the same bits: a butterfly adds the same pairs whatever the lane.
+template <class T, class Combine>
+__device__ __forceinline__ T warp_reduce(T value, Combine combine) {
+    STTM_UNROLL
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+    return value;
+}
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+    return warp_reduce(value, [](T a, T b) { return a + b; });
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+    return warp_reduce(value, [](T a, T b) { return a < b ? b : a; });
+}
+
+// Blocks of `Threads` threads in one dimension. Every thread must call and gets the result; the shared memory that
+// these use is free again when they return.
+
+template <int Threads, class T, class Combine>
+__device__ __forceinline__ T block_reduce(T value, Combine combine) {
+    static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "a block is whole warps");
+    constexpr int kWarps = Threads / kWarpSize;
+    value = warp_reduce(value, combine);
+    if constexpr (kWarps > 1) {
+        STTM_SHARED(T, parts, [kWarps]);
+        if (lane_index() == 0) parts[warp_index()] = value;
+        __syncthreads();
+        value = parts[0];
+        for (int warp = 1; warp < kWarps; ++warp) value = combine(value, parts[warp]);
+        __syncthreads();
+    }
+    return value;
+}
+template <int Threads, class T>
+__device__ __forceinline__ T block_sum(T value) {
+    return block_reduce<Threads>(value, [](T a, T b) { return a + b; });
+}
+template <int Threads, class T>
+__device__ __forceinline__ T block_max(T value) {
+    return block_reduce<Threads>(value, [](T a, T b) { return a < b ? b : a; });
+}
+
+// The sum of the values of all threads before this one; `total` becomes that of all.
+template <int Threads>
+__device__ __forceinline__ int block_exclusive_sum(int value, int& total) {
+#if defined(STTM_HOST)
+    STTM_SHARED(int, sums, [Threads + 1]);
+    sums[threadIdx.x] = value;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int before = 0;
+        for (int t = 0; t < Threads; ++t) before += std::exchange(sums[t], before);
+        sums[Threads] = before;
+    }
+    __syncthreads();
+    const int before = sums[threadIdx.x];
+    total = sums[Threads];
+#else
+    using Scan = cub::BlockScan<int, Threads>;
+    __shared__ typename Scan::TempStorage storage;
+    int before;
+    Scan(storage).ExclusiveSum(value, before, total);
+#endif
+    __syncthreads();
+    return before;
+}
+
+}  // namespace sttm

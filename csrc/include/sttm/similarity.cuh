@@ -1,0 +1,493 @@
+// Tiles of similarities, worked out as they are needed and never stored.
+//
+// A block owns rows of one side, tokens or meta tokens, and goes through the rows of the other. Features are read in
+// place, in chunks of 128 bytes a row, the next chunk while one is multiplied; norms are added up from the chunks that
+// feed the product.
+#pragma once
+
+#include <cmath>
+
+#include "sttm/arguments.hpp"
+#include "sttm/platform.cuh"
+#include "sttm/product.cuh"
+#include "sttm/view.cuh"
+
+namespace sttm {
+
+constexpr float kNormFloor = 1e-6f;
+
+// How the features of a row are read, given where it starts: D of them, the mean over `heads`.
+struct Features {
+    int D;
+    int heads;
+    int64_t stride_h, stride_d;
+    bool vectors;  // 16 bytes at a time: features adjacent, every row and head at a multiple of 16 bytes
+};
+
+template <typename T>
+Features features_of(const Metric& metric, int D) {
+    constexpr int64_t kSize = Vec<T>::size;
+    const bool vectors = metric.stride_d == 1 && is_aligned(metric.data) && metric.stride_b % kSize == 0 &&
+                         metric.stride_h % kSize == 0 && metric.stride_n % kSize == 0;
+    return Features{D, metric.heads, metric.stride_h, metric.stride_d, vectors};
+}
+
+// Rows [0, count) at a stride; nullptr beyond, and where `mask` is 0.
+template <typename T>
+struct StridedRows {
+    const T* data;
+    int64_t stride;
+    int count;
+    const uint8_t* mask;
+    int64_t stride_mask;
+
+    __device__ __forceinline__ const T* operator()(int row) const {
+        const bool real = row < count && (mask == nullptr || mask[row * stride_mask] != 0);
+        return real ? data + row * stride : nullptr;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ StridedRows<T> rows_of(const Metric& metric, const Mask& mask, int64_t item, int count) {
+    const bool masked = mask.data != nullptr;
+    return {static_cast<const T*>(metric.data) + item * metric.stride_b, metric.stride_n, count,
+            masked ? mask.data + item * mask.stride_b : nullptr, mask.stride_n};
+}
+
+// Feature d of a row, rounded to T as a mean over heads taken beforehand would be.
+template <typename T>
+__device__ __forceinline__ T feature(const T* row, const Features& f, int d) {
+    row += d * f.stride_d;
+    if (f.heads == 1) return *row;
+    float total = 0;
+    STTM_NO_UNROLL
+    for (int h = 0; h < f.heads; ++h, row += f.stride_h) total += to_float(*row);
+    return from_float<T>(total * (1.0f / f.heads));
+}
+
+// The same for the 16 bytes from d on; features from D on are 0.
+template <typename T>
+__device__ __forceinline__ Vec<T> features(const T* row, const Features& f, int d) {
+    constexpr int kSize = Vec<T>::size;
+    const bool whole = f.vectors && d + kSize <= f.D;
+    float total[kSize] = {};
+    row += d * f.stride_d;
+    Vec<T> v;
+    STTM_NO_UNROLL
+    for (int h = 0; h < f.heads; ++h, row += f.stride_h) {
+        if (whole) {
+            v = Vec<T>::load(row);
+            STTM_UNROLL
+            for (int e = 0; e < kSize; ++e) total[e] += to_float(v.value[e]);
+        } else {
+            STTM_UNROLL
+            for (int e = 0; e < kSize; ++e) total[e] += d + e < f.D ? to_float(row[e * f.stride_d]) : 0.0f;
+        }
+    }
+    const float share = 1.0f / f.heads;
+    STTM_UNROLL
+    for (int e = 0; e < kSize; ++e) v.value[e] = from_float<T>(total[e] * share);
+    return v;
+}
+
+// The first `left` of `values` * `share`; at most as many as fit 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store_features(T* at, const float (&values)[Vec<T>::size], int left, float share) {
+    Vec<T> v;
+    STTM_UNROLL
+    for (int e = 0; e < Vec<T>::size; ++e) v.value[e] = from_float<T>(values[e] * share);
+    if (left >= Vec<T>::size && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+        v.store(at);
+    } else {
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) {
+            if (e < left) at[e] = v.value[e];
+        }
+    }
+}
+
+// Features [start, start + COLUMNS) of rows [first, first + ROWS) into a tile; 0 for rows that are not there and for
+// features from D to the next multiple of 16, beyond which nothing is written.
+template <int THREADS, int ROWS, int COLUMNS, typename T, typename Rows>
+__device__ __forceinline__ void load_tile(T* tile, int pitch, const Rows& rows, int first, const Features& f,
+                                          int start) {
+    constexpr int kSize = Vec<T>::size, kPieces = COLUMNS / kSize;
+    const int end = (f.D + 15) / 16 * 16;
+    STTM_NO_UNROLL
+    for (int i = anew(threadIdx.x); i < ROWS * kPieces; i += THREADS) {
+        const int row = i / kPieces, column = i % kPieces * kSize, d = start + column;
+        if (d >= end) continue;
+        T* to = tile + row * pitch + column;
+        const T* from = rows(first + row);
+        if (from == nullptr || d >= f.D) {
+            Vec<T>::filled(from_float<T>(0)).store(to);
+        } else if (f.vectors && f.heads == 1) {
+            copy_async(to, from + d, min(f.D - d, kSize) * static_cast<int>(sizeof(T)));
+        } else if (f.vectors && d + kSize <= f.D) {
+            features(from, f, d).store(to);
+        } else {
+            STTM_NO_UNROLL
+            for (int e = 0; e < kSize; ++e) to[e] = d + e < f.D ? feature(from, f, d + e) : from_float<T>(0);
+        }
+    }
+}
+
+// Sum of the squares of `depth` elements of a row of a tile, a multiple of 16.
+template <typename T>
+__device__ __forceinline__ float squares(const T* row, int depth) {
+    float total[4] = {};
+    STTM_NO_UNROLL
+    for (int d = 0; d < depth; d += Vec<T>::size) {
+        const Vec<T> v = Vec<T>::load(row + d);
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) total[e % 4] += to_float(v.value[e]) * to_float(v.value[e]);
+    }
+    return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+__device__ __forceinline__ float inverse_norm(float square) { return 1.0f / fmaxf(sqrtf(square), kNormFloor); }
+
+// Whether a row of that inverse norm is scaled to length 1; one below the floor is only multiplied.
+__device__ __forceinline__ bool is_normalised(float inverse) { return inverse < 1.0f / kNormFloor; }
+
+// What a row adds to its similarities: its inverse norm (cosine) or its square (l2).
+__device__ __forceinline__ float norm_term(float square, Similarity kind) {
+    return kind == Similarity::cosine ? inverse_norm(square) : square;
+}
+
+// S from <q, m> and the terms of both rows; the same bits whichever side owns the tile.
+__device__ __forceinline__ float similarity_of(
+    float dot, float own_term, float other_term, float inverse_temperature, Similarity kind) {
+    if (kind == Similarity::cosine) return dot * inverse_temperature * (own_term * other_term);
+    if (kind == Similarity::l2) return ((dot - own_term) + (dot - other_term)) * inverse_temperature;
+    return dot * inverse_temperature;
+}
+
+// <own row, other row> for OWN rows of one side and OTHER rows of the other, by ROW_WARPS x COLUMN_WARPS warps of
+// MT x NT tiles of 16 x 8.
+//
+//     Tiles tiles(shared_memory<unsigned char>());
+//     for (int start = 0; start < count; start += Tiles::OTHER) {
+//         float acc[MT][NT][4];
+//         clear(acc);
+//         tiles.multiply(acc, own_rows, own_features, first, other_rows, other_features, start, kind, more);
+//         ... acc[i][j][e] is that of own row first + tiles.row(i, e) and other row start + tiles.column(j, e)
+//         ... own_term[tiles.row(i, e)], other_term[tiles.column(j, e)]
+//     }
+//
+// multiply begins and ends with a barrier: a block that only reads terms and registers between two calls needs none.
+template <typename T, bool EXACT, int ROW_WARPS, int COLUMN_WARPS, int MT, int NT, bool RESIDENT = true>
+struct DotTiles {
+    static constexpr int OWN = ROW_WARPS * MT * 16;
+    static constexpr int OTHER = COLUMN_WARPS * NT * 8;
+    static constexpr int THREADS = 32 * ROW_WARPS * COLUMN_WARPS;
+    static constexpr int CHUNK = 128 / sizeof(T);
+    static constexpr int PAD = 16 / sizeof(T);  // rows start 4 banks apart
+    static constexpr int PITCH = CHUNK + PAD;
+    static constexpr int TERMS = (OWN + OTHER) * sizeof(float);
+    static constexpr int BYTES = TERMS + 2 * (OWN + OTHER) * PITCH * sizeof(T);
+    static_assert(OWN <= THREADS && OTHER <= THREADS, "a thread adds up the squares of at most one row of each side");
+
+    float* own_term;
+    float* other_term;
+    T* own;
+    T* other;
+    int buffer = 0;
+    bool first_tile = true, in_flight = false;
+
+    // `shared` holds BYTES, aligned to 16.
+    __device__ __forceinline__ explicit DotTiles(unsigned char* shared)
+        : own_term(reinterpret_cast<float*>(shared)),
+          other_term(own_term + OWN),
+          own(reinterpret_cast<T*>(other_term + OTHER)),
+          other(own + 2 * OWN * PITCH) {}
+
+    // Where an element of a product lies that a thread holds.
+    static __device__ __forceinline__ int row(int i, int e, int thread = threadIdx.x) {
+        return thread / kWarpSize / COLUMN_WARPS * (MT * 16) + fragment_row(thread % kWarpSize, i, e);
+    }
+    static __device__ __forceinline__ int column(int j, int e, int thread = threadIdx.x) {
+        return thread / kWarpSize % COLUMN_WARPS * (NT * 8) + fragment_column(thread % kWarpSize, j, e);
+    }
+
+    // With RESIDENT the own rows stay if all of their features fit the two buffers.
+    static __device__ __forceinline__ bool stays(int D) { return RESIDENT && D <= 2 * CHUNK; }
+    __device__ __forceinline__ int own_pitch(int D) const { return stays(D) ? 2 * CHUNK + PAD : PITCH; }
+    __device__ __forceinline__ T* own_chunk(int D, int chunk, int buffer) const {
+        return own + (stays(D) ? chunk * CHUNK : buffer * OWN * PITCH);
+    }
+
+    // acc += <own row, other row>. `more`: the tile of OTHER rows after this one comes next, so its loads may begin.
+    // `meanwhile` runs once after the first barrier, before the product: what it writes is there for all when multiply
+    // returns, what it copies after wait_for_copies and a barrier.
+    template <typename OwnRows, typename OtherRows, typename Meanwhile>
+    __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const OwnRows& own_rows, const Features& own_f,
+                                             int first, const OtherRows& other_rows, const Features& other_f, int start,
+                                             Similarity kind, bool more, const Meanwhile& meanwhile) {
+        const int D = own_f.D, chunks = ceil_div(D, CHUNK);
+        const bool resident = stays(D), norms = kind != Similarity::dot;
+        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (THREADS - OTHER);
+        float own_square = 0, other_square = 0;
+        STTM_NO_UNROLL
+        for (int chunk = in_flight ? 0 : -1; chunk < chunks; ++chunk) {
+            const int used = buffer;
+            if (chunk >= 0) {
+                wait_for_copies();
+                __syncthreads();
+                if (chunk == 0) meanwhile();
+                buffer ^= 1;
+            }
+            const bool last = chunk + 1 == chunks;
+            if (!last || more) {
+                const int next = last ? 0 : chunk + 1;
+                if (!resident || (first_tile && !last)) {
+                    load_tile<THREADS, OWN, CHUNK>(own_chunk(D, next, buffer), own_pitch(D), own_rows, first, own_f,
+                                                   next * CHUNK);
+                }
+                load_tile<THREADS, OTHER, CHUNK>(other + buffer * OTHER * PITCH, PITCH, other_rows,
+                                                 last ? start + OTHER : start, other_f, next * CHUNK);
+            }
+            if (chunk < 0) continue;
+            const int depth = min(CHUNK, (D - chunk * CHUNK + 15) / 16 * 16), pitch = own_pitch(D);
+            const T* own_tile = own_chunk(D, chunk, used);
+            const T* other_tile = other + used * OTHER * PITCH;
+            warp_product<EXACT, false>(acc, own_tile + warp_index() / COLUMN_WARPS * (MT * 16) * pitch, pitch,
+                                       other_tile + warp_index() % COLUMN_WARPS * (NT * 8) * PITCH, PITCH, depth);
+            if (norms && first_tile && thread < OWN) own_square += squares(own_tile + thread * pitch, depth);
+            if (norms && other_row >= 0) other_square += squares(other_tile + other_row * PITCH, depth);
+        }
+        if (norms) {
+            if (first_tile && thread < OWN) own_term[thread] = norm_term(own_square, kind);
+            if (other_row >= 0) other_term[other_row] = norm_term(other_square, kind);
+        }
+        __syncthreads();
+        first_tile = false;
+        in_flight = more;
+    }
+
+    template <typename OwnRows, typename OtherRows>
+    __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const OwnRows& own_rows, const Features& own_f,
+                                             int first, const OtherRows& other_rows, const Features& other_f, int start,
+                                             Similarity kind, bool more) {
+        multiply(acc, own_rows, own_f, first, other_rows, other_f, start, kind, more, [] {});
+    }
+};
+
+// The greatest of the elements that a lane sees of its rows, the lowest position on a tie; `reduce` is over all lanes
+// that share the rows. What is not a number is passed over, which may leave position 0 and -inf.
+template <int MT>
+struct RowBest {
+    float value[MT][2];
+    int at[MT][2];
+
+    __device__ __forceinline__ void clear() {
+        STTM_UNROLL
+        for (int i = 0; i < MT; ++i) {
+            value[i][0] = value[i][1] = -INFINITY;
+            at[i][0] = at[i][1] = 0;
+        }
+    }
+    // Positions of one row must ascend from call to call.
+    __device__ __forceinline__ void offer(int i, int e, float candidate, int position) {
+        if (candidate > value[i][e / 2]) {
+            value[i][e / 2] = candidate;
+            at[i][e / 2] = position;
+        }
+    }
+    __device__ __forceinline__ void reduce() {
+        STTM_UNROLL
+        for (int i = 0; i < MT; ++i) {
+            STTM_UNROLL
+            for (int r = 0; r < 2; ++r) {
+                STTM_UNROLL
+                for (int mask = 1; mask <= 2; mask *= 2) {
+                    const float candidate = shuffle_xor(value[i][r], mask);
+                    const int position = shuffle_xor(at[i][r], mask);
+                    if (candidate > value[i][r] || (candidate == value[i][r] && position < at[i][r])) {
+                        value[i][r] = candidate;
+                        at[i][r] = position;
+                    }
+                }
+            }
+        }
+    }
+};
+
+// out[own row] = sum over other rows of weight[own row, other row] * values[other row], the weights a function of the
+// similarity of the two: the second product of the backward passes and of soft_merge. Eight warps, 4 x 2, on 64 own
+// rows, 64 other rows and SLICE columns at a time; weights pass through shared memory.
+//
+// Weights keep the exponents of float32, as a softmax over many rows falls below the range of float16: they are
+// bfloat16 beside bfloat16 values and float32, multiplied in TF32, beside float16 ones.
+template <typename T, bool EXACT, int COLUMNS = 128, bool RESIDENT = true>
+struct WeightedSum {
+    using Tiles = DotTiles<T, EXACT, 4, 2, 1, 4, RESIDENT>;
+    using Weight = std::conditional_t<std::is_same<T, __nv_bfloat16>::value, __nv_bfloat16, float>;
+    static constexpr int OWN = Tiles::OWN, OTHER = Tiles::OTHER, THREADS = Tiles::THREADS;
+    static constexpr int SLICE = COLUMNS;
+    static constexpr int TILES = SLICE / 16;  // of 8 columns, of a warp
+    static constexpr int WEIGHT_PITCH = OTHER + 16 / sizeof(Weight);
+    static constexpr int VALUE_PITCH = SLICE + 8;
+    static constexpr int TILES_AT = 2 * OWN * sizeof(float);
+    static constexpr int WEIGHTS_AT = TILES_AT + Tiles::BYTES;
+    static constexpr int VALUES_AT = WEIGHTS_AT + OWN * WEIGHT_PITCH * sizeof(Weight);
+    static constexpr int BYTES = VALUES_AT + OTHER * VALUE_PITCH * sizeof(T);
+    static constexpr int OUT_PITCH = SLICE + 8;
+    static_assert(OWN * OUT_PITCH * sizeof(float) <= BYTES - TILES_AT - Tiles::TERMS, "`out` takes the place of tiles");
+
+    float* sums;
+    Tiles tiles;
+    Weight* weights;
+    T* values;
+    float out[1][TILES][4];
+    float along[2] = {0, 0};  // of the lane's two own rows, what `store_gradient` takes off
+
+    // `shared` holds BYTES, aligned to 16.
+    __device__ __forceinline__ explicit WeightedSum(unsigned char* shared)
+        : sums(reinterpret_cast<float*>(shared)),
+          tiles(shared + TILES_AT),
+          weights(reinterpret_cast<Weight*>(shared + WEIGHTS_AT)),
+          values(reinterpret_cast<T*>(shared + VALUES_AT)) {
+        clear(out);
+    }
+
+    // Where out[0][j][e] lies in its slice.
+    static __device__ __forceinline__ int column(int j, int e) {
+        return warp_index() % 2 * 16 + fragment_column<32>(lane_index(), j, e);
+    }
+
+    // Features [part, part + SLICE) of the other rows [start, start + OTHER), by the time `add` multiplies them.
+    template <typename Rows>
+    __device__ __forceinline__ void load_values(const Rows& rows, const Features& f, int start, int part) {
+        load_tile<THREADS, OTHER, SLICE>(values, VALUE_PITCH, rows, start, f, part);
+    }
+
+    // Sets a weight; returns what a product will take it for.
+    __device__ __forceinline__ float weigh(int row, int column, float weight) {
+        if (std::is_same<T, float>::value ? !EXACT : !std::is_same<Weight, T>::value) weight = round_to_tf32(weight);
+        const Weight rounded = from_float<Weight>(weight);
+        weights[row * WEIGHT_PITCH + column] = rounded;
+        return to_float(rounded);
+    }
+
+    // Adds the values of the other rows, of which `rows` are left and of whose columns `columns` are, by their weights.
+    __device__ __forceinline__ void add(int rows, int columns) {
+        const int depth = min(OTHER, (rows + 15) / 16 * 16);
+        wait_for_copies();
+        __syncthreads();
+        warp_product<EXACT, true, 32>(out, weights + warp_index() / 2 * 16 * WEIGHT_PITCH, WEIGHT_PITCH,
+                                      values + warp_index() % 2 * 16, VALUE_PITCH, depth,
+                                      columns - warp_index() % 2 * 16);
+    }
+
+    // Sums over all lanes of what each has of its two own rows; `sum_of(row)` reads them. Barriers on the way.
+    __device__ __forceinline__ void reduce(float (&value)[2]) {
+        __syncthreads();
+        STTM_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            value[r] += shuffle_xor(value[r], 1);
+            value[r] += shuffle_xor(value[r], 2);
+            if (lane_index() % 4 == 0) sums[warp_index() % 2 * OWN + tiles.row(0, 2 * r)] = value[r];
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ float sum_of(int row) const { return sums[row] + sums[OWN + row]; }
+
+    // Calls store(row, column, values) for 16 bytes' worth of `out` at a time, neighbours side by side; rows below
+    // `rows`, columns below `columns`. Ends the use of the tiles.
+    template <typename Store>
+    __device__ __forceinline__ void finish(int rows, int columns, const Store& store) {
+        constexpr int kSize = Vec<T>::size, kPieces = SLICE / kSize;
+        float* tile = reinterpret_cast<float*>(tiles.own);
+        __syncthreads();
+        STTM_UNROLL
+        for (int j = 0; j < TILES; ++j) {
+            STTM_UNROLL
+            for (int e = 0; e < 4; ++e) tile[tiles.row(0, e) * OUT_PITCH + column(j, e)] = out[0][j][e];
+        }
+        __syncthreads();
+        STTM_NO_UNROLL
+        for (int i = threadIdx.x; i < OWN * kPieces; i += THREADS) {
+            const int row = i / kPieces, column = i % kPieces * kSize;
+            if (row >= rows || column >= columns) continue;
+            float value[kSize];
+            STTM_UNROLL
+            for (int e = 0; e < kSize; ++e) value[e] = tile[row * OUT_PITCH + column + e];
+            store(row, column, value);
+        }
+    }
+
+    // Makes weights of dL/dS, dS(j, e, row, column) for dot[0][j][e], so that `out` becomes the gradient of
+    // the own rows once `store_gradient` has taken off what is along the row (cosine) or what -|own row|^2 adds (l2).
+    // That share is added up from the very weights that multiply the features: rounding them leaves the gradient
+    // orthogonal to the row, or pointing between the two rows.
+    template <typename Gradient>
+    __device__ __forceinline__ void pull_back(const float (&dot)[1][4][4], Similarity kind, const Gradient& dS) {
+        const int thread = anew(threadIdx.x);
+        STTM_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            STTM_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                const int row = tiles.row(0, e, thread), column = tiles.column(j, e, thread);
+                float weight = dS(j, e, row, column);
+                if (kind == Similarity::cosine) weight *= tiles.other_term[column];
+                weight = weigh(row, column, weight);
+                if (weight != 0) along[e / 2] += kind == Similarity::cosine ? weight * dot[0][j][e] : weight;
+            }
+        }
+    }
+
+    // grad (items, heads, num_own, D) of the own rows from `first` on and features from `part` on; 0 for rows that are
+    // not there. Every head has the same share of the gradient of their mean.
+    template <typename Rows>
+    __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const Rows& own, int num_own,
+                                                   const Features& f, int first, int part, Similarity kind) {
+        reduce(along);
+        finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+            const int d = part + column;
+            const T* features = own(first + row);
+            const float inverse = kind == Similarity::cosine ? tiles.own_term[row] : 1.0f;
+            const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
+            const float scale = kind == Similarity::l2 ? 2.0f : inverse;
+            const float off = kind == Similarity::l2 || normalised ? sum_of(row) * inverse * inverse : 0.0f;
+            if (features != nullptr && kind != Similarity::dot) {
+                const Vec<T> v = sttm::features(features, f, d);
+                STTM_UNROLL
+                for (int e = 0; e < Vec<T>::size; ++e) value[e] = (value[e] - off * to_float(v.value[e])) * scale;
+            } else if (features == nullptr) {
+                STTM_UNROLL
+                for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
+            }
+            T* to = grad + (item * f.heads * num_own + first + row) * f.D + d;
+            for (int h = 0; h < f.heads; ++h) {
+                store_features(to + h * int64_t(num_own) * f.D, value, f.D - d, 1.0f / f.heads);
+            }
+        });
+    }
+};
+
+// Columns of a WeightedSum whose accumulators leave registers for the rest, two blocks on a multiprocessor.
+template <typename T>
+constexpr int kSlice = sizeof(T) == 2 ? 128 : 96;
+
+template <bool FIRST, typename A, typename B>
+__device__ __forceinline__ const auto& either(const A& a, const B& b) {
+    if constexpr (FIRST) {
+        return a;
+    } else {
+        return b;
+    }
+}
+
+// Calls run(T(), std::bool_constant<EXACT>()) for features of `dtype` and what their products may round.
+template <typename Run>
+cudaError_t with_product(DType dtype, bool tf32, Run run) {
+    return with_type(dtype, [&](auto type) {
+        if constexpr (std::is_same<decltype(type), float>::value) {
+            if (!tf32) return run(type, std::true_type());
+        }
+        return run(type, std::false_type());
+    });
+}
+
+}  // namespace sttm

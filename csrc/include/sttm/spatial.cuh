@@ -1,0 +1,378 @@
+// assign and merge of short sequences in one launch: the spatial stage of STTM, one frame per block.
+//
+// All meta tokens of a frame make one tile, so its features are read once for the similarities. They end in an index
+// and a weight per token on chip, the tokens are sorted by group, and the features are added up group by group: threads
+// own channels and go through the sorted tokens, so it does not matter how long a group is, and a token that is not a
+// number spoils only its own. Features that are their own metric and fit in shared memory stay there in between; others
+// are read again, from the L2 cache as long as that holds the frames in flight.
+#pragma once
+
+#include "sttm/assign.cuh"
+#include "sttm/csr.cuh"
+#include "sttm/similarity.cuh"
+#include "sttm/view.cuh"
+
+namespace sttm {
+
+constexpr int kSpatialThreads = 256;
+constexpr int kSpatialAhead = 4;  // rows that a thread reads at a time
+constexpr int kMostShared = 216 << 10;  // of a block: the most of any GPU, less what the kernel has besides
+
+// 128 tokens by 64 or 128 meta tokens.
+template <typename T, bool EXACT, int NT>
+using SpatialTiles = DotTiles<T, EXACT, 4, 2, 2, NT>;
+
+// The same, each time from the start, of all meta tokens.
+template <typename T, bool EXACT, int NT>
+struct StreamedTiles {
+    using Tiles = SpatialTiles<T, EXACT, NT>;
+    static constexpr int OWN = Tiles::OWN;
+    unsigned char* shared;
+    float* own_term = nullptr;
+    float* other_term = nullptr;
+
+    static __device__ __forceinline__ int row(int i, int e) { return Tiles::row(i, e); }
+    static __device__ __forceinline__ int column(int j, int e) { return Tiles::column(j, e); }
+    template <typename OwnRows, typename OtherRows>
+    __device__ __forceinline__ void multiply(float (&acc)[2][NT][4], const OwnRows& own_rows, const Features& own_f,
+                                             int first, const OtherRows& other_rows, const Features& other_f,
+                                             Similarity kind) {
+        Tiles tiles(shared);
+        tiles.multiply(acc, own_rows, own_f, first, other_rows, other_f, 0, kind, false);
+        own_term = tiles.own_term;
+        other_term = tiles.other_term;
+    }
+};
+
+// As SpatialTiles, of own rows that come to stay: what is read for the similarities is there for the merge too.
+template <typename T, bool EXACT, int NT>
+struct ResidentTiles {
+    using Tiles = SpatialTiles<T, EXACT, NT>;
+    static constexpr int OWN = Tiles::OWN, OTHER = Tiles::OTHER, CHUNK = Tiles::CHUNK, PITCH = Tiles::PITCH;
+    static constexpr int kBuffers = 2 * OTHER * PITCH * int(sizeof(T));
+    static constexpr int kTable = Sort<kSpatialThreads>::kShared;
+    static constexpr int kBefore = Tiles::TERMS + (kBuffers < kTable ? kTable : kBuffers);  // bytes before the rows
+
+    float *own_term, *other_term;
+    T *other, *own;
+    int rows, pitch;
+
+    static __host__ __device__ int rows_of(int N) { return ceil_div(N, 32) * 32; }
+    static __host__ __device__ int pitch_of(int D) { return ceil_div(D, 16) * 16 + Tiles::PAD; }
+    static int64_t bytes(int N, int D) { return kBefore + int64_t(rows_of(N)) * pitch_of(D) * int64_t(sizeof(T)); }
+
+    __device__ __forceinline__ ResidentTiles(unsigned char* shared, int N, int D)
+        : own_term(reinterpret_cast<float*>(shared)),
+          other_term(own_term + OWN),
+          other(reinterpret_cast<T*>(other_term + OTHER)),
+          own(reinterpret_cast<T*>(shared + kBefore)),
+          rows(rows_of(N)),
+          pitch(pitch_of(D)) {}
+
+    static __device__ __forceinline__ int row(int i, int e) { return Tiles::row(i, e); }
+    static __device__ __forceinline__ int column(int j, int e) { return Tiles::column(j, e); }
+
+    // Own features are adjacent, and every row of them at a multiple of 16 bytes.
+    template <typename OwnRows, typename OtherRows>
+    __device__ __forceinline__ void multiply(float (&acc)[2][NT][4], const OwnRows& own_rows, const Features& own_f,
+                                             int first, const OtherRows& other_rows, const Features& other_f,
+                                             Similarity kind) {
+        constexpr int kSize = Vec<T>::size, kPieces = CHUNK / kSize;
+        const int D = own_f.D, chunks = ceil_div(D, CHUNK), here = min(OWN, rows - first);
+        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (kSpatialThreads - OTHER);
+        const int warp_row = warp_index() / 2 * 32, warp_column = warp_index() % 2 * (OTHER / 2);
+        T* const mine = own + first * pitch;
+        float own_square = 0, other_square = 0;
+        STTM_NO_UNROLL
+        for (int chunk = -1; chunk < chunks; ++chunk) {
+            if (chunk >= 0) {
+                wait_for_copies();
+                __syncthreads();
+            }
+            const int next = (chunk + 1) * CHUNK;
+            if (next < D) {
+                STTM_NO_UNROLL
+                for (int i = thread; i < here * kPieces; i += kSpatialThreads) {
+                    const int row = i / kPieces, d = next + i % kPieces * kSize;
+                    if (d >= pitch - Tiles::PAD) continue;
+                    const T* from = own_rows(first + row);
+                    T* to = mine + row * pitch + d;
+                    if (from == nullptr || d >= D) {
+                        Vec<T>::filled(from_float<T>(0)).store(to);
+                    } else {
+                        copy_async(to, from + d, min(D - d, kSize) * static_cast<int>(sizeof(T)));
+                    }
+                }
+                load_tile<kSpatialThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows, 0,
+                                                         other_f, next);
+            }
+            if (chunk < 0) continue;
+            const int depth = min(CHUNK, (D - chunk * CHUNK + 15) / 16 * 16);
+            const T* const own_tile = mine + chunk * CHUNK;
+            const T* const other_tile = other + chunk % 2 * OTHER * PITCH;
+            if (warp_row < here)
+                warp_product<EXACT, false>(acc, own_tile + warp_row * pitch, pitch, other_tile + warp_column * PITCH,
+                                           PITCH, depth);
+            if (thread < here) own_square += squares(own_tile + thread * pitch, depth);
+            if (other_row >= 0) other_square += squares(other_tile + other_row * PITCH, depth);
+        }
+        if (thread < OWN) own_term[thread] = norm_term(own_square, kind);
+        if (other_row >= 0) other_term[other_row] = norm_term(other_square, kind);
+        __syncthreads();
+    }
+};
+
+// What the block knows about the tokens and groups of its frame.
+struct Frame {
+    int index[kSpatialTokens], order[kSpatialTokens], other[kSpatialTokens];
+    float w[kSpatialTokens], size[kSpatialTokens];
+    int offsets[kSpatialGroups + 1];
+    float mass[kSpatialGroups];
+    // Of every row of a tile, what the two warps that share it found.
+    float best[2][128], total[2][128];
+    int at[2][128];
+};
+
+// Index, score, lse and weight of the tokens first .. first + OWN, as assign has them; their weights into the frame.
+template <typename T, int NT, typename Tiles>
+__device__ __forceinline__ void assign_tokens(const SpatialArguments& args, const Features& q_features,
+                                              const Features& m_features, int64_t item, int first, Frame& frame,
+                                              Tiles& tiles) {
+    const AssignArguments& a = args.assign;
+    const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
+    const bool soft = a.lse != nullptr;
+    float S[2][NT][4];
+    clear(S);
+    tiles.multiply(S, tokens, q_features, first, metas, m_features, a.similarity);
+    RowBest<2> best;
+    best.clear();
+    STTM_UNROLL
+    for (int j = 0; j < NT; ++j) {
+        STTM_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            const int k = tiles.column(j, e);
+            STTM_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                S[i][j][e] = k < a.K ? similarity_of(S[i][j][e], tiles.own_term[tiles.row(i, e)], tiles.other_term[k],
+                                                     a.inverse_temperature, a.similarity)
+                                     : -INFINITY;
+                best.offer(i, e, S[i][j][e], k);
+            }
+        }
+    }
+    best.reduce();
+    STTM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        STTM_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const float level = best.value[i][r] == -INFINITY ? 0.0f : best.value[i][r];
+            float total = 0;
+            if (soft) {
+                STTM_UNROLL
+                for (int j = 0; j < NT; ++j) total += expf(S[i][j][2 * r] - level) + expf(S[i][j][2 * r + 1] - level);
+            }
+            total += shuffle_xor(total, 1);
+            total += shuffle_xor(total, 2);
+            if (lane_index() % 4 != 0) continue;
+            const int part = warp_index() % 2, row = tiles.row(i, 2 * r);
+            frame.best[part][row] = best.value[i][r];
+            frame.at[part][row] = best.at[i][r];
+            frame.total[part][row] = total;
+        }
+    }
+    __syncthreads();
+
+    const int row = static_cast<int>(threadIdx.x), n = first + row;
+    if (row >= Tiles::OWN || n >= a.N) return;
+    const bool real = tokens(n) != nullptr, second = frame.best[1][row] > frame.best[0][row];
+    const float score = frame.best[second][row], level = score == -INFINITY ? 0.0f : score;
+    const int64_t out = item * a.N + n;
+    frame.index[n] = real ? frame.at[second][row] : -1;
+    a.index[out] = frame.index[n];
+    a.score[out] = real ? score : 0.0f;
+    const float size = !real ? 0.0f : args.merge.size == nullptr ? 1.0f : args.merge.size[out];
+    float weight = 1.0f;
+    if (soft) {
+        float total = 0;
+        for (int part = 0; part < 2; ++part) {
+            const float best = frame.best[part][row];  // -inf without meta tokens: nothing to add, or NaN
+            total += frame.total[part][row] * (best == -INFINITY ? 1.0f : expf(best - level));
+        }
+        weight = real ? 1.0f / total : 0.0f;
+        a.lse[out] = real && total != 0 ? level + logf(total) : 0.0f;
+        a.weight[out] = weight;
+    }
+    frame.size[n] = size;
+    frame.w[n] = size * weight;
+}
+
+// Mass, count and mean position of the groups.
+__device__ inline void merge_positions(const MergeArguments& a, int64_t item, Frame& frame) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < a.K) {
+        float mass = 0, count = 0;
+        for (int i = frame.offsets[thread]; i < frame.offsets[thread + 1]; ++i) {
+            mass += frame.w[frame.order[i]];
+            count += frame.size[frame.order[i]];
+        }
+        frame.mass[thread] = mass;
+        a.mass_out[item * a.K + thread] = mass;
+        a.size_out[item * a.K + thread] = count;
+    }
+    __syncthreads();
+    for (int at = thread; at < a.K * a.P; at += kSpatialThreads) {
+        const int k = at / a.P, p = at % a.P;
+        float total = 0;
+        for (int i = frame.offsets[k]; i < frame.offsets[k + 1]; ++i) {
+            const int n = frame.order[i];
+            total = fmaf(frame.w[n], a.positions[item * a.stride_pb + n * a.P + p], total);
+        }
+        a.positions_out[item * a.K * a.P + at] = frame.mass[k] == 0 ? 0.0f : total / frame.mass[k];
+    }
+}
+
+// 16 bytes of channels from c on, of rows of any layout.
+template <typename T>
+__device__ __forceinline__ Vec<T> channels(const T* row, const Features& f, int c) {
+    return f.vectors && c + Vec<T>::size <= f.D ? Vec<T>::load(row + c) : features(row, f, c);
+}
+template <typename T>
+__device__ __forceinline__ void store_channels(T* row, int c, int C, bool vectors, const Vec<T>& v) {
+    if (vectors) {
+        v.store(row + c);
+        return;
+    }
+    STTM_UNROLL
+    for (int e = 0; e < Vec<T>::size; ++e)
+        if (c + e < C) row[c + e] = v.value[e];
+}
+
+// y, from the rows of x, which start `stride` apart. If a row is short, threads share the sorted tokens out among them,
+// cut where a group starts.
+template <typename T>
+__device__ __forceinline__ void merge_features(const MergeArguments& a, const T* x, int64_t stride, const Features& f,
+                                               int64_t item, const Frame& frame) {
+    constexpr int kSize = Vec<T>::size;
+    const int pieces = ceil_div(a.C, kSize), lanes = min(pieces, kSpatialThreads);
+    const int thread = static_cast<int>(threadIdx.x), parts = kSpatialThreads / lanes, part = thread / lanes;
+    const int members = frame.offsets[a.K];
+    const bool vectors = a.C % kSize == 0 && reinterpret_cast<uintptr_t>(a.y) % 16 == 0;
+    T* y = static_cast<T*>(a.y) + item * a.K * a.C;
+    const auto start_of = [&](int part) {
+        const int at = members * part / parts;
+        if (at >= members) return members;
+        const int k = frame.index[frame.order[at]];
+        return frame.offsets[k] == at ? at : frame.offsets[k + 1];
+    };
+    if (part < parts) {
+        const int begin = start_of(part), end = start_of(part + 1);
+        for (int piece = thread % lanes; piece < pieces; piece += lanes) {
+            const int c = piece * kSize;
+            float total[kSize];
+            int k = -1;
+            const auto finish = [&] {
+                if (k < 0 || frame.mass[k] == 0) return;
+                Vec<T> v;
+                STTM_UNROLL
+                for (int e = 0; e < kSize; ++e) v.value[e] = from_float<T>(total[e] / frame.mass[k]);
+                store_channels(y + int64_t(k) * a.C, c, a.C, vectors, v);
+            };
+#pragma unroll 1
+            for (int start = begin; start < end; start += kSpatialAhead) {
+                Vec<T> v[kSpatialAhead];
+                STTM_UNROLL
+                for (int i = 0; i < kSpatialAhead; ++i)
+                    v[i] = channels(x + frame.order[min(start + i, end - 1)] * stride, f, c);
+                STTM_UNROLL
+                for (int i = 0; i < kSpatialAhead; ++i) {
+                    if (start + i >= end) continue;
+                    const int n = frame.order[start + i];
+                    if (frame.index[n] != k) {
+                        finish();
+                        k = frame.index[n];
+                        STTM_UNROLL
+                        for (float& value : total) value = 0;
+                    }
+                    STTM_UNROLL
+                    for (int e = 0; e < kSize; ++e) total[e] = fmaf(frame.w[n], to_float(v[i].value[e]), total[e]);
+                }
+            }
+            finish();
+        }
+    }
+    const T* fill = static_cast<const T*>(a.fill) + item * a.stride_fb;
+    for (int k = 0; k < a.K; ++k) {
+        if (frame.mass[k] != 0) continue;
+        for (int c = thread; c < a.C; c += kSpatialThreads)
+            y[int64_t(k) * a.C + c] = a.fill == nullptr ? from_float<T>(0) : fill[int64_t(k) * a.C + c];
+    }
+}
+
+template <typename T, bool EXACT, int NT, bool RESIDENT>
+__global__ void __launch_bounds__(kSpatialThreads, NT == 4 ? 2 : 1)
+    spatial_kernel(const SpatialArguments a, const Features q_features, const Features m_features,
+                   const Features x_features) {
+    using Resident = ResidentTiles<T, EXACT, NT>;
+    using Streamed = StreamedTiles<T, EXACT, NT>;
+    STTM_SHARED(Frame, frames, [1]);
+    Frame& frame = frames[0];
+    unsigned char* const shared = shared_memory<unsigned char>();
+    const int64_t item = blockIdx.x;
+    const auto tiles_of = [&] {
+        if constexpr (RESIDENT) {
+            return Resident(shared, a.assign.N, a.assign.D);
+        } else {
+            return Streamed{shared};
+        }
+    };
+    auto tiles = tiles_of();
+    for (int first = 0; first < a.assign.N; first += Resident::OWN)
+        assign_tokens<T, NT>(a, q_features, m_features, item, first, frame, tiles);
+    __syncthreads();
+    Sort<kSpatialThreads>::run(frame.index, a.assign.N, a.assign.K, frame.order, frame.offsets, frame.other,
+                               reinterpret_cast<int*>(shared));
+    merge_positions(a.merge, item, frame);
+    if constexpr (RESIDENT) {
+        merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, frame);
+    } else {
+        const T* const x = static_cast<const T*>(a.merge.x.data) + item * a.merge.x.stride_b;
+        merge_features(a.merge, x, a.merge.x.stride_n, x_features, item, frame);
+    }
+}
+
+inline bool is_same(const Metric& a, const Metric& b) {
+    return a.data == b.data && a.heads == b.heads && a.stride_b == b.stride_b && a.stride_n == b.stride_n &&
+           a.stride_d == b.stride_d;
+}
+
+template <typename T, bool EXACT, int NT>
+cudaError_t launch_spatial_kernel(const SpatialArguments& a, cudaStream_t stream) {
+    using Resident = ResidentTiles<T, EXACT, NT>;
+    using Tiles = SpatialTiles<T, EXACT, NT>;
+    static_assert(Tiles::THREADS == kSpatialThreads && Tiles::BYTES >= Resident::kTable);
+    const AssignArguments& given = a.assign;
+    const Metric x{a.merge.x.data, 1, a.merge.x.stride_b, 0, a.merge.x.stride_n, a.merge.x.stride_c};
+    const Features q_features = features_of<T>(given.q, given.D), m_features = features_of<T>(given.meta, given.D);
+    const Features x_features = features_of<T>(x, a.merge.C);
+    const dim3 grid(static_cast<unsigned>(given.B));
+    if constexpr (sizeof(T) == 2) {  // float32 frames seldom fit, and kernels take their time to compile
+        const int64_t bytes = Resident::bytes(given.N, given.D);
+        if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= kMostShared) {
+            const cudaError_t error = launch(spatial_kernel<T, EXACT, NT, true>, grid, kSpatialThreads,
+                                             static_cast<size_t>(bytes), stream, a, q_features, m_features, x_features);
+            if (error == cudaSuccess) return error;  // else it is more than this GPU has
+        }
+    }
+    return launch(spatial_kernel<T, EXACT, NT, false>, grid, kSpatialThreads, Tiles::BYTES, stream, a, q_features,
+                  m_features, x_features);
+}
+
+template <typename T, bool EXACT>
+cudaError_t launch_spatial(const SpatialArguments& a, cudaStream_t stream) {
+    if (a.assign.N > kSpatialTokens || a.assign.K > kSpatialGroups) return cudaErrorInvalidValue;
+    return a.assign.K <= 64 ? launch_spatial_kernel<T, EXACT, 4>(a, stream)
+                            : launch_spatial_kernel<T, EXACT, 8>(a, stream);
+}
+
+}  // namespace sttm

@@ -1,0 +1,38 @@
+// How kernels address features: any strides, or 16 bytes at a time where memory allows it.
+#pragma once
+
+#include "arguments.hpp"
+#include "platform.cuh"
+
+namespace sttm {
+
+// The extent of a grid dimension that blocks walk through in steps of the grid.
+constexpr int kMaxGrid = 1 << 30;
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const Rows& rows, int64_t b, int64_t n) {
+    return static_cast<const T*>(rows.data) + b * rows.stride_b + n * rows.stride_n;
+}
+
+// Whether every row begins at a multiple of 16 bytes, channels lie side by side, and C is a multiple of 16 bytes.
+template <class T>
+inline bool is_vectorizable(const Rows& rows, int64_t C) {
+    constexpr int64_t kSize = Vec<T>::size;
+    return rows.stride_c == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_b % kSize == 0 &&
+           rows.stride_n % kSize == 0 && C % kSize == 0;
+}
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Calls run(T()) with the type that `dtype` names.
+template <class Run>
+inline cudaError_t with_type(DType dtype, Run run) {
+    switch (dtype) {
+        case DType::float32: return run(float());
+        case DType::float16: return run(__half());
+        case DType::bfloat16: return run(__nv_bfloat16());
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace sttm
