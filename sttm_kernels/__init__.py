@@ -1,6 +1,7 @@
 """Fast token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
 
 from sttm_kernels.functional import assign, compose, match, merge, soft_merge, unmerge
+from sttm_kernels.integrations import apply, remove, trace
 from sttm_kernels.nn.sttm import STTM
 from sttm_kernels.plan import MergedTokens, MergePlan
 
@@ -10,10 +11,13 @@ __all__ = [
     "STTM",
     "MergePlan",
     "MergedTokens",
+    "apply",
     "assign",
     "compose",
     "match",
     "merge",
+    "remove",
     "soft_merge",
+    "trace",
     "unmerge",
 ]

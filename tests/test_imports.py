@@ -20,6 +20,8 @@ HEAVY = (
     "av",
     "tqdm",
     "PIL",
+    "timm",
+    "transformers",
 )
 VERBS = """
 import torch, sttm_kernels as sttm
@@ -73,6 +75,7 @@ FILES = {
     "functional": "functional",
     "nn": "nn",
     "testing": "top",
+    "checks": "top",
     "integrations": "top",
     "compat": "top",
     "cli": "top",

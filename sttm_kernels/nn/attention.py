@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sttm_kernels import validate
 from sttm_kernels.reference import acc_dtype
 
-METHODS = ("mask", "off")
+METHODS = ("auto", "mask", "augment", "flex", "off")
 
 
 def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None, method: str = "mask"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    method: str = "auto",
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax_m(scale <q_n, k_m> + log size_m) v_m, by PyTorch's fused attention.
 
@@ -22,9 +32,16 @@ def proportional_attention(
         size: `(B, N)` token counts, or None for ones. A key of size 0 is never attended to; if all keys of a batch item
             have size 0, its output is undefined.
         scale: default 1 / sqrt(D).
-        method: "mask" passes log(size) as a float mask `(B, 1, 1, N)`, which PyTorch's cuDNN, memory-efficient and CPU
-            attention take as it is, broadcast, and FlashAttention does not. The mask has q's dtype, so in bfloat16 a
-            size is exact to about 1 part in 64 at size 1000, 1 part in 250 at size 2. "off" leaves size out.
+        method: how log(size) gets into a fused kernel.
+            "mask" passes it as a float mask `(B, 1, 1, N)`, which PyTorch's cuDNN, memory-efficient and CPU attention
+            take as it is, broadcast, and FlashAttention does not. The mask has q's dtype, so in bfloat16 a size is
+            exact to about 1 part in 64 at size 1000, 1 part in 250 at size 2.
+            "augment" lengthens the head dimension to a multiple of 8: q by (1, 1, 0...), k by log(size) / scale as the
+            sum of two numbers of q's dtype. Any kernel takes that, FlashAttention too; a bfloat16 size is exact to
+            about 1 part in 2000.
+            "flex" adds it in float32 inside `flex_attention`, compiled on a GPU; no dropout, and no gradients on a CPU.
+            "auto" is `choose_method`. "off" leaves size out, for keys of size 0 too.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         `(B, H, M, Dv)` in q's dtype.
@@ -38,9 +55,88 @@ def proportional_attention(
     validate.dims("q", q, "(B, H, M, D)", 4)
     validate.one_of("method", method, METHODS)
     if size is None or method == "off":
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     validate.tensor("size", size)
     validate.shape("size", size, "(B, N)", (k.shape[0], k.shape[2]))
     validate.same_device("size", size, "k", k)
-    bias = size.detach().to(acc_dtype(q.dtype)).log().to(q.dtype)[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if method == "auto":
+        method = choose_method(q.device, q.dtype, q.shape[-1])
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if method == "mask":
+        bias = size_bias(size, q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    if method == "augment":
+        return _augmented(q, k, v, _log(size, q.dtype), scale, dropout)
+    if dropout:
+        raise ValueError(f"dropout must be 0 with method 'flex', got {dropout}")
+    return _flex(q, k, v, _log(size, q.dtype), scale)
+
+
+def choose_method(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The `method` of `proportional_attention` that "auto" takes, by rule rather than by measurement.
+
+    "mask" on CPUs; on GPUs where cuDNN's attention is PyTorch's first choice and takes the mask (Hopper and later,
+    PyTorch 2.11 and later); and for dtypes that FlashAttention lacks. Elsewhere "augment" if the longer head dimension
+    stays inside the one FlashAttention rounds to (80 to 88, in 96), "mask" if it would cost a larger one (64 to 72).
+    """
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "mask"
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version >= (2, 11) and torch.cuda.get_device_capability(device)[0] >= 9:
+        return "mask"
+    return "augment" if _flash_extent(_augmented_extent(head_dim)) == _flash_extent(head_dim) else "mask"
+
+
+def _flash_extent(head_dim: int) -> int:
+    return next((extent for extent in (64, 96, 128, 192, 256) if head_dim <= extent), 0)
+
+
+def _augmented_extent(head_dim: int) -> int:
+    return (head_dim + 2 + 7) // 8 * 8
+
+
+def _log(size: Tensor, dtype: torch.dtype) -> Tensor:
+    return size.detach().to(acc_dtype(dtype)).log()
+
+
+def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size) `(B, N)` as a mask `(B, 1, 1, N)` in `dtype`, -inf for a size of 0."""
+    return _log(size, dtype).to(dtype)[:, None, None, :]
+
+
+def _augmented(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float, dropout: float) -> Tensor:
+    B, H, N, D = k.shape
+    # Far below any logit, yet finite: an infinite product with the zeros of the padding would be NaN.
+    lowest = -min(torch.finfo(q.dtype).max / 2, 1e30)
+    bias = (log_size / scale).clamp(min=lowest)
+    high = bias.to(q.dtype)
+    low = (bias - high.to(bias.dtype)).to(q.dtype)
+    pad = _augmented_extent(D) - D
+    columns = torch.stack((high, low), -1)[:, None].expand(B, H, N, 2)
+    ones = torch.ones((*q.shape[:3], 2), dtype=q.dtype, device=q.device)
+    q = torch.cat((q, F.pad(ones, (0, pad - 2))), -1)
+    k = torch.cat((k, F.pad(columns, (0, pad - 2))), -1)
+    # FlashAttention wants v as wide as q and k.
+    out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), dropout_p=dropout, scale=scale)
+    return out[..., : v.shape[-1]]
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float) -> Tensor:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + log_size[b, j]
+
+    # Inside a graph that is being compiled it is compiled along with the rest.
+    run = _compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else _flex_attention()
+    return run(q, k, v, score_mod=score_mod, scale=scale)
+
+
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention  # imported late: it takes long
+
+    return flex_attention
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(_flex_attention(), dynamic=True)

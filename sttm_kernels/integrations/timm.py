@@ -1,0 +1,164 @@
+"""timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) and Eva (EVA02, rotary ViTs, DINOv3).
+
+They are known by their parts, so timm itself is not imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sttm_kernels.integrations.merging import (
+    Anatomy,
+    Call,
+    Family,
+    KeyHook,
+    Layer,
+    Swapped,
+    find_layers,
+    remove_key_hooks,
+)
+from sttm_kernels.nn.attention import choose_method, proportional_attention, size_bias
+
+
+class _Counting(TorchFunctionMode):
+    """Makes the fused attention that is called inside proportional to counts."""
+
+    def __init__(self, size: Tensor, method: str) -> None:
+        super().__init__()
+        self.size = size
+        self.method = method
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        dropout = (kwargs or {}).get("dropout_p", 0.0)
+        q, k, v = args[:3]
+        return proportional_attention(q, k, v, self.size, method=self.method, dropout=dropout)
+
+
+def _install(layer: Layer, method: str) -> Call:
+    call = Call(method)
+    if method in ("augment", "flex") and not layer.attn.fused_attn:
+        raise ValueError(
+            f"prop_attn must be 'mask', 'auto' or 'off' where timm's attention is not fused, got {method!r}"
+        )
+    layer.attn.k_norm.register_forward_hook(KeyHook(call, "heads"))
+    return call
+
+
+def _attention(
+    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
+) -> Tensor:
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if "attn_mask" in arguments or arguments.pop("is_causal", False):
+        raise ValueError("attn_mask must be None and is_causal False in a model that merges tokens")
+    if ids is not None and "rope" in arguments:
+        arguments["rope"] = _rows(arguments["rope"], ids)
+    if size is None:
+        return layer.attn(x, **arguments)
+    method = call.method
+    if method == "auto":
+        fused = layer.attn.fused_attn
+        method = choose_method(x.device, x.dtype, layer.attn.head_dim) if fused else "mask"
+    if method in ("augment", "flex"):
+        with _Counting(size, method):
+            return layer.attn(x, **arguments)
+    return layer.attn(x, attn_mask=size_bias(size, x.dtype), **arguments)
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """The rows `ids` `(B, N')` of rotary tables `([[B,] heads,] N, E)`, as `(B, 1 or heads, N', E)`."""
+    table = table.reshape(*(1,) * (4 - table.dim()), *table.shape).expand(ids.shape[0], -1, -1, -1)
+    return table.gather(2, ids[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def _scaled(layer: Layer, branch: int, x: Tensor) -> Tensor:
+    """LayerScale, by either of the names it goes by, and drop path."""
+    if hasattr(layer, f"ls{branch}"):
+        x = getattr(layer, f"ls{branch}")(x)
+    gamma = getattr(layer, f"gamma_{branch}", None)
+    if gamma is not None:
+        x = gamma * x
+    return getattr(layer, f"drop_path{branch}")(x)
+
+
+def _attend_pre(
+    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...]]:
+    return x + _scaled(layer, 1, _attention(layer, layer.norm1(x), call, size, ids, arguments)), ()
+
+
+def _feed_pre(layer: Layer, x: Tensor) -> Tensor:
+    return x + _scaled(layer, 2, layer.mlp(layer.norm2(x)))
+
+
+def _attend_post(
+    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...]]:
+    return x + _scaled(layer, 1, layer.norm1(_attention(layer, x, call, size, ids, arguments))), ()
+
+
+def _feed_post(layer: Layer, x: Tensor) -> Tensor:
+    return x + _scaled(layer, 2, layer.norm2(layer.mlp(x)))
+
+
+PRE_NORM = Family(_install, remove_key_hooks, _attend_pre, _feed_pre)
+POST_NORM = Family(_install, remove_key_hooks, _attend_post, _feed_post)
+
+
+class MergingModel(Swapped):
+    """What a model whose layers merge does otherwise."""
+
+    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """timm's, with every layer's tokens copied back to all places."""
+        layers = find_layers(self)
+        for layer in layers:
+            layer._sttm.dense = True
+        try:
+            return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for layer in layers:
+                layer._sttm.dense = False
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("remove(model) before layers are pruned, then apply again: the last layer ends the merging")
+
+
+def anatomy(model: Layer) -> Anatomy | None:
+    """What the model is made of, or None if it is not built like timm's; `ValueError` if it is but cannot be merged."""
+    blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not isinstance(prefix, int) or not len(blocks):
+        return None
+    for number, layer in enumerate(blocks):
+        for path in ("norm1", "attn.k_norm", "drop_path1", "norm2", "mlp", "drop_path2"):
+            try:
+                layer.get_submodule(path)
+            except AttributeError:
+                raise ValueError(
+                    f"model must have blocks with a {path}, block {number} of {type(model).__name__}, "
+                    f"a {type(layer).__name__}, has none"
+                ) from None
+    rope = getattr(model, "rope", None)
+    arguments, tokens = {}, 16
+    if rope is not None:
+        table = rope.get_embed(shape=(4, 4))
+        if getattr(model, "rope_mixed", False):
+            table = table[0]
+        arguments["rope"] = table[..., :tokens, :]
+        tokens = min(tokens, table.shape[-2])
+    size = getattr(model.patch_embed, "grid_size", None)
+    return Anatomy(
+        layers=list(blocks),
+        families=(PRE_NORM, POST_NORM),
+        num_prefix=prefix,
+        dim=model.embed_dim,
+        rotary=rope is not None,
+        grid=None if size is None else (1, size[0], size[1]),
+        num_tokens=prefix + tokens,
+        arguments=arguments,
+        mixin=MergingModel if hasattr(model, "forward_intermediates") else None,
+    )

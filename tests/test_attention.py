@@ -1,0 +1,159 @@
+"""The ways proportional attention gets counts into a fused kernel, against its formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sttm_kernels.nn import attention, proportional_attention
+from sttm_kernels.testing import assert_within_budget
+
+METHODS = ["mask", "augment", "flex"]
+methods = pytest.mark.parametrize("method", METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+
+
+def by_formula(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> Tensor:
+    weight = ((q @ k.mT) * scale).exp() * size[:, None, None, :].to(q.dtype)
+    return weight / weight.sum(-1, keepdim=True) @ v
+
+
+def inputs(dtype: torch.dtype, B: int = 2, H: int = 3, M: int = 7, N: int = 19, D: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, n, D, generator=generator).to(dtype) for n in (M, N, N))
+    size = torch.randint(1, 1025, (B, N), generator=generator).float()
+    return [q, k, v, size]
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 30, 88])
+def test_every_way_is_the_formula(method, dtype, head_dim):
+    q, k, v, size = inputs(dtype, D=head_dim)
+    scale = head_dim**-0.5
+    truth = by_formula(q.double(), k.double(), v.double(), size, scale)
+    plain = by_formula(q, k, v, size, scale)
+    out = proportional_attention(q, k, v, size, method=method)
+    assert out.dtype == dtype
+    assert_within_budget(method, out, truth, plain, 19 + head_dim)
+
+
+def test_augmenting_is_more_exact_than_a_mask():
+    q, k, v, size = inputs(torch.bfloat16, N=64)
+    truth = by_formula(q.double(), k.double(), v.double(), size, 0.25)
+    error = {
+        method: float((proportional_attention(q, k, v, size, method=method).double() - truth).norm())
+        for method in METHODS
+    }
+    assert error["augment"] < 0.7 * error["mask"]
+    assert error["flex"] < 0.7 * error["mask"]
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_empty_keys_are_never_attended_to(method, dtype):
+    q, k, v, size = inputs(dtype)
+    size[0, 3] = size[1, :9] = 0
+    k[0, :, 3], v[0, :, 3] = 60, 1000  # what would win every query
+    q = q.abs()
+    kept = [[n for n in range(19) if n != 3], list(range(9, 19))]
+    out = proportional_attention(q, k, v, size, method=method)
+    for b, keys in enumerate(kept):
+        one = proportional_attention(q[b : b + 1], k[b : b + 1, :, keys], v[b : b + 1, :, keys], size[b : b + 1, keys])
+        torch.testing.assert_close(out[b : b + 1], one, rtol=0.05, atol=0.05)
+
+
+@methods
+@pytest.mark.parametrize("scale", [None, 0.3, 1e-3])
+def test_scale(method, scale):
+    q, k, v, size = inputs(torch.float32)
+    size[:, 0] = 0
+    expected = proportional_attention(q, k, v, size, scale, "mask")
+    torch.testing.assert_close(proportional_attention(q, k, v, size, scale, method), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(proportional_attention(q, k, v, size, 0.9, method), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["mask", "augment"])
+def test_gradients(method):
+    q, k, v, size = inputs(torch.float64, 1, 2, 3, 5, 4)
+    size[:, 1] = 0
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *qkv: proportional_attention(*qkv, size, method=method), tensors)
+
+
+@methods
+def test_values_of_another_width(method):
+    q, k, v, size = inputs(torch.float32)
+    v = torch.cat((v, -v), -1)
+    out = proportional_attention(q, k, v, size, method=method)
+    torch.testing.assert_close(out, proportional_attention(q, k, v, size, method="mask"), rtol=1e-5, atol=1e-5)
+    assert out.shape[-1] == 32
+
+
+def test_dropout():
+    q, k, v, size = inputs(torch.float32)
+    v = torch.ones_like(v)
+    for method in ("mask", "augment", "off"):
+        torch.manual_seed(0)
+        out = proportional_attention(q, k, v, size, method=method, dropout=0.5)
+        assert float(out.std()) > 0.05
+    with pytest.raises(ValueError, match="dropout must be 0 with method 'flex'"):
+        proportional_attention(q, k, v, size, method="flex", dropout=0.5)
+
+
+@methods
+def test_compiles_in_one_graph_for_any_length(method):
+    lengths = []
+
+    def counting(graph, inputs):
+        lengths.append(1)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda q, k, v, size: proportional_attention(q, k, v, size, method=method),
+        fullgraph=True,
+        dynamic=True,
+        backend=counting,
+    )
+    for N in (19, 23, 31):
+        q, k, v, size = inputs(torch.float32, N=N)
+        expected = proportional_attention(q, k, v, size, method=method)
+        torch.testing.assert_close(compiled(q, k, v, size), expected, rtol=1e-5, atol=1e-5)
+    assert len(lengths) == 1
+    torch._dynamo.reset()
+
+
+def test_auto_is_the_mask_on_a_cpu():
+    q, k, v, size = inputs(torch.float32)
+    assert attention.choose_method(q.device, q.dtype, 64) == "mask"
+    assert torch.equal(proportional_attention(q, k, v, size), proportional_attention(q, k, v, size, method="mask"))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "dtype", "head_dim", "expected"),
+    [
+        ("2.13.0+cu130", (9, 0), torch.bfloat16, 80, "mask"),
+        ("2.10.1", (9, 0), torch.bfloat16, 80, "augment"),
+        ("2.10.1", (9, 0), torch.bfloat16, 64, "mask"),
+        ("2.13.0", (8, 0), torch.float16, 80, "augment"),
+        ("2.13.0", (8, 0), torch.float32, 80, "mask"),
+        ("2.13.0", (8, 0), torch.bfloat16, 72, "augment"),
+        ("2.13.0", (8, 0), torch.bfloat16, 128, "mask"),
+    ],
+)
+def test_auto_on_gpus(monkeypatch, version, capability, dtype, head_dim, expected):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.choose_method(torch.device("cuda"), dtype, head_dim) == expected
+
+
+@pytest.mark.gpu
+@methods
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_on_a_gpu(method, head_dim):
+    q, k, v, size = (t.cuda() for t in inputs(torch.bfloat16, N=300, D=head_dim))
+    truth = by_formula(q.double(), k.double(), v.double(), size, head_dim**-0.5)
+    plain = by_formula(q, k, v, size, head_dim**-0.5)
+    out = proportional_attention(q, k, v, size, method=method)
+    assert_within_budget(method, out, truth, plain, 300 + head_dim)

@@ -1,0 +1,623 @@
+"""Merging in models of transformers: nothing changes without merging, and with it they are the plain network."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import plain_models
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_models import PlainLayer
+from torch import Tensor, nn
+
+import sttm_kernels as sttm
+from sttm_kernels.testing import assert_equal
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.unpoisoned  # models initialise their weights in torch.empty
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+CLIP = {**WIDTH, "image_size": 24, "num_frames": 4, "num_labels": 5, "initializer_range": 0.2}
+
+
+def vit(**changes: Any) -> nn.Module:
+    config = {**WIDTH, "image_size": 24, "patch_size": 4, "num_labels": 5, "initializer_range": 0.2, **changes}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**config))
+
+
+def videomae(**changes: Any) -> nn.Module:
+    config = {**CLIP, "patch_size": 8, "tubelet_size": 2, **changes}
+    return transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**config))
+
+
+def vivit(**changes: Any) -> nn.Module:
+    config = {**CLIP, "tubelet_size": [2, 8, 8], **changes}
+    return transformers.VivitForVideoClassification(transformers.VivitConfig(**config))
+
+
+def vjepa2(**changes: Any) -> nn.Module:
+    config = {
+        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2, "patch_size": 8,
+        "crop_size": 24, "frames_per_clip": 4, "tubelet_size": 2, "num_labels": 5, "initializer_range": 0.2,
+        "pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "num_pooler_layers": 1,
+        **changes,
+    }  # fmt: skip
+    return transformers.VJEPA2ForVideoClassification(transformers.VJEPA2Config(**config))
+
+
+def timesformer(**changes: Any) -> nn.Module:
+    config = {**CLIP, "patch_size": 8, **changes}
+    return transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**config))
+
+
+def timesformer_joint() -> nn.Module:
+    return timesformer(attention_type="joint_space_time")
+
+
+FAMILIES = [vit, videomae, vivit, vjepa2, timesformer, timesformer_joint]
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def build(family: Callable[..., nn.Module], dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """In evaluation mode; random in every parameter, for biases of zero and norms of one hide mistakes."""
+    torch.manual_seed(0)
+    model = family(**changes).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def pixels(family: Callable[..., nn.Module], batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    shape = (batch, 3, 24, 24) if family is vit else (batch, 4, 3, 24, 24)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def logits(model: nn.Module, clip: Tensor) -> Tensor:
+    return model(clip).logits
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    base = model.base_model
+    return base.layers if hasattr(base, "layers") else base.encoder.layer
+
+
+def close(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+
+# Nothing merged
+
+
+@families
+def test_nothing_changes_without_merging_and_after_remove(family):
+    model, clip = build(family), pixels(family)
+    before, keys, classes = logits(model, clip), list(model.state_dict()), [type(m) for m in model.modules()]
+    assert sttm.apply(model, r=0) is model
+    assert_equal("r = 0", logits(model, clip), before)
+    sttm.apply(sttm.apply(model, r=2), r=3)
+    merged = logits(model, clip)
+    assert not torch.equal(merged, before)
+    assert list(model.state_dict()) == keys
+    assert_equal("applied once", logits(sttm.apply(build(family), r=3), clip), merged)
+    assert sttm.remove(model) is model
+    assert_equal("removed", logits(sttm.remove(model), clip), before)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any("_sttm" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_models_own_attention_runs_until_something_is_merged(implementation):
+    model, clip = build(videomae), pixels(videomae)
+    model.set_attn_implementation(implementation)
+    before = logits(model, clip)
+    sttm.apply(model, r=4, layers=[2])
+    assert model.config._attn_implementation == implementation
+    features = model.base_model(clip, output_hidden_states=True).hidden_states
+    assert_equal("before merging", features[2], model.base_model(clip, output_hidden_states=True).hidden_states[2])
+    assert_equal("removed", logits(sttm.remove(model), clip), before)
+
+
+# The plain network
+
+
+def heads(linear: Callable[[Tensor], Tensor], number: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: linear(x).unflatten(-1, (number, -1)).transpose(1, 2)
+
+
+def plain(layer: nn.Module) -> PlainLayer:
+    """ViT, VideoMAE, ViViT and V-JEPA 2, of either major version of transformers."""
+    outer = layer.attention
+    inner = getattr(outer, "attention", outer)
+    old_videomae = hasattr(inner, "q_bias")
+
+    def projection(short: str, name: str) -> Callable[[Tensor], Tensor]:
+        linear = getattr(inner, name, None) or getattr(inner, f"{short}_proj")
+        bias = getattr(inner, f"{short}_bias", None) if old_videomae else linear.bias
+        return heads(lambda x: F.linear(x, linear.weight, bias), inner.num_attention_heads)
+
+    out = outer.output.dense if hasattr(outer, "output") else getattr(inner, "o_proj", None) or inner.proj
+    norm1 = getattr(layer, "layernorm_before", None) or layer.norm1
+    norm2 = getattr(layer, "layernorm_after", None) or layer.norm2
+    mlp = layer.mlp if hasattr(layer, "mlp") else lambda x: layer.output.dense(layer.intermediate(x))
+    rotate = None
+    if hasattr(inner, "apply_rotary_embeddings"):
+        grid = inner.grid_size
+
+        def rotate(x: Tensor, places: Tensor) -> Tensor:
+            t, y, x_ = places // grid**2, places // grid % grid, places % grid
+            return inner.apply_rotary_embeddings(x, tuple(p[:, None].double() for p in (t, y, x_)))
+
+    parts = (projection("q", "query"), projection("k", "key"), projection("v", "value"))
+    return PlainLayer(norm1, *parts, out, norm2, mlp, rotate)
+
+
+def plain_timesformer(layer: nn.Module) -> PlainLayer:
+    inner = layer.attention.attention
+    parts = [heads(lambda x, i=i: inner.qkv(x).chunk(3, -1)[i], inner.num_heads) for i in range(3)]
+    mlp = lambda x: layer.output.dense(F.gelu(layer.intermediate.dense(x)))  # noqa: E731
+    return PlainLayer(layer.layernorm_before, *parts, layer.attention.output.dense, layer.layernorm_after, mlp)
+
+
+def first_hidden(model: nn.Module, clip: Tensor) -> Tensor:
+    base = model.base_model
+    embed = base.embeddings if hasattr(base, "embeddings") else base.encoder.embeddings
+    return embed(clip, None) if model.config.model_type == "videomae" else embed(clip)
+
+
+def head(model: nn.Module, tokens: Tensor) -> Tensor:
+    base, kind = model.base_model, model.config.model_type
+    norm = base.layernorm if hasattr(base, "layernorm") else base.encoder.layernorm
+    tokens = tokens if norm is None else norm(tokens)
+    if kind == "videomae":
+        return model.classifier(model.fc_norm(tokens.mean(1)))
+    if kind == "vjepa2":
+        return model.classifier(model.pooler(tokens))
+    return model.classifier(tokens[:, 0])
+
+
+@pytest.mark.parametrize("r", [1, 5, [0, 6, 3], [7], 1000], ids=str)
+@pytest.mark.parametrize("family", [vit, videomae, vivit, vjepa2, timesformer_joint])
+def test_merging_model_is_the_plain_network(family, r):
+    model, clip = build(family, torch.float64), pixels(family, dtype=torch.float64)
+    prefix = 0 if family in (videomae, vjepa2) else 1
+    counts = (r + [0, 0])[:3] if isinstance(r, list) else [r] * 3
+    make = plain_timesformer if family is timesformer_joint else plain
+    with torch.no_grad():
+        tokens = plain_models.forward(
+            first_hidden(model, clip), [make(layer) for layer in layers_of(model)], counts, prefix
+        )
+        expected = head(model, tokens)
+        sttm.apply(model, r=r)
+        close("logits", logits(model, clip), expected)
+
+
+def plain_divided(layer: nn.Module, x: Tensor, size: Tensor, frames: int, r: int) -> tuple[Tensor, Tensor, list]:
+    """TimeSformer's divided layer on x `(1 + P * T, C)` and size `(P)`, tube by tube and frame by frame."""
+    first, tubes = x[:1], x[1:].unflatten(0, (-1, frames))
+    temporal, spatial = plain_timesformer(layer), plain_timesformer(layer)
+    inner = layer.temporal_attention.attention
+    temporal.q, temporal.k, temporal.v = (
+        heads(lambda x, i=i: inner.qkv(x).chunk(3, -1)[i], inner.num_heads) for i in range(3)
+    )
+    h = layer.temporal_layernorm(tubes)
+    h = plain_models.attention(temporal.q(h), temporal.k(h), temporal.v(h), torch.ones(h.shape[:2]))
+    tubes = tubes + layer.temporal_dense(layer.temporal_attention.output.dense(h))
+
+    classes, out, metric = [], torch.empty_like(tubes), []
+    counts = torch.cat((torch.ones(1), size))
+    for t in range(frames):
+        h = layer.layernorm_before(torch.cat((first, tubes[:, t])))[None]
+        keys = spatial.k(h)
+        attended = spatial.out(plain_models.attention(spatial.q(h), keys, spatial.v(h), counts[None]))[0]
+        classes.append(attended[0])
+        out[:, t] = tubes[:, t] + attended[1:]
+        metric.append(keys.mean(1)[0, 1:])
+    first = first + torch.stack(classes).mean(0)
+    groups = plain_models.match(torch.cat(metric, -1), r, 0)
+    tubes, size = plain_models.merge(out, size, groups)
+    x = torch.cat((first, tubes.flatten(0, 1)))
+    return x + spatial.mlp(spatial.norm2(x)), size, groups
+
+
+@pytest.mark.parametrize("r", [1, 3, 1000])
+def test_divided_attention_is_the_plain_network(r):
+    model, clip = build(timesformer, torch.float64), pixels(timesformer, dtype=torch.float64)
+    with torch.no_grad():
+        expected = []
+        for x in first_hidden(model, clip):
+            size, where = torch.ones(9, dtype=torch.float64), list(range(9))
+            for layer in layers_of(model):
+                x, size, groups = plain_divided(layer, x, size, 4, r)
+                where = [next(k for k, group in enumerate(groups) if g in group) for g in where]
+            tubes = x[1:].unflatten(0, (-1, 4))[where]
+            expected.append(model.base_model.layernorm(torch.cat((x[:1], tubes.flatten(0, 1)))))
+        sttm.apply(model, r=r, trace=True)
+        close("hidden", model.base_model(clip).last_hidden_state, torch.stack(expected))
+    last = sttm.trace(model)[-1]
+    assert last.size.shape[1] == 1 + 4 * len(size)
+    assert bool((last.size.sum(1) == 1 + 9 * 4).all())
+
+
+# What users do with models
+
+
+@families
+def test_shapes_of_outputs_stay_and_hidden_states_shrink(family):
+    model, clip = build(family), pixels(family)
+    before = model.base_model(clip, output_hidden_states=True)
+    after = sttm.apply(model, r=2).base_model(clip, output_hidden_states=True)
+    assert after.last_hidden_state.shape == before.last_hidden_state.shape
+    lengths = [h.shape[1] for h in after.hidden_states]
+    full, step = before.hidden_states[0].shape[1], 8 if family is timesformer else 2
+    assert lengths == [full, full - step, full - 2 * step, full]
+
+
+@families
+def test_trace_is_what_was_merged(family):
+    model, clip = build(family), pixels(family)
+    with pytest.raises(RuntimeError, match="trace=True"):
+        sttm.trace(sttm.apply(model, r=2))
+    sttm.apply(model, r=2, layers=[1, -1], trace=True)
+    with pytest.raises(RuntimeError, match="forward"):
+        sttm.trace(model)
+    output = model.base_model(clip, output_hidden_states=True)
+    full = output.hidden_states[0].shape[1]
+    traced = sttm.trace(model)
+    assert [each.layer for each in traced] == [1, 2]
+    for each in traced:
+        assert each.index.shape == (2, full)
+        counted = torch.zeros_like(each.size).scatter_add(1, each.index.long(), torch.ones(2, full))
+        assert_equal("size", each.size, counted)
+    assert output.hidden_states[2].shape[1] == traced[0].size.shape[1]
+    # Tokens of one group leave the model alike, and those of different groups do not.
+    last = output.last_hidden_state
+    alike = (last[:, :, None] == last[:, None]).all(-1)
+    assert_equal("groups", alike, traced[-1].index[:, :, None] == traced[-1].index[:, None])
+
+
+def gradients(model: nn.Module, *clips: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    outputs = [logits(model, clip) for clip in clips]  # every forward before the first backward
+    for output in outputs:
+        output.square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", [videomae, vjepa2, timesformer])
+def test_gradients_and_checkpointing(family):
+    clips = pixels(family), pixels(family).flip(0) * 2
+    model = sttm.apply(build(family), r=4)
+    plain = gradients(model, *clips)
+    assert len(plain) > 20
+    assert all(bool(g.isfinite().all()) for g in plain)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for checked, expected in zip(gradients(model, *clips), plain, strict=True):
+        close("checkpointed", checked, expected, 1e-6)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="got use_reentrant=True"):
+        logits(model, clips[0])
+
+
+def test_gradients_are_those_of_the_plain_network():
+    model, clip = build(videomae, torch.float64), pixels(videomae, dtype=torch.float64)
+    tokens = plain_models.forward(first_hidden(model, clip), [plain(layer) for layer in layers_of(model)], [3] * 3, 0)
+    head(model, tokens).square().sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    logits(sttm.apply(model, r=3), clip).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            close(name, parameter.grad, expected[name])
+
+
+@families
+def test_autocast(family):
+    model, clip = sttm.apply(build(family), r=3), pixels(family)
+    expected = logits(model, clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = logits(model, clip)
+    assert actual.isfinite().all()
+    assert not torch.equal(actual.float(), expected)
+    bound = 0.25 * float(expected.abs().max())
+    close("autocast", actual.float(), expected, bound)
+
+
+@families
+def test_half_precision_models(family):
+    model = sttm.apply(build(family, torch.bfloat16), r=3)
+    out = logits(model, pixels(family, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+
+
+SHORT = {"num_hidden_layers": 2}  # tracing takes time
+
+
+@pytest.mark.parametrize("family", [vjepa2, timesformer])
+def test_compile_fullgraph(family):
+    model, clip = sttm.apply(build(family, **SHORT), r=3), pixels(family)
+    with torch.no_grad():
+        expected = logits(model, clip)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close("compiled", logits(compiled, clip), expected, 1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", [vit, videomae])
+def test_export(family):
+    model, clip = sttm.apply(build(family, **SHORT), r=3), pixels(family)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, clip: Tensor) -> Tensor:
+            return self.model(clip, return_dict=True).logits
+
+    with torch.no_grad():
+        exported = torch.export.export(Logits(), (clip,))
+        close("exported", exported.module()(clip), logits(model, clip), 1e-6)
+        file = io.BytesIO()
+        torch.export.save(exported, file)
+        file.seek(0)
+        close("loaded", torch.export.load(file).module()(clip), logits(model, clip), 1e-6)
+
+
+@families
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+def test_copies_merge_too_and_on_their_own(family, way):
+    model, clip = sttm.apply(build(family), r=3, trace=True), pixels(family)
+    expected = logits(model, clip)
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert_equal(way, logits(copied, clip), expected)
+    sttm.remove(model)
+    assert_equal("the copy still merges", logits(copied, clip), expected)
+    assert_equal("and stops", logits(sttm.remove(copied), clip), logits(model, clip))
+
+
+@families
+def test_state_dict_and_save_pretrained_are_those_of_the_model(family, tmp_path):
+    model, clip = build(family), pixels(family)
+    before, state = logits(model, clip), model.state_dict()
+    sttm.apply(model, r=3)
+    model.save_pretrained(tmp_path)
+    loaded = type(sttm.remove(model)).from_pretrained(tmp_path).eval()
+    assert_equal("loaded", logits(loaded, clip), before)
+    other = sttm.apply(family().eval(), r=3)
+    other.load_state_dict(state)
+    assert_equal("state", logits(sttm.remove(other), clip), before)
+
+
+def test_models_that_share_a_config_do_not_disturb_each_other():
+    config = transformers.ViTConfig(**WIDTH, image_size=24, patch_size=4)
+    one, other = transformers.ViTModel(config).eval(), transformers.ViTModel(config).eval()
+    other.load_state_dict(one.state_dict())
+    image = pixels(vit)
+    before = one(image).last_hidden_state
+    sttm.apply(other, r=5)
+    assert_equal("untouched", one(image).last_hidden_state, before)
+    assert not torch.equal(other(image).last_hidden_state, before)
+
+
+def test_output_hidden_states_before_apply_does_not_stop_merging():
+    model, clip = build(videomae), pixels(videomae)
+    before = model.base_model(clip, output_hidden_states=True).last_hidden_state
+    sttm.apply(model, r=3)
+    assert not torch.equal(model.base_model(clip, output_hidden_states=True).last_hidden_state, before)
+    assert_equal("removed", sttm.remove(model).base_model(clip).last_hidden_state, before)
+
+
+# The arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lengths"),
+    [
+        ({"r": 2, "schedule": "falling"}, [14, 12, 12]),
+        ({"r": 3, "schedule": "rising"}, [18, 15, 9]),
+        ({"r": 3, "schedule": 0.0}, [15, 12, 9]),
+        ({"r": [0, 4]}, [18, 14, 14]),
+        ({"r": 2, "layers": [0, 2]}, [16, 16, 14]),
+        ({"r": [2, 1], "layers": [-1, 0]}, [17, 17, 15]),
+        ({"r": 5, "layers": [1], "window": (1, 3, 3)}, [18, 13, 13]),
+    ],
+    ids=str,
+)
+def test_schedule_and_layers(arguments, lengths):
+    model, clip = sttm.apply(build(videomae), trace=True, **arguments), pixels(videomae)
+    logits(model, clip)
+    got = {each.layer: each.size.shape[1] for each in sttm.trace(model)}
+    assert [got.get(layer, 18) for layer in range(3)] == lengths
+
+
+def test_window_confines_groups():
+    model, clip = sttm.apply(build(videomae), r=8, layers=[0], window=(1, 3, 3), trace=True), pixels(videomae)
+    logits(model, clip)
+    index = sttm.trace(model)[0].index
+    assert not bool((index[:, :9, None] == index[:, None, 9:]).any())
+
+
+@pytest.mark.parametrize("prop_attn", ["mask", "augment", "flex", "auto"])
+@pytest.mark.parametrize("family", [videomae, timesformer])
+def test_ways_to_attend_agree(family, prop_attn):
+    clip = pixels(family)
+    with torch.no_grad():
+        expected = logits(sttm.apply(build(family), r=3, prop_attn="mask"), clip)
+        close(prop_attn, logits(sttm.apply(build(family), r=3, prop_attn=prop_attn), clip), expected, 1e-5)
+        assert not torch.allclose(logits(sttm.apply(build(family), r=3, prop_attn="off"), clip), expected)
+
+
+@pytest.mark.parametrize("family", [vit, videomae, vivit, vjepa2])
+def test_sttm(family):
+    model, clip = build(family), pixels(family)
+    before = logits(model, clip)
+    sttm.apply(model, method="sttm", layers=(0, 1), spatial_keep=4, temporal_keep=3, trace=True)
+    merged = logits(model, clip)
+    assert not torch.equal(merged, before)
+    prefix = 0 if family in (videomae, vjepa2) else 1
+    frames = 1 if family is vit else 2
+    sizes = [each.size for each in sttm.trace(model)]
+    assert [size.shape[1] - prefix for size in sizes] == [frames * 4, 3, 3]
+    assert all(bool((size.sum(1) == sizes[0].sum(1)).all()) for size in sizes)
+    merged.sum().backward()
+    added = [name for name in model.state_dict() if "sttm" in name]
+    assert len(added) == 2
+    for name in added:
+        parameter = model.get_parameter(name)
+        assert not parameter.any()
+        assert parameter.grad.any()
+    copied = pickle.loads(pickle.dumps(model))
+    assert_equal("pickle", logits(copied, clip), merged)
+    assert_equal("removed", logits(sttm.remove(model), clip), before)
+    assert not any("sttm" in name for name in model.state_dict())
+
+
+def test_sttm_without_counts_leaves_out_empty_groups():
+    model, clip = build(videomae), pixels(videomae)
+    clip = clip[:, :, :, :1, :1].expand(-1, -1, -1, 24, 24)  # all patches alike: some groups stay empty
+    with torch.no_grad():
+        for parameter in model.base_model.embeddings.parameters():
+            parameter.zero_()
+        model.base_model.embeddings.position_embeddings.zero_()
+    keep = {"layers": (0, None), "spatial_keep": 4, "meta": "kmeans", "trace": True}
+    one = logits(sttm.apply(model, method="sttm", prop_attn="off", **keep), clip)
+    assert bool((sttm.trace(model)[0].size == 0).any())
+    close("all tokens are alike", one, logits(sttm.remove(model), clip), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "error", "message"),
+    [
+        (vit, {"r": None}, TypeError, "r must be an int"),
+        (vit, {"r": -1}, ValueError, "r must be at least 0"),
+        (vit, {"r": [1, 1, 1, 1]}, ValueError, "r must have at most one entry per merging layer, 3, got 4"),
+        (vit, {"r": [1], "schedule": "rising"}, ValueError, "schedule must be 'constant'"),
+        (vit, {"r": 1, "schedule": "up"}, ValueError, "schedule must be one of"),
+        (vit, {"r": 1, "schedule": 2.0}, ValueError, "schedule must be between"),
+        (vit, {"r": 1, "method": "dct"}, ValueError, "method must be one of"),
+        (vit, {"r": 1, "prop_attn": "eager"}, ValueError, "prop_attn must be one of"),
+        (vit, {"r": 1, "layers": [3]}, ValueError, "layers must be below the depth of 3, got 3"),
+        (vit, {"r": 1, "layers": [2, -1]}, ValueError, "layers must be different"),
+        (vit, {"r": 1, "window": (1, 3, 3)}, ValueError, "window must be None unless a single layer merges"),
+        (vit, {"r": 1, "spatial_keep": 0.5}, TypeError, "spatial_keep must be left out"),
+        (vit, {"r": 1, "method": "sttm"}, ValueError, "r must be None with method 'sttm'"),
+        (vit, {"method": "sttm", "layers": (2, 1)}, ValueError, "spatial layer before the temporal"),
+        (vit, {"method": "sttm", "layers": (2,)}, ValueError, "layers must be"),
+        (timesformer, {"method": "sttm"}, ValueError, "same tokens in every frame"),
+        (timesformer, {"r": 1, "layers": [0], "window": (1, 3, 3)}, ValueError, "same tokens in every frame"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_bad_arguments(family, arguments, error, message):
+    model, clip = build(family), pixels(family)
+    before = logits(model, clip)
+    with pytest.raises(error, match=message):
+        sttm.apply(model, **arguments)
+    assert_equal("unchanged", logits(model, clip), before)
+    assert not any("_sttm" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+def test_models_that_are_refused():
+    config = transformers.VideoMAEConfig(**WIDTH, image_size=24, patch_size=8, num_frames=4, decoder_hidden_size=16,
+                                         decoder_num_attention_heads=2, decoder_num_hidden_layers=1)  # fmt: skip
+    with pytest.raises(ValueError, match="VideoMAEForPreTraining"):
+        sttm.apply(transformers.VideoMAEForPreTraining(config), r=1)
+    swin = transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=32))
+    with pytest.raises(ValueError, match="swin"):
+        sttm.apply(swin, r=1)
+    with pytest.raises(TypeError, match="must not be compiled"):
+        sttm.apply(torch.compile(build(vit)), r=1)
+    with pytest.raises(TypeError, match="Linear"):
+        sttm.apply(nn.Linear(2, 2), r=1)
+    with pytest.raises(TypeError, match="model must be a torch"):
+        sttm.apply("vit", r=1)
+
+
+def test_layers_that_fail_the_check_are_refused():
+    class Other(type(layers_of(vit())[1])):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs) * 1.5
+
+    model = build(vit)
+    layers_of(model)[1].__class__ = Other
+    with pytest.raises(ValueError, match="layer 1, a Other, without merging does not give"):
+        sttm.apply(model, r=1)
+    assert type(layers_of(model)[0]).__name__ == "ViTLayer"
+    assert "_sttm" not in vars(layers_of(model)[0])
+
+    model = build(vit)
+    layers_of(model)[1].forward = lambda x, *args: x
+    with pytest.raises(ValueError, match="forward of their own"):
+        sttm.apply(model, r=1)
+
+
+def test_counts_that_attention_ignores_are_refused(monkeypatch):
+    from sttm_kernels.integrations import huggingface
+
+    monkeypatch.setattr(
+        huggingface, "proportional_attention", lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v)
+    )
+    with pytest.raises(ValueError, match="takes no heed"):
+        sttm.apply(build(vit), r=1)
+
+
+@pytest.mark.parametrize("family", [vit, vivit])
+@pytest.mark.parametrize(("implementation", "prop_attn"), [("eager", "auto"), ("sdpa", "auto"), ("sdpa", "off")])
+def test_padding_counts_for_nothing(family, implementation, prop_attn):
+    model, clip = build(family), pixels(family)
+    if "attention_mask" not in inspect.signature(model.base_model.forward).parameters:
+        pytest.skip("this version of the model takes no attention_mask")
+    model.set_attn_implementation(implementation)
+    tokens = model.base_model(clip).last_hidden_state.shape[1]
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    padding = 12 if family is vit else 9  # the two lowest rows of patches; the second half of the clip
+    mask[1, -padding:] = 0
+
+    def classes(clip: Tensor) -> Tensor:
+        return model.base_model(clip, attention_mask=mask).last_hidden_state[:, 0]
+
+    sttm.apply(model, r=7, prop_attn=prop_attn, trace=True)
+    before = classes(clip)
+    assert sttm.trace(model)[0].size.sum(1).tolist() == [tokens, tokens - padding]
+    changed = clip.clone()
+    part = changed[1, :, -8:] if family is vit else changed[1, -2:]
+    part.copy_(part.flip(-1) + 3 * part.flip(-2))
+    assert_equal("padding", classes(changed), before)
+    changed[1, ..., :4, :4] += 3
+    assert not torch.equal(classes(changed), before)
+
+
+def test_masks_that_are_no_padding_are_refused():
+    layer = layers_of(sttm.apply(build(vit), r=1))[0]
+    name = "attention_mask" if "attention_mask" in layer._sttm.names else "head_mask"
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        layer(torch.randn(1, 37, 32), torch.ones(1, 1, 37, 37).tril().log())
+
+
+def test_replicas_of_data_parallel_are_refused():
+    replica = layers_of(sttm.apply(build(vit), r=1))[0]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(torch.randn(1, 37, 32))
+
+
+def test_hidden_states_that_lost_their_counts_are_refused():
+    model, clip = sttm.apply(build(videomae), r=1), pixels(videomae)
+    layers_of(model)[1].register_forward_pre_hook(lambda module, args: (args[0] * 1, *args[1:]))
+    with pytest.raises(RuntimeError, match="layer 1 got are not those that layer 0 returned"):
+        logits(model, clip)
