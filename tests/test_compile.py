@@ -205,6 +205,13 @@ def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
         assert_equal(name, got, expected)
 
 
+def test_match_of_a_metric_that_requires_grad_goes_through_the_dispatcher():
+    """As in an exported model that is called with gradients on."""
+    metric = torch.randn(2, 6, 4, requires_grad=True)
+    found = torch.ops.sttm_kernels.match(metric, None, None, 2, 0, IMPL)
+    assert_equal("index", found[0], ops.match(metric.detach(), None, None, 2, 0, IMPL)[0])
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_compiles_once_for_every_number_of_tokens(program):
     counter = CompileCounterWithBackend("aot_eager")

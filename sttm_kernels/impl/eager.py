@@ -180,7 +180,7 @@ def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor:
 def match(
     metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = _operand(metric, "cosine")
+    a = _operand(metric.detach(), "cosine")
     B, N, _ = a.shape
     at = torch.arange(N, device=a.device)
     if src is None or dst is None:
