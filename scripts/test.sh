@@ -18,6 +18,6 @@ $bin/python -m pip install --quiet --upgrade --no-deps --target .venv-test/trans
 $bin/ruff check .
 $bin/ruff format --check .
 $bin/mypy
-$bin/python -m pytest --numprocesses 2
-TRITON_INTERPRET=1 $bin/python -m pytest --numprocesses 2 tests/test_triton_*.py
+$bin/python -m pytest --numprocesses 2 --dist worksteal
+TRITON_INTERPRET=1 $bin/python -m pytest --numprocesses 2 --dist worksteal tests/test_triton_*.py
 PYTHONPATH=.venv-test/transformers-4 $bin/python -m pytest tests/test_integrations_hf.py
