@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from benchmarks.host_overhead import calls, stubbed_driver
-from sttm_kernels.impl.triton import config, launch
+from sttm_kernels.impl.triton import config, launch, similarity
 
 compiled = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 replaces what is counted")
 interpreted = pytest.mark.skipif(
@@ -93,6 +93,17 @@ def test_the_device_of_the_tensors_is_made_current(monkeypatch):
     assert entered == [(3,)]
     launch.launch(Kernel(), (0, 3), here, config=settings)
     assert entered == [(3,)]
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_float32_products_round_as_pytorch_is_told_to(setting, expected):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    try:
+        assert similarity.precision(torch.float32) == expected
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_a_configuration_must_fit_shared_memory():

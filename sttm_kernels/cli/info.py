@@ -125,7 +125,7 @@ def _table(facts: dict[str, Any]) -> str:
     kinds = next(iter(facts["verbs"].values()))
     for kind in kinds:
         lines += ["", f"verbs on {kind}, float32 (* what impl='auto' takes)"]
-        lines.append("  " + "".join(f"{name:<12}" for name in ("", *dispatch.IMPLEMENTATIONS)).rstrip())
+        lines.append("  " + "".join(f"{name:<14}" for name in ("", *dispatch.IMPLEMENTATIONS)).rstrip())
         reasons: dict[str, list[str]] = {}
         for verb, by_kind in facts["verbs"].items():
             cells = []
@@ -134,7 +134,7 @@ def _table(facts: dict[str, Any]) -> str:
                 cells.append("no" if reason else "yes *" if by_kind[kind]["auto"] == impl else "yes")
                 if reason:
                     reasons.setdefault(f"{impl}: {reason}", []).append(verb)
-            lines.append("  " + "".join(f"{cell:<12}" for cell in (verb, *cells)).rstrip())
+            lines.append("  " + "".join(f"{cell:<14}" for cell in (verb, *cells)).rstrip())
         for reason, verbs in reasons.items():
             which = "" if len(verbs) == len(dispatch.VERBS) else f" ({', '.join(verbs)})"
             lines += textwrap.wrap(f"no {reason}{which}", 100, initial_indent="  ", subsequent_indent="    ")
