@@ -174,12 +174,14 @@ def check_soft_merge(
     size: Tensor | None = None,
     positions: Tensor | None = None,
     mask: Tensor | None = None,
-) -> None:
+) -> dict[str, Tensor]:
+    """Returns the outputs."""
+
     def run(soft_merge, x, q, meta, size, positions):
         return fields(soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask))
 
     terms = x.shape[1] + q.shape[-1] + meta.shape[-2]
-    assert_verb_within_budget(
+    return assert_verb_within_budget(
         f"soft_merge over {normalize}",
         partial(run, partial(functional.soft_merge, impl=impl)),
         lambda meta, positions, **rest: run(

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import dispatch, testing
+from sttm_kernels.checks import check_assign, fields
 from sttm_kernels.functional import assign
 from sttm_kernels.testing import (
     assert_assign_within_budget,
     assert_equal,
     assert_index_in_range,
-    assert_verb_within_budget,
     assign_at,
     guarded,
 )
@@ -47,24 +47,9 @@ def temperature_of(similarity, D):
     return {"cosine": 0.1, "dot": D**0.5, "l2": float(D)}[similarity]
 
 
-def fields(plan):
-    return {name: getattr(plan, name) for name in ("score", "lse", "weight") if getattr(plan, name) is not None}
-
-
 def check(inputs, similarity="cosine", weight="softmax", mask=None):
-    q, meta = inputs["q"], inputs["meta"]
-    settings = (similarity, temperature_of(similarity, q.shape[-1]), weight)
-    plan = assign(q, meta, *settings, mask, impl="cuda")
-    assert_assign_within_budget(plan, q, meta, *settings, mask)
-    terms = q.shape[-1] * (q.shape[1] if q.dim() == 4 else 1) + meta.shape[-2]
-    assert_verb_within_budget(
-        "assign",
-        lambda q, meta: fields(assign(q, meta, *settings, mask, impl="cuda")),
-        lambda q, meta: fields(assign_at(plan.index, q, meta, *settings)),
-        inputs,
-        terms,
-        terms + q.shape[-2],
-    )
+    temperature = temperature_of(similarity, inputs["q"].shape[-1])
+    check_assign("cuda", **inputs, similarity=similarity, temperature=temperature, weight=weight, mask=mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

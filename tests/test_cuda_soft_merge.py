@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import dispatch, reference, testing
+from sttm_kernels.checks import check_soft_merge, fields
 from sttm_kernels.functional import soft_merge
 from sttm_kernels.testing import assert_equal, assert_verb_within_budget, guarded
 from sttm_kernels.testing import make_tokens as make_tokens_on
@@ -49,25 +50,10 @@ def temperature_of(similarity, D):
     return {"cosine": 0.2, "dot": D**0.5, "l2": float(D)}[similarity]
 
 
-def fields(out):
-    return {name: getattr(out, name) for name in ("x", "size", "positions") if getattr(out, name) is not None}
-
-
 def check(inputs, normalize="meta", similarity="cosine", mask=None):
-    x, q, meta = inputs["x"], inputs["q"], inputs["meta"]
-    settings = (similarity, temperature_of(similarity, q.shape[-1]), normalize)
-
-    def through(verb, **given):
-        return lambda x, q, meta, size, positions: fields(verb(x, q, meta, *settings, size, positions, mask, **given))
-
-    terms = x.shape[1] + meta.shape[-2] + q.shape[-1] * (q.shape[1] if q.dim() == 4 else 1)
-    return assert_verb_within_budget(
-        "soft_merge",
-        through(soft_merge, impl="cuda"),
-        through(reference.soft_merge),
-        inputs,
-        terms,
-        terms + x.shape[2],
+    temperature = temperature_of(similarity, inputs["q"].shape[-1])
+    return check_soft_merge(
+        "cuda", **inputs, similarity=similarity, temperature=temperature, normalize=normalize, mask=mask
     )
 
 

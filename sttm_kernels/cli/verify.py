@@ -65,7 +65,7 @@ IMPLS = tuple(impl for impl in dispatch.IMPLEMENTATIONS if impl != "reference")
 
 SMALL = "x".join(map(str, SMALL_SHAPE))
 
-Case = tuple[str, Callable[[], None]]
+Case = tuple[str, Callable[[], Any]]
 
 
 @dataclass
