@@ -37,39 +37,69 @@ def _tiles(B: int, N: int, K: int, device: torch.device) -> Iterator[tuple[slice
             yield slice(b, min(b + items, B)), slice(n, min(n + tokens, N))
 
 
-def _norm(q: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+def _inverse_norm(q: Tensor) -> Tensor:
+    """1 / max(|q|, floor) of every row (B, N, D), in the accumulation dtype: (B, N)."""
+    return torch.linalg.vector_norm(q, dim=-1, dtype=acc_dtype(q.dtype)).clamp_min_(NORM_FLOOR).reciprocal_()
 
 
 def _operand(q: Tensor, similarity: str) -> Tensor:
     """(B, N, D) in the accumulation dtype, unit rows for cosine."""
     q = mean_over_heads(q).to(acc_dtype(q.dtype))
-    return q / _norm(q) if similarity == "cosine" else q
+    return q * _inverse_norm(q)[..., None] if similarity == "cosine" else q
 
 
 class _Similarity:
     """Computes S of one tile after the other in one buffer.
 
-    S is transposed, (b, K, n): a maximum over K then runs along vectors of tokens. `width` is the number of elements a
-    token takes in a tile, if that is more than its K similarities.
+    S is transposed, (b, K, n): a maximum over K then runs along vectors of tokens. `m` are operands; `q` is (B, N, D)
+    in any dtype, and where its rows are not of unit length and should be, `inverse` (B, N) is what they lack. `width`
+    is the number of elements a token takes in a tile, if that is more than its K similarities.
     """
 
-    def __init__(self, q: Tensor, m: Tensor, similarity: str, temperature: float = 1.0, width: int = 0):
-        self.q, self.m, self.kind, self.temperature = q, m, similarity, temperature
+    def __init__(
+        self,
+        q: Tensor,
+        m: Tensor,
+        similarity: str,
+        temperature: float = 1.0,
+        width: int = 0,
+        inverse: Tensor | None = None,
+    ):
+        self.q, self.m, self.kind, self.temperature, self.inverse = q, m, similarity, temperature, inverse
         self.shape = (q.shape[0], q.shape[1], max(m.shape[1], width))
         items, tokens = _tile_shape(*self.shape, q.device)
-        self.buffer = q.new_empty(items * tokens * m.shape[1])
+        self.buffer = m.new_empty(items * tokens * m.shape[1])
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         return _tiles(*self.shape, self.q.device)
 
+    def rows(self, b: slice, n: slice) -> Tensor:
+        """The rows of q in the accumulation dtype, of unit length for cosine."""
+        q = self.q[b, n].to(self.m.dtype)
+        return q if self.inverse is None else q * self.inverse[b, n, None]
+
     def __call__(self, b: slice, n: slice) -> Tensor:
-        q, m = self.q[b, n], self.m[b]
+        m = self.m[b]
+        scale_S = self.inverse is not None and m.shape[1] < m.shape[2]
+        q = self.q[b, n].to(m.dtype) if scale_S else self.rows(b, n)
         S = self.buffer[: m.shape[0] * m.shape[1] * q.shape[1]].view(m.shape[0], m.shape[1], q.shape[1])
         torch.bmm(m, q.mT, out=S)
+        if scale_S and self.inverse is not None:
+            S.mul_(self.inverse[b, None, n])
         if self.kind == "l2":
             S.mul_(2).sub_(q.square().sum(-1)[:, None, :]).sub_(m.square().sum(-1)[:, :, None])
         return S if self.temperature == 1.0 else S.div_(self.temperature)
+
+
+def _similarity_to(
+    m: Tensor, q: Tensor, mask: Tensor | None, similarity: str, temperature: float, width: int = 0
+) -> _Similarity:
+    """Of tokens q (B, N, D) or (B, H, N, D), as they are, to the operands m. A masked token has an `inverse` of 0."""
+    q = mean_over_heads(q)
+    inverse = _inverse_norm(q) if similarity == "cosine" else None
+    if inverse is not None and mask is not None:
+        inverse.masked_fill_(~mask, 0)
+    return _Similarity(q, m, similarity, temperature, width, inverse)
 
 
 def _maxima(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,12 +125,12 @@ def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def assign(
     q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, m = _operand(q, similarity), _operand(meta, similarity)
-    B, N, _ = q.shape
-    index = q.new_empty((B, N), dtype=torch.int32)
-    score = q.new_empty((B, N))
-    lse = q.new_empty((B, N) if soft else 0)
-    tile = _Similarity(q, m, similarity, temperature)
+    m = _operand(meta, similarity)
+    tile = _similarity_to(m, q, mask, similarity, temperature)
+    B, N, _ = tile.q.shape
+    index = m.new_empty((B, N), dtype=torch.int32)
+    score = m.new_empty((B, N))
+    lse = m.new_empty((B, N) if soft else 0)
     for b, n in tile.tiles():
         S = tile(b, n)
         value, k = _greatest(*_maxima(S))
@@ -127,48 +157,58 @@ def assign_backward(
     temperature: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    real = (index >= 0)[..., None]
-    q_, m_ = _operand(q, similarity).masked_fill(~real, 0), _operand(meta, similarity)
-    B, N, D = q_.shape
-    K = m_.shape[1]
-    g = torch.where(real, (grad_score / temperature)[..., None], 0)
-    h = None if grad_lse is None else torch.where(real, (grad_lse / temperature)[..., None], 0)
+    real, index = index >= 0, index.long().clamp_min(0)
+    m = _operand(meta, similarity)
+    K, D = m.shape[1:]
+    tile = _similarity_to(m, q, real, similarity, temperature, width=D)
+    g = torch.where(real, grad_score / temperature, 0)
+    h = None if grad_lse is None else torch.where(real, grad_lse / temperature, 0)
 
     # dS = g [k = index] + h exp(S - lse), times what is linear in S: to the left for q, to the right for meta.
-    chosen = m_.gather(1, index.long().clamp_min(0)[..., None].expand(-1, -1, D))
-    grad_q = g * chosen
-    grad_m = _Groups(index, K).sum(g * q_)
-    through = None
-    if h is not None:
-        through = torch.zeros_like(m_[..., :1])
-        tile = _Similarity(q_, m_, similarity, temperature)
-        for b, n in tile.tiles():
-            P = tile(b, n).sub_(lse[b, n][:, None]).exp_().mul_(h[b, n].mT)
-            P.masked_fill_(~real[b, n].mT, 0)
-            grad_q[b, n] += P.mT @ m_[b]
-            grad_m[b] += P @ q_[b, n]
-            through[b] += P.sum(-1, keepdim=True)
-
+    grad_q, grad_m = _grad_of_rows(q), torch.zeros_like(m)
+    total = torch.zeros_like(m[..., :1])  # of dS over tokens
+    for b, n in tile.tiles():
+        if h is None:
+            grad = m[b].gather(1, index[b, n, None].expand(-1, -1, D)).mul_(g[b, n, None])
+        rows = tile.rows(b, n).masked_fill(~real[b, n, None], 0)
+        if h is not None:
+            dS = tile(b, n).sub_(lse[b, None, n]).exp_().mul_(h[b, None, n]).masked_fill_(~real[b, None, n], 0)
+            chosen = index[b, None, n]
+            dS.scatter_(1, chosen, dS.gather(1, chosen) + g[b, None, n])
+            grad = dS.mT @ m[b]
+            grad_m[b] += dS @ rows
+            total[b] += dS.sum(-1, keepdim=True)
+        if similarity == "l2":
+            grad = 2 * (grad - rows * (g if h is None else g + h)[b, n, None])
+        if tile.inverse is not None:
+            grad = _through_norm(grad, rows, tile.inverse[b, n, None])
+        grad_q[b, n] = grad
+    if h is None:
+        groups = _Groups(torch.where(real, index, -1), K)
+        grad_m = groups.sum(tile.q, groups.sort(g if tile.inverse is None else g * tile.inverse)).to(m.dtype)
+        total = groups.sum(g[..., None])
     if similarity == "l2":
-        row_total = g if h is None else g + h
-        column_total = _Groups(index, K).sum(g)
-        if through is not None:
-            column_total = column_total + through
-        grad_q = 2 * (grad_q - q_ * row_total)
-        grad_m = 2 * (grad_m - m_ * column_total)
+        grad_m = 2 * (grad_m - m * total)
     if similarity == "cosine":
-        grad_q = _through_norm(grad_q, q, q_).masked_fill(~real, 0)
-        grad_m = _through_norm(grad_m, meta, m_)
-    if q.dim() == 4:
-        grad_q = (grad_q / q.shape[1])[:, None].expand(q.shape)
-    return _fresh(grad_q, q, needs[0]), _fresh(grad_m, meta, needs[1])
+        grad_m = _through_norm(grad_m, m, _inverse_norm(meta)[..., None])
+    return _fresh(_of_heads(grad_q, q), q, needs[0]), _fresh(grad_m, meta, needs[1])
 
 
-def _through_norm(grad: Tensor, q: Tensor, unit: Tensor) -> Tensor:
-    """Pulls a gradient back through q / max(|q|, floor)."""
-    length = torch.linalg.vector_norm(mean_over_heads(q).to(unit.dtype), dim=-1, keepdim=True)
-    radial = unit * (unit * grad).sum(-1, keepdim=True)
-    return torch.where(length >= NORM_FLOOR, grad - radial, grad) / length.clamp_min(NORM_FLOOR)
+def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Pulls a gradient back through q inverse, inverse = 1 / max(|q|, floor)."""
+    radial = (unit * grad).sum(-1, keepdim=True).masked_fill_(inverse >= 1 / NORM_FLOOR, 0)
+    return torch.addcmul(grad, unit, radial, value=-1).mul_(inverse)
+
+
+def _grad_of_rows(q: Tensor) -> Tensor:
+    """Where the gradient of q (B, N, D), or of its mean over heads, is written: not rounded before it is spread."""
+    B, N, D = q.shape[0], *q.shape[-2:]
+    return q.new_empty((B, N, D), dtype=q.dtype if q.dim() == 3 else acc_dtype(q.dtype))
+
+
+def _of_heads(grad: Tensor, q: Tensor) -> Tensor:
+    """The gradient of q from that of its mean over heads."""
+    return grad if q.dim() == 3 else (grad / q.shape[1])[:, None].expand(q.shape)
 
 
 def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor:
@@ -439,6 +479,9 @@ def merge_backward(
     dot = torch.zeros_like(share) if linear and need_w else None  # <g_k, x_n>
     if need_x and not linear:
         grad_x = _to_winners(grad_y, x, y, groups, reduce, mass)
+    elif need_x and grad_y is not None and w is None and not need_w:
+        factor = torch.where(mass == 0, 0, mass.reciprocal()) if reduce == "mean" else None
+        grad_x = _rows(grad_y, groups, factor, x.dtype)
     elif linear and grad_y is not None:
         grad_x, dot = _gather_grads(grad_y, x, groups, coefficient, need_x, need_w)
 
@@ -470,32 +513,40 @@ def merge_backward(
     return grad_x, grad_weight, grad_size_in, grad_positions_in
 
 
-def _rows(values: Tensor, groups: _Groups) -> Tensor:
-    """The row (B, K, P) of the group of each token, (B, N, P); 0 for a token without a group."""
-    flat = values.reshape(-1, values.shape[-1])
-    return F.pad(flat, (0, 0, 0, 1))[groups.bag].view(*groups.valid.shape, values.shape[-1])
+def _rows(values: Tensor, groups: _Groups, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The row (B, K, P) of the group of each token, times the `scale` (B, K) of the group, in `dtype`: (B, N, P).
+
+    0 for a token without a group.
+    """
+    P = values.shape[-1]
+    padded = values.new_empty((groups.num_bags + 1, P), dtype=dtype or values.dtype)
+    padded[-1] = 0
+    bags = padded[:-1].view(values.shape)
+    if scale is None:
+        bags.copy_(values)
+    else:
+        torch.mul(values, scale[..., None], out=bags)
+    return padded.index_select(0, groups.bag).view(*groups.valid.shape, P)
 
 
 def _gather_grads(
     grad_y: Tensor, x: Tensor, groups: _Groups, coefficient: Tensor, need_x: bool, need_dot: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """coefficient_n g_k in the dtype of x, and <g_k, x_n>, a block of tokens at a time."""
+    """coefficient_n g_k in the dtype of x, and <g_k, x_n>, a block of tokens at a time; 0 without a group."""
     B, N, C = x.shape
-    g, rows = grad_y.reshape(-1, C), x.reshape(-1, C)
-    bag, share = groups.bag.clamp_max(groups.num_bags - 1), coefficient.flatten()[:, None]
-    member = groups.valid.flatten()[:, None]
+    rows, share = x.reshape(-1, C), coefficient.flatten()[:, None]
+    g = F.pad(grad_y.reshape(-1, C), (0, 0, 0, 1))
     grad_x = x.new_empty(x.shape if need_x else 0)
     dot = coefficient.new_empty((B, N)) if need_dot else None
     step = max(1, TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS["cuda"]) // C)
     for n in range(0, B * N, step):
         here = slice(n, n + step)
-        g_rows = g[bag[here]].to(coefficient.dtype).masked_fill_(~member[here], 0)
+        g_rows = g.index_select(0, groups.bag[here]).to(coefficient.dtype)
         if dot is not None:
-            values = rows[here].to(coefficient.dtype).masked_fill(~member[here], 0)
-            dot.view(-1)[here] = (g_rows * values).sum(-1)
+            dot.view(-1)[here] = (g_rows * rows[here]).sum(-1)
         if need_x:
             grad_x.view(-1, C)[here] = g_rows.mul_(share[here])
-    return grad_x, dot
+    return grad_x, None if dot is None else dot.masked_fill_(~groups.valid, 0)
 
 
 def _to_winners(grad_y: Tensor | None, x: Tensor, y: Tensor, groups: _Groups, reduce: str, mass: Tensor) -> Tensor:
@@ -572,7 +623,7 @@ def soft_merge(
     B, N, K = tokens.shape
     acc = acc_dtype(x.dtype)
     if normalize == "meta":
-        lse = tokens.q.new_empty((B, N))
+        lse = tokens.m.new_empty((B, N))
     else:
         lse = tokens.lse_over_tokens()
     C = x.shape[-1]
@@ -611,12 +662,11 @@ class _SoftTokens:
         similarity: str,
         temperature: float,
     ):
-        self.q, self.m = _operand(q, similarity), _operand(meta, similarity)
+        self.m = _operand(meta, similarity)
         self.x, self.p, self.mask = x, positions, mask
-        if mask is not None:
-            self.q = self.q.masked_fill(~mask[..., None], 0)
         self.shape = (x.shape[0], x.shape[1], meta.shape[1])
-        self.similarity = _Similarity(self.q, self.m, similarity, temperature, width=x.shape[2])
+        width = max(x.shape[2], q.shape[-1])
+        self.similarity = _similarity_to(self.m, q, mask, similarity, temperature, width)
         self.tiles = self.similarity.tiles
 
     def attention(self, S: Tensor, lse: Tensor, b: slice, n: slice, normalize: str) -> Tensor:
@@ -626,7 +676,7 @@ class _SoftTokens:
 
     def lse_over_tokens(self) -> Tensor:
         """logsumexp over the real tokens for each meta token, (B, K); 0 where an item has none."""
-        lse = self.q.new_full((self.shape[0], self.shape[2]), -torch.inf)
+        lse = self.m.new_full((self.shape[0], self.shape[2]), -torch.inf)
         for b, n in self.tiles():
             S = self.similarity(b, n)
             if self.mask is not None:
@@ -636,6 +686,9 @@ class _SoftTokens:
 
     def features(self, b: slice, n: slice) -> Tensor:
         return self._blank(self.x[b, n].to(acc_dtype(self.x.dtype)), b, n)
+
+    def rows(self, b: slice, n: slice) -> Tensor:
+        return self._blank(self.similarity.rows(b, n), b, n)
 
     def positions(self, b: slice, n: slice) -> Tensor:
         assert self.p is not None
@@ -684,8 +737,8 @@ def soft_merge_backward(
     grad_x = x.new_zeros(x.shape)
     grad_size_in = x.new_zeros((B, N), dtype=acc)
     grad_p = x.new_zeros((B, N, 0 if positions is None else positions.shape[-1]), dtype=acc)
-    grad_q, grad_m = torch.zeros_like(tokens.q), torch.zeros_like(tokens.m)
-    q_total, m_total = torch.zeros_like(grad_q[..., :1]), torch.zeros_like(grad_m[..., :1])
+    grad_q, grad_m = _grad_of_rows(q), torch.zeros_like(tokens.m)
+    total = torch.zeros_like(grad_m[..., :1])  # of dS over tokens
     for b, n in tokens.tiles():
         A = tokens.attention(tokens.similarity(b, n), lse, b, n, normalize).to(acc)
         W = A if size is None else A * size[b, None, n]
@@ -705,23 +758,22 @@ def soft_merge_backward(
             dS = WT - A * WT.sum(1, keepdim=True)
         else:
             dS = WT if grad_size is None else WT - A * (grad_size * mass)[b, :, None]
-        dS = dS.to(tokens.q.dtype).div_(temperature)
-        grad_q[b, n] = dS.mT @ tokens.m[b]
-        grad_m[b] += dS @ tokens.q[b, n]
-        q_total[b, n], m_total[b] = dS.sum(1)[..., None], m_total[b] + dS.sum(-1, keepdim=True)
+        dS = dS.to(tokens.m.dtype).div_(temperature)
+        rows, unit = tokens.rows(b, n), tokens.similarity.inverse
+        grad_m[b] += dS @ rows
+        total[b] += dS.sum(-1, keepdim=True)
+        grad = dS.mT @ tokens.m[b]
+        if similarity == "l2":
+            grad = 2 * (grad - rows * dS.sum(1)[..., None])
+        grad_q[b, n] = grad if unit is None else _through_norm(grad, rows, unit[b, n, None])
 
     if similarity == "l2":
-        grad_q = 2 * (grad_q - tokens.q * q_total)
-        grad_m = 2 * (grad_m - tokens.m * m_total)
+        grad_m = 2 * (grad_m - tokens.m * total)
     if similarity == "cosine":
-        grad_q, grad_m = _through_norm(grad_q, q, tokens.q), _through_norm(grad_m, meta, tokens.m)
-    if mask is not None:
-        grad_q = grad_q.masked_fill(~mask[..., None], 0)
-    if q.dim() == 4:
-        grad_q = (grad_q / q.shape[1])[:, None].expand(q.shape)
+        grad_m = _through_norm(grad_m, tokens.m, _inverse_norm(meta)[..., None])
     return (
         grad_x if need_x else x.new_empty(0),
-        _fresh(grad_q, q, need_q),
+        _fresh(_of_heads(grad_q, q), q, need_q),
         _fresh(grad_m, meta, need_meta),
         grad_size_in if need_size else mass.new_empty(0),
         grad_p if need_positions else mass.new_empty(0),
