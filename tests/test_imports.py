@@ -78,6 +78,7 @@ FILES = {
     "checks": "top",
     "integrations": "top",
     "compat": "top",
+    "bench": "top",
     "cli": "top",
     "__main__": "top",
     "__init__": "top",

@@ -1,39 +1,35 @@
 """What merging inside a model saves, and how much of the saved arithmetic becomes saved time.
 
-Run `python -m benchmarks.models [--family NAME ...] [--device cpu|cuda] [--batch B] [--out FILE]`.
-
 Each family at its real size, with random weights: floating-point operations and tokens from a run on PyTorch's meta
-device; time as the median of runs in which the model without merging (its own, fused attention) and the one with
-merging take turns; peak memory of one forward above what was there before. The last column is the realised speed-up
-over the reduction in floating-point operations: 1 says that all of it was realised.
+device; time with the model without merging (its own, fused attention) and those with it taking turns; peak memory of
+one forward above what was there before.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import re
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sttm_kernels as sttm
+from sttm_kernels.bench import timing
+from sttm_kernels.bench.runner import Row, Settings, now, why
+from sttm_kernels.bench.timing import Ceilings
 from sttm_kernels.nn.flops import flops
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model of so many layers that merges r tokens (TimeSformer: places) in each."""
+    """A model, the shape of a clip, and how many tokens (TimeSformer: places) to merge in each layer."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    r: int
-    on_cpu: bool = True
+    rates: tuple[int, ...]
 
 
 def _vision(name: str, **options: object) -> Callable[[], nn.Module]:
@@ -57,21 +53,19 @@ def _video(name: str, **options: object) -> Callable[[], nn.Module]:
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 FAMILIES = {
-    "ViT-L/16 224": Family(_vision("vit_large_patch16_224"), (3, 224, 224), 8),
-    "DINOv2-L/14 224": Family(_vision("vit_large_patch14_dinov2", img_size=224), (3, 224, 224), 8),
-    "VideoMAE-B 16x224": Family(_video("VideoMAE"), (16, 3, 224, 224), 65),
-    "VideoMAE-L 16x224": Family(_video("VideoMAE", **LARGE), (16, 3, 224, 224), 65),
-    "ViViT-B 32x224": Family(_video("Vivit"), (32, 3, 224, 224), 130),
-    "TimeSformer 8x224": Family(_video("Timesformer"), (8, 3, 224, 224), 8),
-    "V-JEPA 2 L 16x256": Family(_video("VJEPA2", crop_size=256, frames_per_clip=16), (16, 3, 256, 256), 42),
-    "V-JEPA 2 L 64x256": Family(
-        _video("VJEPA2", crop_size=256, frames_per_clip=64), (64, 3, 256, 256), 170, on_cpu=False
-    ),
+    "ViT-L/16 224": Family(_vision("vit_large_patch16_224"), (3, 224, 224), (2, 4, 8)),
+    "DINOv2-L/14 224": Family(_vision("vit_large_patch14_dinov2", img_size=224), (3, 224, 224), (2, 4, 8)),
+    "VideoMAE-B 16x224": Family(_video("VideoMAE"), (16, 3, 224, 224), (33, 65, 98)),
+    "VideoMAE-L 16x224": Family(_video("VideoMAE", **LARGE), (16, 3, 224, 224), (16, 33, 65)),
+    "ViViT-B 32x224": Family(_video("Vivit"), (32, 3, 224, 224), (65, 130, 196)),
+    "TimeSformer 8x224": Family(_video("Timesformer"), (8, 3, 224, 224), (4, 8, 12)),
+    "V-JEPA 2 L 16x256": Family(_video("VJEPA2", crop_size=256, frames_per_clip=16), (16, 3, 256, 256), (21, 42, 63)),
+    "V-JEPA 2 L 64x256": Family(_video("VJEPA2", crop_size=256, frames_per_clip=64), (64, 3, 256, 256), (85, 170, 255)),
 }
 
 
 class Encoder(nn.Module):
-    """The model without what its outputs are wrapped in; V-JEPA 2 without its predictor."""
+    """A model without what its outputs are wrapped in; V-JEPA 2 without its predictor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -83,123 +77,79 @@ class Encoder(nn.Module):
         return out if isinstance(out, Tensor) else out[0]
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def measure(text: str, settings: Settings, limits: Ceilings, batch: int | None) -> Iterator[list[Row]]:
+    """The rows of one family at a time: the forward of the model as it is, and merging at each rate.
+
+    Args:
+        text: only families with this in their name.
+        batch: clips; default 8 on a GPU, 1 on a CPU.
+    """
+    batch = batch or (8 if settings.device.type == "cuda" else 1)
+    for name, family in FAMILIES.items():
+        if text not in name:
+            continue
+        everywhere = {"workload": name, "operation": "forward", "B": batch}
+        try:
+            yield [everywhere | row for row in _family(family, settings, limits, batch)]
+        except (ImportError, RuntimeError, MemoryError) as error:
+            missing = isinstance(error, ImportError)
+            check = f"left out: {error}".splitlines()[0] if missing else why(error)
+            yield [everywhere | {"impl": "unmerged", "time": now(), "check": check}]
 
 
-def turns(runs: Sequence[Callable[[], object]], device: torch.device, repetitions: int) -> list[float]:
-    """Median seconds of each, after one run to warm up."""
-    for run in runs:
-        seconds_of(run, device)
-    times = [[seconds_of(run, device) for run in runs] for _ in range(repetitions)]
-    return [statistics.median(each) for each in zip(*times, strict=True)]
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Of a GPU's memory, above what was there before."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def measure(name: str, device: torch.device, dtype: torch.dtype, batch: int, repetitions: int, compiled: bool) -> dict:
-    family = FAMILIES[name]
+def _family(family: Family, settings: Settings, limits: Ceilings, batch: int) -> list[Row]:
     torch.manual_seed(0)
     plain = Encoder(family.build()).eval()
-    merging = Encoder(family.build()).eval()
-    merging.load_state_dict(plain.state_dict())
-    sttm.apply(merging.model, r=family.r, trace=True)
-    before, after = (flops(model, (1, *family.shape)) for model in (plain, merging))
-    traced = sttm.trace(merging.model)
-    tokens = [traced[0].index.shape[1], *(each.size.shape[1] for each in traced)]
-    sttm.apply(merging.model, r=family.r)
-    row = {
-        "family": name, "r": family.r, "tokens": " ".join(map(str, tokens)), "GFLOP": before / 1e9,
-        "GFLOP merged": after / 1e9, "FLOP reduction": before / after, "device": _name(device), "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "compiled": compiled,
-    }  # fmt: skip
-    if device.type == "cpu" and not family.on_cpu:
-        return row
-    clip = torch.randn(batch, *family.shape).to(device, dtype)
-    runs = []
-    for model in (plain, merging):
-        model.to(device, dtype)
-        run = torch.compile(model) if compiled else model
-        runs.append(lambda run=run: run(clip))
+    models = {r: _merging(plain, r) for r in family.rates}
+    counted = {r: (_tokens(model, r, family.shape), flops(model, (1, *family.shape))) for r, model in models.items()}
+    first = counted[family.rates[0]][0][0]
+    counted[0] = [first, first], flops(plain, (1, *family.shape))
+    models = {0: plain} | models
+    expected = batch * counted[0][1] / limits.flop_rate
+
+    rows: dict[str, Row] = {}
+    calls: dict[str, list[timing.Call]] = {}
+    clip = torch.randn(batch, *family.shape).to(settings.device, settings.dtype)
+    plain.to(settings.device, settings.dtype)  # in place: the others share its parameters
+    for compiled in (False, True)[: 1 + (settings.compiled and settings.device.type == "cuda")]:
+        for r, model in models.items():
+            tokens, clip_flops = counted[r]
+            impl = ("merged" if r else "unmerged") + " compiled" * compiled
+            rows[f"{impl} {r}"] = row = {
+                "impl": impl, "N": tokens[0], "K": tokens[-1], "r": r, "tokens": " ".join(map(str, tokens)),
+                "flops": batch * clip_flops, "floor_us": round(limits.floor(0, batch * clip_flops), 2),
+            }  # fmt: skip
+            if expected > settings.limit:
+                row["check"] = (
+                    f"left out: at least {expected:.0f} s without merging, over the limit of {settings.limit:g} s"
+                )
+                continue
+            forward: Callable[[Tensor], Any] = torch.compile(model) if compiled else model
+            calls[f"{impl} {r}"] = [partial(forward, clip)]
+            with torch.inference_mode():
+                finite = bool(forward(clip).isfinite().all())
+            row["check"] = "passed" if finite else "failed: the output must be finite"
     with torch.inference_mode():
-        times = turns(runs, device, repetitions)
-        peaks = [peak_bytes(run, device) / 1e6 for run in runs] if device.type == "cuda" else None
-    speedup = times[0] / times[1]
-    row |= {"ms": 1e3 * times[0], "ms merged": 1e3 * times[1], "speed-up": speedup}
-    row["realised"] = speedup / (before / after)
-    return row if peaks is None else row | {"MB": peaks[0], "MB merged": peaks[1]}
+        samples = timing.time_in_turns(calls, settings.device, settings.seconds, least=3)
+        for name, sample in samples.items():
+            rows[name] |= {f"{part}_us": round(getattr(sample, part), 2) for part in ("p20", "p50", "p80")} | {
+                "fraction_of_floor": float(f"{rows[name]['floor_us'] / sample.p50:.4g}"),
+                "peak_bytes": timing.peak_bytes(calls[name][0], settings.device),
+            }
+    return [row | {"time": now()} for row in rows.values()]
 
 
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else "cpu"
+def _merging(plain: Encoder, r: int) -> Encoder:
+    """A copy that shares the parameters and merges."""
+    model = copy.deepcopy(plain, memo={id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())})
+    sttm.apply(model.model, r=r)
+    return model
 
 
-def line(row: dict) -> str:
-    tokens = row["tokens"].split()
-    head = f"{row['family']:<19} {tokens[0]:>5} -> {tokens[-1]:<5}"
-    head += f"{row['GFLOP']:>8.0f} -> {row['GFLOP merged']:<8.0f}{row['FLOP reduction']:>5.2f} x"
-    if "ms" not in row:
-        return f"{head}   not timed on a CPU"
-    head += f"{row['ms']:>9.1f} -> {row['ms merged']:<9.1f}{row['speed-up']:>5.2f} x{row['realised']:>8.2f}"
-    return f"{head}{row['MB']:>9.0f} -> {row['MB merged']:<6.0f}" if "MB" in row else head
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", nargs="*", choices=[*FAMILIES, []], default=list(FAMILIES), metavar="NAME",
-                        help=f"of: {', '.join(FAMILIES)}")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--batch", type=int, help="default: 8 on a GPU, 1 on a CPU")
-    parser.add_argument("--repetitions", type=int, help="default: 20 on a GPU, 3 on a CPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path, help="a CSV that rows are added to")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    cuda = device.type == "cuda"
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if cuda else "float32"))
-    batch = arguments.batch or (8 if cuda else 1)
-    repetitions = arguments.repetitions or (20 if cuda else 3)
-    print(f"{_name(device)}, torch {torch.__version__}, {dtype}, batch {batch}, {arguments.threads} threads")
-    print(f"{'':<20}{'tokens':^14}{'GFLOP':^20}{'':>7}{'ms':^22}{'speed-up':>6}{'realised':>9}{'peak MB':^18}")
-    for name in arguments.family:
-        row = measure(name, device, dtype, batch, repetitions, arguments.compile)
-        print(line(row), flush=True)
-        if arguments.out is not None:
-            _append(arguments.out, row)
-
-
-FIELDS = (
-    "family", "device", "torch", "dtype", "threads", "batch", "compiled", "r", "tokens", "GFLOP", "GFLOP merged",
-    "FLOP reduction", "ms", "ms merged", "speed-up", "realised", "MB", "MB merged",
-)  # fmt: skip
-
-
-def _append(path: Path, row: dict) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow({name: f"{v:.4g}" if isinstance(v := row.get(name, ""), float) else v for name in FIELDS})
-
-
-if __name__ == "__main__":
-    main()
+def _tokens(model: Encoder, r: int, shape: tuple[int, ...]) -> list[int]:
+    """How many enter each layer that merges, and leave the last: counted, not run."""
+    sttm.apply(model.model, r=r, trace=True)
+    flops(model, (1, *shape))
+    traced = sttm.trace(model.model)
+    sttm.apply(model.model, r=r)
+    return [traced[0].index.shape[1], *(layer.size.shape[1] for layer in traced)]

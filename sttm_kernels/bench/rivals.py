@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -32,6 +36,28 @@ def tome_match_merge(metric: Tensor, x: Tensor, r: int) -> tuple[Tensor, Tensor]
     return total / size, size
 
 
+def tomesd_match_merge_unmerge(metric: Tensor, x: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Merging and unmerging as Token Merging for Stable Diffusion (arXiv 2303.17604) describes them.
+
+    Like Token Merging, with dst tokens (indices, given) drawn at random, one of each 2 x 2 cell; every token gets the
+    mean of its group back. Returns merged tokens (B, N - r, C) and the tokens after unmerging (B, N, C).
+    """
+    C = x.shape[-1]
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    similarity, partner = (unit[:, src] @ unit[:, dst].transpose(-1, -2)).max(dim=-1)
+    by_similarity = similarity.argsort(dim=-1, descending=True)[..., None]
+    merged, kept = by_similarity[:, :r], by_similarity[:, r:]
+    target = partner[..., None].gather(1, merged).expand(-1, -1, C)
+    stay = x[:, src].gather(1, kept.expand(-1, -1, C))
+    move = x[:, src].gather(1, merged.expand(-1, -1, C))
+    means = x[:, dst].scatter_reduce(1, target, move, reduce="mean")
+    full = torch.empty_like(x)
+    full[:, dst] = means
+    full.scatter_(1, src[kept].expand(-1, -1, C), stay)
+    full.scatter_(1, src[merged].expand(-1, -1, C), means.gather(1, target))
+    return torch.cat([stay, means], dim=1), full
+
+
 def one_hot_merge(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
     """The mean of each group as a product with the N x K membership matrix."""
     member = torch.nn.functional.one_hot(index.long(), num_groups).to(x.dtype)
@@ -47,6 +73,42 @@ def index_add_merge(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
     return (total / count.clamp_min(1)[:, None]).view(B, num_groups, C)
 
 
+def scatter_reduce_merge(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    """The mean of each group by `scatter_reduce`, its index expanded to the channels."""
+    B, N, C = x.shape
+    into = index.long()[..., None].expand(-1, -1, C)
+    return x.new_zeros(B, num_groups, C).scatter_reduce(1, into, x, reduce="mean", include_self=False)
+
+
 def product_and_row_maximum(q: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarity as one matrix product and one reduction over it."""
+    """Cosine similarity as one matrix product, and one reduction over it: the maxima and where they are."""
+    q, m = (t / t.norm(dim=-1, keepdim=True) for t in (q, m))
     return (q @ m.mT).max(dim=-1)
+
+
+def dense_soft_merge(x: Tensor, meta: Tensor) -> Tensor:
+    """Every token into every meta token by its softmax weight over cosine similarities, the weights written out."""
+    unit, unit_meta = (t / t.norm(dim=-1, keepdim=True) for t in (x, meta))
+    weight = (unit @ unit_meta.mT).softmax(-1)
+    return weight.mT @ x / weight.sum(1)[..., None]
+
+
+def dense_assign_merge(x: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
+    """Product, row maximum and softmax weight, and a product with the weighted membership matrix: index, groups."""
+    unit, unit_meta = (t / t.norm(dim=-1, keepdim=True) for t in (x, meta))
+    weight, index = (unit @ unit_meta.mT).softmax(-1).max(-1)
+    member = torch.nn.functional.one_hot(index, meta.shape[1]).to(x.dtype) * weight[..., None]
+    mass = member.sum(1)[..., None]
+    return index, member.mT @ x / mass.clamp_min(1e-6)
+
+
+def has_flash_kmeans() -> bool:
+    return importlib.util.find_spec("flash_kmeans") is not None
+
+
+def flash_kmeans_assign(x: Tensor, meta: Tensor) -> Tensor:
+    """The nearest meta token (B, N) by squared distance, by the assignment kernel of flash-kmeans."""
+    assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    if "x_sq" in inspect.signature(assign).parameters:  # its older versions
+        return assign(x, meta, x.float().square().sum(-1))
+    return assign(x, meta)

@@ -15,6 +15,20 @@ class InputError(Exception):
     """Something the person can put right: one message on stderr, exit code 2, no traceback."""
 
 
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is the first GPU, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name}")
+    return device
+
+
 def extra(module: str, package: str) -> ModuleType:
     """Imports a module that only the demo needs.
 

@@ -40,7 +40,7 @@ from sttm_kernels.checks import (
     make_mask,
     make_rows,
 )
-from sttm_kernels.cli.common import InputError
+from sttm_kernels.cli.common import InputError, device_of
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
     DTYPES,
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device = _device(arguments.device)
+    device = device_of(arguments.device)
     shapes = _shapes(arguments)
     dtypes = QUICK_DTYPES if arguments.quick else DTYPES
     plant = os.environ.get(PLANT, "")
@@ -126,19 +126,6 @@ def run(arguments: argparse.Namespace) -> int:
         count = sum(row.cases for row in rows)
         print(f"{len(failed)} of {len(rows)} rows failed; {count} cases in {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be cpu or cuda, got {name}")
-    return device
 
 
 def _name(device: torch.device) -> str:
