@@ -88,8 +88,7 @@ def time_in_turns(
     each at least `least` rounds.
     """
     for calls in contenders.values():
-        for call in calls:
-            call()
+        calls[0]()
     round_seconds = sum(seconds_of(calls[0], device) for calls in contenders.values())
     rounds = min(MOST_ROUNDS, max(least, int(seconds * len(contenders) / max(round_seconds, 1e-6))))
     marks: dict[str, list[Any]] = {name: [] for name in contenders}
