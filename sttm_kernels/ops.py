@@ -7,7 +7,7 @@ A tensor that was not asked for comes back with shape (0,). Differentiating a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,33 +40,34 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _listened_to():
+        if torch.compiler.is_compiling() or _listened_to() or not _PLAIN.issuperset(map(type, args)):
             return overload(*args)
-        lead = None
-        needs_grad = False
-        for arg in args:
-            kind = type(arg)
-            if kind in _PLAIN:
-                lead = arg if lead is None else lead
-                needs_grad = needs_grad or arg.requires_grad
-            elif kind not in _SETTINGS and isinstance(arg, Tensor):
-                return overload(*args)
-        if lead is None or lead.is_meta:
+        if _lead(args).is_meta:
             return overload(*args)
-        if needs_grad and name in _functions and torch.is_grad_enabled():
-            return _functions[name].apply(*args)
+        if torch.is_grad_enabled() and name in _functions:
+            if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+                return _functions[name].apply(*args)
         return _run(name, *args)
 
     return call
 
 
 def _run(name: str, *args: Any) -> Any:
-    lead = args[0] if args[0] is not None else next(arg for arg in args if isinstance(arg, Tensor))
-    return dispatch.kernel(name, args[-1], lead.device.type, lead.dtype)(*args[:-1])
+    lead = _lead(args)
+    return dispatch.kernel(name, args[-1], _device_type(lead.device), lead.dtype)(*args[:-1])
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_SETTINGS = frozenset({type(None), str, int, float, bool, list})
+@cache
+def _device_type(device: torch.device) -> str:
+    """Its type, which PyTorch writes out anew every time."""
+    return device.type
+
+
+def _lead(args: tuple[Any, ...]) -> Tensor:
+    return args[0] if args[0] is not None else next(arg for arg in args if isinstance(arg, Tensor))
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, int, float, bool, list})
 
 
 def _listened_to() -> bool:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, architecture, pick
-from sttm_kernels.impl.triton.launch import aligned, empty, launch
+from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
     KINDS,
-    alignment_of,
+    alignment,
+    by_heads,
     features,
     finish,
-    heads,
     inverse_norm,
-    layout,
     power_of_two,
     precision,
     products,
@@ -270,8 +269,16 @@ RESIDENT = 128
 """Features that a tile of own rows keeps on chip; beyond it both sides are read block by block for every tile of S."""
 
 
-@cache
-def _forward_configs(dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, ...]:
+def _shared_forward(config: Config, dtype: torch.dtype, exact: bool, D: int) -> int:
+    blocks = config.blocks
+    n, k, d = blocks["BLOCK_N"], blocks["BLOCK_K"], blocks["BLOCK_D"]
+    if d >= D:
+        return dtype.itemsize * d * (n + config.num_stages * k)
+    return dtype.itemsize * d * (n + k) * config.num_stages
+
+
+@configured("assign", _shared_forward)
+def _forward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, ...]:
     if exact:
         shapes = [(8, 2, 128, 32, 16), (4, 2, 32, 32, 16)]
     else:
@@ -281,8 +288,16 @@ def _forward_configs(dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, .
     return tuple(Config(w, s, {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d}) for w, s, n, k, d in shapes)
 
 
-@cache
-def _backward_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tuple[Config, ...]:
+def _shared_backward(config: Config, dtype: torch.dtype, exact: bool, D: int) -> int:
+    blocks, element = config.blocks, dtype.itemsize
+    own, other, d = blocks["BLOCK_OWN"], blocks["BLOCK_OTHER"], blocks["BLOCK_D"]
+    if d >= D:
+        return element * (d * own + config.num_stages * d * other) + 4 * own * other
+    return element * config.num_stages * (d * (own + other) + blocks["SLICE"] * other) + 4 * own * other
+
+
+@configured("assign_backward", _shared_backward)
+def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, ...]:
     part = power_of_two(D) if D <= RESIDENT else 128
     if exact:
         shapes = [(8, 1, 64, 16, 16, 64), (4, 1, 32, 16, 16, 32)]
@@ -298,63 +313,41 @@ def _backward_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tup
     )
 
 
-def _shared_forward(config: Config, element: int, D: int) -> int:
-    blocks = config.blocks
-    n, k, d = blocks["BLOCK_N"], blocks["BLOCK_K"], blocks["BLOCK_D"]
-    if d >= D:
-        return element * d * (n + config.num_stages * k)
-    return element * d * (n + k) * config.num_stages
-
-
-def _shared_backward(config: Config, element: int, D: int) -> int:
-    blocks = config.blocks
-    own, other, d = blocks["BLOCK_OWN"], blocks["BLOCK_OTHER"], blocks["BLOCK_D"]
-    if d >= D:
-        return element * (d * own + config.num_stages * d * other) + 4 * own * other
-    return element * config.num_stages * (d * (own + other) + blocks["SLICE"] * other) + 4 * own * other
-
-
 def _forward(
-    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool, outputs: list[Tensor]
-) -> None:
-    """Launches the kernel; `outputs` are (index, score, lse, weight), or (lse,) where only that is wanted."""
-    N, D, K = q.shape[-2], q.shape[-1], meta.shape[1]
+    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
+    index: Tensor | None, score: Tensor | None, lse: Tensor, weight: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches the kernel; without an index only lse is wanted."""
+    (_, K, D), m_strides = meta.shape, meta.stride()
+    (B, H, N, _), q_strides = by_heads(q)
     rounding = precision(q.dtype)
-    config = pick(
-        "assign",
-        _forward_configs(q.dtype, rounding == "ieee", D),
-        q.device,
-        lambda config: _shared_forward(config, q.element_size(), D),
-    )
-    choose = len(outputs) > 1
-    index, score, lse, weight = outputs if choose else (None, None, outputs[0], None)
-    stride_rb, stride_rn = (0, 0) if mask is None else mask.stride()
-    stride_mb, _, stride_mk, stride_md = layout(meta)
+    config = _forward_config(q.device, q.dtype, rounding == "ieee", D)
     launch(
         assign_kernel,
-        (q.shape[0] * -(-N // config.blocks["BLOCK_N"]),),
-        q, *layout(q), meta, stride_mb, stride_mk, stride_md, mask, stride_rb, stride_rn,
+        (B * -(-N // config.blocks["BLOCK_N"]),),
+        q, *q_strides, meta, *m_strides, mask, *((0, 0) if mask is None else mask.stride()),
         index, score, lse, weight, N, K, 1.0 / temperature,
-        config=config, D=D, HEADS=heads(q), SIMILARITY=similarity, CHOOSE=choose, SOFT=soft,
-        ALIGN=alignment_of(q, meta), PRECISION=rounding, WIDEN=INTERPRET,
+        config=config, D=D, HEADS=H, SIMILARITY=similarity, CHOOSE=index is not None, SOFT=soft,
+        ALIGN=alignment(q_strides, m_strides), PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
 
 
 def assign(
     q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = (q.shape[0], q.shape[-2])
-    index = empty(q, rows, dtype=torch.int32)
-    score = empty(q, rows, dtype=torch.float32)
-    lse, weight = (empty(q, rows if soft else 0, dtype=torch.float32) for _ in range(2))
-    _forward(q, meta, mask, similarity, temperature, soft, [index, score, lse, weight])
+    B, N = q.shape[0], q.shape[-2]
+    index = q.new_empty(B, N, dtype=torch.int32)
+    score = q.new_empty(B, N, dtype=torch.float32)
+    lse = torch.empty_like(score) if soft else score.new_empty(0)
+    weight = torch.empty_like(lse)
+    _forward(q, meta, mask, similarity, temperature, soft, index, score, lse, weight)
     return index, score, lse, weight
 
 
 def token_lse(q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float) -> Tensor:
     """logsumexp_k S[n, k], float32 (B, N); 0 where masked."""
-    lse = empty(q, (q.shape[0], q.shape[-2]), dtype=torch.float32)
-    _forward(q, meta, mask, similarity, temperature, True, [lse])
+    lse = q.new_empty(q.shape[0], q.shape[-2], dtype=torch.float32)
+    _forward(q, meta, mask, similarity, temperature, True, None, None, lse, None)
     return lse
 
 
@@ -370,16 +363,16 @@ def assign_backward(
     temperature: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    B, N, D, K, H = q.shape[0], q.shape[-2], q.shape[-1], meta.shape[1], heads(q)
+    (_, K, D), m_strides = meta.shape, meta.stride()
+    (B, H, N, _), q_strides = by_heads(q)
     need_q, need_meta = needs
-    grad_q, grad_meta = empty(q, q.shape if need_q else 0), empty(meta, meta.shape if need_meta else 0)
-    stride_mb, _, stride_mk, stride_md = layout(meta)
-    places = (q, *layout(q), meta, stride_mb, stride_mk, stride_md)
+    grad_q, grad_meta = q.new_empty(q.shape if need_q else 0), meta.new_empty(meta.shape if need_meta else 0)
+    places = (q, *q_strides, meta, *m_strides)
     soft = grad_lse is not None
-    align = alignment_of(q, meta)
+    align = alignment(q_strides, m_strides)
     extents = (N, K, 1.0 / temperature)
     if need_q and not soft:
-        config = pick("assign_gather", _gather_configs(D), q.device)
+        config = _gather_config(q.device, D)
         launch(
             assign_gather_kernel,
             (B * -(-N // config.blocks["BLOCK_N"]),),
@@ -388,12 +381,7 @@ def assign_backward(
         )  # fmt: skip
         need_q = False
     rounding = precision(q.dtype)
-    config = pick(
-        "assign_backward",
-        _backward_configs(q.dtype, rounding == "ieee", D, architecture(q.device)),
-        q.device,
-        lambda config: _shared_backward(config, q.element_size(), D),
-    )
+    config = _backward_config(q.device, q.dtype, rounding == "ieee", D)
     slices = -(-D // config.blocks["SLICE"])
     for tokens, rows, needed, grad in ((True, N, need_q, grad_q), (False, K, need_meta, grad_meta)):
         if not needed:
@@ -413,8 +401,8 @@ GATHERED = 4096
 """Elements of a tile of gathered rows."""
 
 
-@cache
-def _gather_configs(D: int) -> tuple[Config, ...]:
+@configured("assign_gather")
+def _gather_config(arch: int, D: int) -> tuple[Config, ...]:
     block_d = min(power_of_two(D), 1024)
     return (Config(4, 1, {"BLOCK_N": GATHERED // block_d, "BLOCK_D": block_d}),)
 

@@ -75,66 +75,70 @@ class Specialization:
     archs: tuple[int, ...] = ARCHITECTURES
 
 
-_picked: dict[tuple[Any, ...], Config] = {}
 _forced: dict[str, Config] = {}
 _forced_arch: list[int] = []
 
 
 @cache
-def _capability(device_index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(device_index)
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def capability(device: torch.device) -> int:
     """Compute capability times ten of the GPU; 80 under the interpreter and for tensors without data."""
-    if _forced_arch:
-        return _forced_arch[-1]
-    return _capability(device.index) if device.type == "cuda" else ARCHITECTURES[0]
+    return _forced_arch[-1] if _forced_arch else _capability(device)
 
 
-def architecture(device: torch.device) -> int:
-    """The member of ARCHITECTURES whose configurations this device takes."""
-    found = capability(device)
-    return max(arch for arch in ARCHITECTURES if arch <= found)
+def configured(
+    name: str, bytes_needed: Callable[..., int] | None = None
+) -> Callable[[Callable[..., tuple[Config, ...]]], Callable[..., Config]]:
+    """Makes of a list of configurations the one to launch.
 
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have."""
-    found = capability(device)
-    known = max(cap for cap in SHARED_MEMORY if cap <= found)
-    return 1024 * SHARED_MEMORY[known]
-
-
-def fits(bytes_needed: int, device: torch.device) -> bool:
-    return bytes_needed <= shared_memory(device)
-
-
-def pick(
-    name: str, candidates: tuple[Config, ...], device: torch.device, bytes_needed: Callable[[Config], int] | None = None
-) -> Config:
-    """The first of `candidates` (best first) that fits the shared memory of the device; the last one if none does.
+    The function below it takes the architecture and a case (what the configurations depend on, hashable) and returns
+    them, best first. What comes of it takes the device and the case and returns the first that fits shared memory, the
+    last if none does; every case is worked out once.
 
     Args:
         name: of the kernel without `_kernel`; a test may force its configuration.
-        candidates: the same objects for the same case: what was picked from them is remembered.
-        bytes_needed: shared memory of one program under a configuration: `num_stages` copies of every tile that is
-            streamed into a dot, plus what stays resident. Depends on nothing but what the candidates were made for.
+        bytes_needed: shared memory of one program, from the configuration and the case: `num_stages` copies of every
+            tile that is streamed into a dot, plus what stays resident.
     """
-    if _forced and name in _forced:
-        return _forced[name]
-    if bytes_needed is None:
-        return candidates[0]
-    key = (name, candidates, capability(device))
-    if key not in _picked:
-        limit = shared_memory(device)
-        _picked[key] = next((config for config in candidates if bytes_needed(config) <= limit), candidates[-1])
-    return _picked[key]
+
+    def decorate(candidates: Callable[..., tuple[Config, ...]]) -> Callable[..., Config]:
+        @cache
+        def best(found: int, *case: Any) -> Config:
+            configs = candidates(max(arch for arch in ARCHITECTURES if arch <= found), *case)
+            if bytes_needed is None:
+                return configs[0]
+            return next((one for one in configs if bytes_needed(one, *case) <= shared_memory(found)), configs[-1])
+
+        def choose(device: torch.device, *case: Any) -> Config:
+            if _forced and name in _forced:
+                return _forced[name]
+            return best(capability(device), *case)
+
+        return choose
+
+    return decorate
+
+
+@cache
+def shared_memory(found: int) -> int:
+    """Bytes of shared memory that one program may have at this compute capability (times ten)."""
+    return 1024 * SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= found)]
+
+
+def fixed(name: str, config: Config) -> Config:
+    """The only configuration of a kernel, unless a test forces another."""
+    return _forced.get(name, config)
 
 
 @contextlib.contextmanager
 def forced(name: str, num_warps: int = 4, num_stages: int = 1, **blocks: int) -> Iterator[None]:
-    """Within it `pick(name, ...)` returns this configuration: small blocks, so that small tests cross many tiles."""
+    """Within it the kernel `name` gets this configuration: small blocks, so that small tests cross many tiles."""
     before = dict(_forced)
     _forced[name] = Config(num_warps, num_stages, blocks)
     try:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import Config, pick
-from sttm_kernels.impl.triton.launch import empty, launch
+from sttm_kernels.impl.triton.config import Config, fixed
+from sttm_kernels.impl.triton.launch import launch
 
 ONE_PROGRAM = 4096
 """The most tokens that one program sorts."""
@@ -74,13 +74,12 @@ def sort_tokens(index, rank, cursor, order, offsets, N, K, BLOCK: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def sort_kernel(index, rank, cursor, order, offsets, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
-    """One program per batch item."""
+def sort_kernel(index, scratch, order, offsets, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+    """One program per batch item; `scratch` is (B, N + K + 1)."""
     item = tl.program_id(0).to(tl.int64)
     tokens, groups = item * N, item * (K + 1)
-    sort_tokens(
-        index + tokens, rank + tokens, cursor + groups, order + tokens, offsets + groups, N, K, BLOCK, BLOCK_PAIRS
-    )
+    rank = scratch + tokens + groups
+    sort_tokens(index + tokens, rank, rank + N, order + tokens, offsets + groups, N, K, BLOCK, BLOCK_PAIRS)
 
 
 @triton.jit(do_not_specialize=["N", "K", "chunk", "chunks"])
@@ -139,11 +138,11 @@ PLACE = Config(4, 1, {"BLOCK": 1024})
 
 def csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """`order` (B, N) and `offsets` (B, K + 1) of an index (B, N), contiguous."""
-    order, rank = torch.empty_like(index), torch.empty_like(index)
-    offsets = empty(index, (index.shape[0], num_groups + 1))
-    if index.shape[1] <= ONE_PROGRAM:
-        args = (index, rank, torch.empty_like(offsets), order, offsets, index.shape[1], num_groups)
-        launch(sort_kernel, (index.shape[0],), *args, config=pick("sort", (SORT,), index.device))
+    (B, N), K = index.shape, num_groups
+    order, offsets = torch.empty_like(index), index.new_empty(B, K + 1)
+    if N <= ONE_PROGRAM:
+        scratch = index.new_empty(B, N + K + 1)
+        launch(sort_kernel, (B,), index, scratch, order, offsets, N, K, config=fixed("sort", SORT))
     else:
         sort_chunks(index, order, offsets)
     return order, offsets
@@ -152,13 +151,12 @@ def csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def sort_chunks(index: Tensor, order: Tensor, offsets: Tensor) -> None:
     """Fills `order` and `offsets` by several programs per batch item."""
     (B, N), K = index.shape, offsets.shape[1] - 1
-    count = pick("count", (COUNT,), index.device)
-    place = pick("place", (PLACE,), index.device)
+    count, place = fixed("count", COUNT), fixed("place", PLACE)
     block = count.blocks["BLOCK_PAIRS"]
     chunk = -(-max(LEAST_CHUNK, -(-N // MAX_CHUNKS)) // block) * block
     chunks = -(-N // chunk)
     rank = torch.empty_like(index)
-    cursor = empty(index, (B, chunks, K + 1))
+    cursor = index.new_empty(B, chunks, K + 1)
     launch(count_kernel, (B * chunks,), index, rank, cursor, N, K, chunk, chunks, config=count)
     tiles = -(-(K + 1) // place.blocks["BLOCK"])
     launch(start_kernel, (B * tiles,), index, cursor, offsets, N, K, chunks, config=place)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +19,6 @@ from torch import Tensor
 from sttm_kernels.impl.triton.config import MAX_INT32, Config, Specialization, forced_architecture
 
 _instead: list[Callable[..., None]] = []
-
-
-def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape, dtype=dtype)`, which costs the host half as much again."""
-    shape = (shape,) if isinstance(shape, int) else shape
-    return torch.empty(*shape, dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constexprs: Any) -> None:
@@ -39,15 +32,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
         _instead[-1](kernel, grid, args, config, constexprs)
         return
     lead = next(arg for arg in args if isinstance(arg, Tensor))
-    with _guard(lead):
+    if lead.is_cuda and lead.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(lead.device):
+            kernel[grid](*args, **config.blocks, **constexprs, **config.options)
+    else:
         kernel[grid](*args, **config.blocks, **constexprs, **config.options)
-
-
-def _guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of `tensor` current, at no cost if it is."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 @contextlib.contextmanager
@@ -58,11 +47,6 @@ def launching_instead(run: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _instead.pop()
-
-
-def alignment(*extents: int) -> int:
-    """The largest power of two up to 16 that divides all extents and strides: the ALIGN of `aligned`."""
-    return math.gcd(16, *extents)
 
 
 @triton.jit

@@ -8,22 +8,21 @@ launch of its own when several programs would read it again, and longer sequence
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured, fixed
 from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
-from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
 from sttm_kernels.impl.triton.similarity import (
-    alignment_of,
+    alignment,
+    by_heads,
     features,
-    heads,
     inverse_norm,
-    layout,
     power_of_two,
     precision,
     products,
@@ -162,10 +161,10 @@ def _candidates(score, partner, start, N, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "r", "num_prefix", "sorting"])
 def select_kernel(
-    score, partner, index, rank, cursor, order, offsets, N, r, num_prefix, sorting,
+    score, partner, index, cursor, order, offsets, N, r, num_prefix, sorting,
     BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One program per batch item. Sorts the tokens by group if `sorting`."""
+    """One program per batch item. Sorts the tokens by group if `sorting`, in the place of `partner`."""
     item = tl.program_id(0).to(tl.int64)
     K = N - r
     score += item * N
@@ -217,10 +216,8 @@ def select_kernel(
         tl.store(index + n, tl.load(index + other, mask=merged, other=0), mask=merged)
     tl.debug_barrier()
     if sorting != 0:
-        sort_tokens(
-            index, rank + item * N, cursor + item * (K + 1), order + item * N, offsets + item * (K + 1), N, K,
-            BLOCK, BLOCK_PAIRS,
-        )  # fmt: skip
+        groups = item * (K + 1)
+        sort_tokens(index, partner, cursor + groups, order + item * N, offsets + groups, N, K, BLOCK, BLOCK_PAIRS)
 
 
 READ_AGAIN = 2
@@ -229,8 +226,15 @@ RESIDENT = 128
 """Features that a tile of src keeps on chip; with more, both sides are read block by block for every tile."""
 
 
-@cache
-def _nearest_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tuple[Config, ...]:
+def _shared_nearest(config: Config, dtype: torch.dtype, exact: bool, D: int) -> int:
+    s, t, d = (config.blocks[name] for name in ("BLOCK_S", "BLOCK_T", "BLOCK_D"))
+    if d >= D:
+        return dtype.itemsize * d * (s + config.num_stages * t)
+    return dtype.itemsize * d * (s + t) * config.num_stages
+
+
+@configured("nearest", _shared_nearest)
+def _nearest_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tuple[Config, ...]:
     if exact:
         shapes = [(8, 2, 64, 64, 16)]
     elif D <= RESIDENT:
@@ -241,73 +245,59 @@ def _nearest_configs(dtype: torch.dtype, exact: bool, D: int, arch: int) -> tupl
     return tuple(Config(w, st, {"BLOCK_S": s, "BLOCK_T": t, "BLOCK_D": d}) for w, st, s, t, d in shapes)
 
 
-def _shared_nearest(config: Config, element: int, D: int) -> int:
-    s, t, d = (config.blocks[name] for name in ("BLOCK_S", "BLOCK_T", "BLOCK_D"))
-    if d >= D:
-        return element * d * (s + config.num_stages * t)
-    return element * d * (s + t) * config.num_stages
-
-
 def _mean_over_heads(metric: Tensor) -> Tensor:
-    B, H, N, D = metric.shape
+    (B, H, N, D), strides = metric.shape, metric.stride()
     # The interpreter cuts bfloat16 off where a GPU rounds.
-    mean = empty(metric, (B, N, D), dtype=torch.float32 if INTERPRET else metric.dtype)
-    block_d = min(power_of_two(D), 128)
-    config = pick("mean_over_heads", _mean_configs(block_d), metric.device)
+    mean = metric.new_empty(B, N, D, dtype=torch.float32 if INTERPRET else metric.dtype)
+    config = _mean_config(metric.device, D)
     launch(
         mean_over_heads_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
-        metric, *layout(metric), mean, N,
-        config=config, D=D, HEADS=H, ALIGN=alignment_of(metric), WIDEN=INTERPRET,
+        metric, *strides, mean, N,
+        config=config, D=D, HEADS=H, ALIGN=alignment(strides), WIDEN=INTERPRET,
     )  # fmt: skip
     return mean
 
 
-@cache
-def _mean_configs(block_d: int) -> tuple[Config, ...]:
+@configured("mean_over_heads")
+def _mean_config(arch: int, D: int) -> tuple[Config, ...]:
+    block_d = min(power_of_two(D), 128)
     return (Config(4, 1, {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d}),)
 
 
 def match(
     metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+    (B, H, N, D), strides = by_heads(metric)
     if src is None or dst is None:
-        windows, num_src, num_dst = (
-            1,
-            (N - num_prefix + 1 - num_prefix % 2) // 2,
-            (N - num_prefix + num_prefix % 2) // 2,
-        )
+        windows, num_dst = 1, (N - num_prefix + num_prefix % 2) // 2
+        num_src = N - num_prefix - num_dst
         lists: tuple[Tensor | int | None, ...] = (None, 0, None, 0)
     else:
         src, dst = src.contiguous(), dst.contiguous()
         windows, num_src, num_dst = src.shape[1], src.shape[2], dst.shape[2]
         lists = (src, src.stride(0) * (src.shape[0] > 1), dst, dst.stride(0) * (dst.shape[0] > 1))
     rounding = precision(metric.dtype)
-    element = metric.element_size()
-    config = pick(
-        "nearest",
-        _nearest_configs(metric.dtype, rounding == "ieee", D, architecture(metric.device)),
-        metric.device,
-        lambda config: _shared_nearest(config, element, D),
-    )
+    config = _nearest_config(metric.device, metric.dtype, rounding == "ieee", D)
     tiles = max(1, -(-num_src // config.blocks["BLOCK_S"]))
-    if metric.dim() == 4 and tiles > READ_AGAIN:
+    if H > 1 and tiles > READ_AGAIN:
         metric = _mean_over_heads(metric)
+        (_, H, _, _), strides = by_heads(metric)
 
-    score = empty(metric, (B, N), dtype=torch.float32)
-    partner, index, order = (empty(metric, (B, N), dtype=torch.int32) for _ in range(3))
-    offsets = empty(index, (B, N - r + 1))
+    score = metric.new_empty(B, N, dtype=torch.float32)
+    index = metric.new_empty(B, N, dtype=torch.int32)
+    partner, order = torch.empty_like(index), torch.empty_like(index)
+    offsets = index.new_empty(B, N - r + 1)
     launch(
         nearest_kernel,
         (B * windows * tiles,),
-        metric, *layout(metric), *lists, score, partner, N, windows, num_src, num_dst, num_prefix,
-        config=config, D=D, HEADS=heads(metric), ALIGN=alignment_of(metric), PRECISION=rounding, WIDEN=INTERPRET,
+        metric, *strides, *lists, score, partner, N, windows, num_src, num_dst, num_prefix,
+        config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
     sorting = N <= ONE_PROGRAM
-    rank, cursor = (torch.empty_like(order), torch.empty_like(offsets)) if sorting else (order, offsets)
-    args = (score, partner, index, rank, cursor, order, offsets, N, r, num_prefix, int(sorting))
-    launch(select_kernel, (B,), *args, config=pick("select", (SORT,), metric.device))
+    cursor = torch.empty_like(offsets) if sorting else offsets
+    args = (score, partner, index, cursor, order, offsets, N, r, num_prefix, int(sorting))
+    launch(select_kernel, (B,), *args, config=fixed("select", SORT))
     if not sorting:
         sort_chunks(index, order, offsets)
     return index, score, order, offsets

@@ -12,17 +12,17 @@ tensor cores, one launch. The way back is a gather by `merge_backward_kernel`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, pick
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured, fixed
 from sttm_kernels.impl.triton.csr import csr
-from sttm_kernels.impl.triton.launch import aligned, alignment, empty, launch, recorded
-from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two, product
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.similarity import alignment, power_of_two, product
 
 MAX_FEW = 128
 """The most groups, and MAX_FEW_TOKENS the most tokens, that are merged by a one-hot product."""
@@ -275,8 +275,8 @@ def _channels(C: int) -> int:
     return min(power_of_two(C), 256)
 
 
-@cache
-def _merge_configs(C: int, P: int, long: bool, element: int, arch: int) -> tuple[Config, ...]:
+@configured("merge")
+def _merge_config(arch: int, C: int, P: int, long: bool, element: int) -> tuple[Config, ...]:
     """Tiles small enough that nothing spills: the compiler aims at many programs per SM, lowest on sm_100."""
     block_c, block_p = _channels(C), power_of_two(max(P, 1), 1)
     if long:
@@ -288,28 +288,29 @@ def _merge_configs(C: int, P: int, long: bool, element: int, arch: int) -> tuple
     return (Config(4, 1, blocks),)
 
 
-@cache
-def _few_configs(C: int, P: int) -> tuple[Config, ...]:
-    blocks = {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_C": min(power_of_two(C), 128), "BLOCK_P": power_of_two(max(P, 1), 1)}
-    return (Config(4, 3, blocks), Config(4, 2, blocks))
-
-
-def _shared_few(config: Config) -> int:
+def _shared_few(config: Config, C: int, P: int) -> int:
     blocks = config.blocks
     return 2 * blocks["BLOCK_N"] * (config.num_stages * blocks["BLOCK_C"] + 2 * blocks["BLOCK_K"])
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+@configured("merge_few", _shared_few)
+def _few_config(arch: int, C: int, P: int) -> tuple[Config, ...]:
+    blocks = {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_C": min(power_of_two(C), 128), "BLOCK_P": power_of_two(max(P, 1), 1)}
+    return (Config(4, 3, blocks), Config(4, 2, blocks))
+
+
+def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _items(t: Tensor | None) -> tuple[Tensor | None, int]:
+def items(t: Tensor | None) -> tuple[Tensor | None, int]:
     """(B, rows, columns) with contiguous items, which may all be the same one, and the stride from item to item."""
     if t is None:
         return None, 0
-    if t.stride(2) != 1 or t.stride(1) != t.shape[2]:
-        t = t.contiguous()
-    return t, t.stride(0)
+    (_, rows, columns), (item, row, column) = t.shape, t.stride()
+    if column != 1 or row != columns:
+        return t.contiguous(), rows * columns
+    return t, item
 
 
 def merge(
@@ -324,27 +325,25 @@ def merge(
     offsets: Tensor | None,
     reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
-    y = empty(x, (B, K, C))
-    size_out, mass = (empty(x, (B, K), dtype=torch.float32) for _ in range(2))
-    positions_out = empty(x, (B, K, P), dtype=torch.float32)
-    weight, size = _dense(weight), _dense(size)
-    features = (*_items(positions), *_items(fill), y, size_out, positions_out, mass, N, K)
-    constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment_of(x)}
+    (B, N, C), K, strides = x.shape, num_groups, x.stride()
+    P = 0 if positions is None else positions.shape[2]
+    y = x.new_empty(B, K, C)
+    size_out = x.new_empty(B, K, dtype=torch.float32)
+    mass, positions_out = torch.empty_like(size_out), size_out.new_empty(B, K, P)
+    features = (dense(weight), dense(size), *items(positions), *items(fill), y, size_out, positions_out, mass, N, K)
+    constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment(strides)}
     given = order is not None and offsets is not None
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype != torch.float32
     if not given and half and reduce in ("mean", "sum") and K <= MAX_FEW and N <= MAX_FEW_TOKENS:
-        config = pick("merge_few", _few_configs(C, P), x.device, _shared_few)
+        config = _few_config(x.device, C, P)
         grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
-        args = (x, *x.stride(), index.contiguous(), weight, size, *features)
+        args = (x, *strides, index.contiguous(), *features)
         launch(merge_few_kernel, grid, *args, config=config, WIDEN=INTERPRET, **constants)
         return y, size_out, positions_out, mass
     order, offsets = _groups(index, K, order, offsets)
-    arch = architecture(x.device)
-    config = pick("merge", _merge_configs(C, P, N >= LONG_GROUPS * K, x.element_size(), arch), x.device)
+    config = _merge_config(x.device, C, P, N >= LONG_GROUPS * K, x.element_size())
     grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
-    args = (x, *x.stride(), order, offsets, weight, size, *features)
-    launch(merge_kernel, grid, *args, config=config, **constants)
+    launch(merge_kernel, grid, x, *strides, order, offsets, *features, config=config, **constants)
     return y, size_out, positions_out, mass
 
 
@@ -534,8 +533,8 @@ def merge_max_backward_kernel(
         tl.store(grad_x + (item * N + n)[:, None] * C + c[None, :], value, mask=(i < end)[:, None] & (c < C)[None, :])
 
 
-@cache
-def _backward_configs(C: int, P: int, arch: int) -> tuple[Config, ...]:
+@configured("merge_backward")
+def _backward_config(arch: int, C: int, P: int) -> tuple[Config, ...]:
     block_c = _channels(C)
     blocks = {
         "BLOCK_N": (2048 if arch < 100 else 1024) // block_c,
@@ -545,8 +544,8 @@ def _backward_configs(C: int, P: int, arch: int) -> tuple[Config, ...]:
     return (Config(4, 1, blocks),)
 
 
-@cache
-def _max_configs(C: int) -> tuple[Config, ...]:
+@configured("merge_max_backward")
+def _max_config(arch: int, C: int) -> tuple[Config, ...]:
     return (Config(4, 1, {"BLOCK_R": 8, "BLOCK_C": _channels(C)}),)
 
 
@@ -574,12 +573,11 @@ def merge_backward(
     (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
     need_x, need_weight, need_size, need_positions = needs
     need_positions = need_positions and positions is not None
-    rows = empty(mass, 0)
-    grad_x = empty(x, (B, N, C) if need_x else 0)
-    grad_weight, grad_size_in = (empty(rows, (B, N) if need else 0) for need in (need_weight, need_size))
-    grad_positions_in = empty(rows, (B, N, P) if need_positions else 0)
+    grad_x = x.new_empty((B, N, C) if need_x else 0)
+    grad_weight, grad_size_in = (mass.new_empty((B, N) if need else 0) for need in (need_weight, need_size))
+    grad_positions_in = mass.new_empty((B, N, P) if need_positions else 0)
 
-    index, weight, size, grad_size = index.contiguous(), _dense(weight), _dense(size), _dense(grad_size)
+    index, weight, size, grad_size = index.contiguous(), dense(weight), dense(size), dense(grad_size)
     need_w = need_weight or need_size
     through_y = need_w and grad_y is not None and reduce == "mean"
     through_positions = need_w and grad_positions is not None and positions is not None
@@ -590,10 +588,10 @@ def merge_backward(
     else:
         order = offsets = None
 
-    grad_y, stride_gb = _items(grad_y)
-    align = {"ALIGN": alignment_of(x), "ALIGN_G": alignment(stride_gb)}
+    grad_y, stride_gb = items(grad_y)
+    align = {"ALIGN": alignment(x.stride()), "ALIGN_G": alignment((stride_gb, 1))}
     if to_winners:
-        config = pick("merge_max_backward", _max_configs(C), x.device)
+        config = _max_config(x.device, C)
         launch(
             merge_max_backward_kernel,
             (B * (K + 1), -(-C // config.blocks["BLOCK_C"])),
@@ -603,19 +601,19 @@ def merge_backward(
     gather_x = need_x and not to_winners
     if not (gather_x or need_w or need_positions):
         return grad_x, grad_weight, grad_size_in, grad_positions_in
-    dot = empty(rows, (2 if reduce == "sum" else 1, B, N) if centred else 0)
-    config = pick("merge_backward", _backward_configs(C, P, architecture(x.device)), x.device)
+    dot = mass.new_empty((2 if reduce == "sum" else 1, B, N) if centred else 0)
+    config = _backward_config(x.device, C, P)
     launch(
         merge_backward_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
-        grad_y, stride_gb, grad_size, *_items(grad_positions), x, *x.stride(),
-        index, order, offsets, weight, size, *_items(positions), mass,
+        grad_y, stride_gb, grad_size, *items(grad_positions), x, *x.stride(),
+        index, order, offsets, weight, size, *items(positions), mass,
         grad_x if gather_x else None, grad_weight if need_weight else None, grad_size_in if need_size else None,
         grad_positions_in if need_positions else None, dot, N, K,
         config=config, REDUCE=reduce, CENTRED=centred, C=C, P=P, **align,
     )  # fmt: skip
     if centred:
-        config = pick("centre", (CENTRE,), x.device)
+        config = fixed("centre", CENTRE)
         launch(
             centre_kernel,
             (B * -(-K // config.blocks["BLOCK_K"]),),
@@ -648,8 +646,8 @@ def _example(dtype: torch.dtype, C: int) -> None:
     positions = torch.empty((2, 1568, 3), dtype=torch.float32, device="meta")
     for reduce in ("mean", "sum", "max", "first") if C == 768 else ("mean",):
         for K in (784, 64):
-            fill = empty(x, (2, K, C)) if reduce == "mean" else None
-            order, offsets = index, empty(index, (2, K + 1))
+            fill = x.new_empty(2, K, C) if reduce == "mean" else None
+            order, offsets = index, index.new_empty(2, K + 1)
             for w, size, p in ((weight, weight, positions), (None, None, None)):
                 y, size_out, positions_out, mass = merge(x, index, K, w, size, p, fill, order, offsets, reduce)
                 merge(x, index, K, w, size, p, fill, None, None, reduce)

@@ -8,6 +8,7 @@ features are widened, because a softmax over many tokens falls below the range o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,36 +19,37 @@ from torch import Tensor
 
 from sttm_kernels import dispatch
 from sttm_kernels.impl.triton.config import ARCHITECTURES, Specialization
-from sttm_kernels.impl.triton.launch import aligned, alignment, recorded
+from sttm_kernels.impl.triton.launch import aligned, recorded
 from sttm_kernels.reference import NORM_FLOOR
 
 FLOOR: tl.constexpr = tl.constexpr(NORM_FLOOR)
 
 
-def layout(t: Tensor) -> tuple[int, int, int, int]:
-    """Strides of batch, head, row and feature of (B, rows, D) or (B, H, rows, D)."""
-    strides = t.stride()
-    return strides if len(strides) == 4 else (strides[0], 0, strides[1], strides[2])
+def by_heads(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of (B, H, N, D), also of (B, N, D), which has one head."""
+    shape, strides = q.shape, q.stride()
+    if len(shape) == 4:
+        return shape, strides
+    (B, N, D), (stride_b, stride_n, stride_d) = shape, strides
+    return (B, 1, N, D), (stride_b, 0, stride_n, stride_d)
 
 
-def alignment_of(*tensors: Tensor) -> int:
-    """What divides every batch, head and row stride, in elements; 1 if features are not adjacent, as nothing is won."""
-    extents: list[int] = []
-    for t in tensors:
-        *outer, inner = t.stride()
+def alignment(*strides: tuple[int, ...]) -> int:
+    """The largest power of two up to 16 that divides all strides of these tensors but the last: ALIGN of `aligned`.
+
+    It is 1 if features are not adjacent, as nothing is won.
+    """
+    divisor = 16
+    for *outer, inner in strides:
         if inner != 1:
             return 1
-        extents += outer
-    return alignment(*extents)
+        divisor = math.gcd(divisor, *outer)
+    return divisor
 
 
-def heads(q: Tensor) -> int:
-    return q.shape[1] if q.dim() == 4 else 1
-
-
-def precision(dtype: torch.dtype) -> str:
+def precision(*dtypes: torch.dtype) -> str:
     """How tensor cores may round float32 operands: as PyTorch is told to for its own products."""
-    if dtype == torch.float32 and not dispatch.tf32():
+    if torch.float32 in dtypes and not dispatch.tf32():
         return "ieee"
     return "tf32"
 

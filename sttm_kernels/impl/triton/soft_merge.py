@@ -9,7 +9,7 @@ the weights' sums ride along with the first slice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import token_lse
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, architecture, pick
-from sttm_kernels.impl.triton.launch import aligned, empty, launch
+from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
     KINDS,
-    alignment_of,
+    alignment,
     as_operand,
+    by_heads,
     features,
     finish,
-    heads,
-    layout,
     power_of_two,
     precision,
     product,
@@ -403,9 +402,8 @@ def soft_merge_grad_metric_kernel(
         store_to_heads(out, acc, inside[:, None] & (d < D), num_own.to(tl.int64) * D, OWN_HEADS)
 
 
-@cache
 def _configs(
-    dtype: torch.dtype, element: int, exact: bool, arch: int, D: int, width: int, own: str, other: str
+    arch: int, dtype: torch.dtype, element: int, exact: bool, D: int, width: int, own: str, other: str
 ) -> tuple[Config, ...]:
     """Blocks of the rows of both sides, of D, and of the slice of `width` features that a product fills.
 
@@ -425,35 +423,31 @@ def _configs(
     return tuple(Config(w, s, {own: a, other: b, "BLOCK_D": d, "SLICE": c}) for w, s, a, b, d, c in shapes)
 
 
-def _precision(x: Tensor, q: Tensor) -> str:
-    return "ieee" if "ieee" in (precision(x.dtype), precision(q.dtype)) else "tf32"
+def _shared(
+    config: Config, dtype: torch.dtype, element: int, exact: bool, D: int, width: int, own: str, other: str
+) -> int:
+    blocks = config.blocks
+    a, b, d, part = blocks[own], blocks[other], blocks["BLOCK_D"], blocks["SLICE"]
+    wide = 4 if dtype == torch.float16 else element  # float16 values are widened before they are multiplied
+    return config.num_stages * (element * d * (a + b) + element * part * b) + (wide - element) * part * b + 4 * a * b
 
 
-def _choose(name: str, x: Tensor, q: Tensor, width: int, own: str = "BLOCK_OWN", other: str = "BLOCK_OTHER") -> Config:
-    D = q.shape[-1]
+_forward_config = configured("soft_merge", _shared)(_configs)
+_grad_x_config = configured("soft_merge_grad_x", _shared)(_configs)
+_grad_metric_config = configured("soft_merge_grad_metric", _shared)(_configs)
+
+
+def _case(
+    x: Tensor, q: Tensor, rounding: str, width: int, own: str = "BLOCK_OWN", other: str = "BLOCK_OTHER"
+) -> tuple[Any, ...]:
+    """What the configurations depend on, after the device."""
     element = max(x.element_size(), q.element_size())
-
-    def shared(config: Config) -> int:
-        blocks = config.blocks
-        a, b, d, part = blocks[own], blocks[other], blocks["BLOCK_D"], blocks["SLICE"]
-        wide = 4 if x.dtype == torch.float16 else element  # float16 values are widened before they are multiplied
-        return (
-            config.num_stages * (element * d * (a + b) + element * part * b) + (wide - element) * part * b + 4 * a * b
-        )
-
-    exact = _precision(x, q) == "ieee"
-    candidates = _configs(x.dtype, element, exact, architecture(q.device), D, width, own, other)
-    return pick(name, candidates, q.device, shared)
+    return x.dtype, element, rounding == "ieee", q.shape[-1], width, own, other
 
 
 def _strided(t: Tensor | None, dims: int) -> tuple[Any, ...]:
     """A tensor that may be absent, and its strides."""
     return (None, *[0] * dims) if t is None else (t, *t.stride())
-
-
-def _metric(q: Tensor, meta: Tensor) -> tuple[Any, ...]:
-    stride_mb, _, stride_mk, stride_md = layout(meta)
-    return (q, *layout(q), meta, stride_mb, stride_mk, stride_md)
 
 
 def soft_merge(
@@ -467,22 +461,27 @@ def soft_merge(
     temperature: float,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, N, C), K, D = x.shape, meta.shape[1], q.shape[-1]
+    (_, N, C), x_strides = x.shape, x.stride()
+    (B, K, D), m_strides = meta.shape, meta.stride()
+    (_, H, _, _), q_strides = by_heads(q)
     P = 0 if positions is None else positions.shape[-1]
-    y = empty(x, (B, K, C))
-    size_out = empty(x, (B, K), dtype=torch.float32)
-    positions_out = empty(size_out, (B, K, P))
+    y = x.new_empty(B, K, C)
+    size_out = x.new_empty(B, K, dtype=torch.float32)
+    positions_out = size_out.new_empty(B, K, P)
     over_meta = normalize == "meta"
     lse = token_lse(q, meta, mask, similarity, temperature) if over_meta else torch.empty_like(size_out)
-    config = _choose("soft_merge", x, q, C, "BLOCK_K", "BLOCK_N")
+    rounding = precision(x.dtype, q.dtype)
+    config = _forward_config(q.device, *_case(x, q, rounding, C, "BLOCK_K", "BLOCK_N"))
     blocks = config.blocks
     launch(
         soft_merge_kernel,
         (B * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
-        *_metric(q, meta), *_strided(x, 3), *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
+        q, *q_strides, meta, *m_strides, x, *x_strides,
+        *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
         y, size_out, positions_out, lse, N, K, 1.0 / temperature,
-        config=config, C=C, D=D, P=P, HEADS=heads(q), SIMILARITY=similarity, OVER_META=over_meta,
-        ALIGN=alignment_of(q, meta, x), PRECISION=_precision(x, q), WIDEN=INTERPRET, BLOCK_P=power_of_two(P, 1),
+        config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, OVER_META=over_meta,
+        ALIGN=alignment(q_strides, m_strides, x_strides), PRECISION=rounding, WIDEN=INTERPRET,
+        BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
     return y, size_out, positions_out, lse
 
@@ -510,20 +509,23 @@ def soft_merge_backward(
     need_positions = need_positions and positions is not None
     if positions is None:
         grad_positions = None
-    (B, N, C), K, D, H = x.shape, meta.shape[1], q.shape[-1], heads(q)
+    (_, N, C), x_strides = x.shape, x.stride()
+    (B, K, D), m_strides = meta.shape, meta.stride()
+    (_, H, _, _), q_strides = by_heads(q)
     P = 0 if positions is None else positions.shape[-1]
     over_meta = normalize == "meta"
     grad_x, grad_q, grad_meta = (
-        empty(t, t.shape if needed else 0) for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
+        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
     )
-    nothing = empty(mass, 0)
-    grad_p = empty(mass, (B, N, P)) if need_positions else nothing
+    nothing = mass.new_empty(0)
+    grad_p = mass.new_empty(B, N, P) if need_positions else nothing
     if (K if over_meta else N) == 1:  # a softmax over one thing is 1 whatever the metric
         grad_q.zero_()
         grad_meta.zero_()
         need_q = need_meta = False
 
-    metric = _metric(q, meta)
+    metric = (q, *q_strides, meta, *m_strides)
+    rounding = precision(x.dtype, q.dtype)
     extents = (N, K, 1.0 / temperature)
     token = (*_strided(size, 2), *_strided(mask, 2))
     common: dict[str, Any] = {
@@ -533,13 +535,13 @@ def soft_merge_backward(
         "HEADS": H,
         "SIMILARITY": similarity,
         "OVER_META": over_meta,
-        "ALIGN": alignment_of(q, meta, x),
-        "G_ALIGN": 1 if grad_y is None else alignment_of(grad_y),
-        "PRECISION": _precision(x, q),
+        "ALIGN": alignment(q_strides, m_strides, x_strides),
+        "G_ALIGN": 1 if grad_y is None else alignment(grad_y.stride()),
+        "PRECISION": rounding,
         "WIDEN": INTERPRET,
     }
     if need_x or need_positions:
-        config = _choose("soft_merge_grad_x", x, q, C)
+        config = _grad_x_config(q.device, *_case(x, q, rounding, C))
         blocks = config.blocks
         launch(
             soft_merge_grad_x_kernel,
@@ -552,7 +554,7 @@ def soft_merge_backward(
     if not (need_q or need_meta or need_size):
         return grad_x, grad_q, grad_meta, nothing, grad_p
     shift = torch.empty_like(mass)
-    config = pick("soft_merge_shift", _SHIFT, q.device)
+    config = fixed("soft_merge_shift", SHIFT)
     grads = (*_strided(grad_y, 3), *_strided(grad_size, 2), *_strided(grad_positions, 3))
     launch(
         soft_merge_shift_kernel,
@@ -561,8 +563,8 @@ def soft_merge_backward(
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
     passes = (("size", N, need_mean, nothing), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
-    grad_size_in = empty(mass, (B, N)) if need_mean else nothing
-    config = _choose("soft_merge_grad_metric", x, q, min(D, 128))
+    grad_size_in = mass.new_empty(B, N) if need_mean else nothing
+    config = _grad_metric_config(q.device, *_case(x, q, rounding, min(D, 128)))
     blocks = config.blocks
     for of, rows, needed, grad in passes:
         if needed:
@@ -570,13 +572,13 @@ def soft_merge_backward(
             launch(
                 soft_merge_grad_metric_kernel,
                 (B * -(-rows // blocks["BLOCK_OWN"]) * slices,),
-                *metric, *_strided(x, 3), *token, *_strided(positions, 3), *grads, lse, mass, shift, grad_size_in, grad,
+                *metric, x, *x_strides, *token, *_strided(positions, 3), *grads, lse, mass, shift, grad_size_in, grad,
                 *extents, config=config, OF=of, **common,
             )  # fmt: skip
     return grad_x, grad_q, grad_meta, grad_size_in if need_size else nothing, grad_p
 
 
-_SHIFT = (Config(4, 1, {"BLOCK_K": 8, "BLOCK_C": 256}),)
+SHIFT = Config(4, 1, {"BLOCK_K": 8, "BLOCK_C": 256})
 
 
 def specializations() -> list[Specialization]:

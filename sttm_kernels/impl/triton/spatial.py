@@ -21,14 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, architecture, fits, pick
-from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
-from sttm_kernels.impl.triton.merge import merge
+from sttm_kernels.impl.triton.config import (
+    ARCHITECTURES,
+    INTERPRET,
+    Config,
+    Specialization,
+    capability,
+    configured,
+    shared_memory,
+)
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.merge import dense, items, merge
 from sttm_kernels.impl.triton.similarity import (
-    alignment_of,
+    alignment,
+    by_heads,
     features,
-    heads,
-    layout,
     precision,
     product,
     rows_at,
@@ -182,69 +189,60 @@ def assign_merge(
     temperature: float,
     soft: bool,
 ) -> tuple[Tensor, ...]:
-    B, N, C = x.shape
-    K, D = meta.shape[1:]
+    (B, N, C), x_strides = x.shape, x.stride()
+    (_, K, D), m_strides = meta.shape, meta.stride()
     q = x if q is None else q
-    config = _config(x, N, K)
+    config = _one_launch(x, N, K)
     if config is None:
         plan = assign(q, meta, mask, similarity, temperature, soft)
         weight = plan[3] if soft else None
         return *plan, *merge(x, plan[0], K, weight, size, positions, fill, None, None, "mean")
 
+    (_, H, _, _), q_strides = by_heads(q)
     P = 0 if positions is None else positions.shape[2]
-    index = empty(x, (B, N), dtype=torch.int32)
-    score = empty(x, (B, N), dtype=torch.float32)
-    lse, weight = empty(score, (B, N) if soft else 0), empty(score, (B, N) if soft else 0)
-    y = empty(x, (B, K, C))
-    size_out, mass = empty(score, (B, K)), empty(score, (B, K))
-    positions_out = empty(score, (B, K, P))
-    positions, fill = _items_contiguous(positions), _items_contiguous(fill)
+    index = x.new_empty(B, N, dtype=torch.int32)
+    score = x.new_empty(B, N, dtype=torch.float32)
+    lse = torch.empty_like(score) if soft else score.new_empty(0)
+    weight = torch.empty_like(lse)
+    y = x.new_empty(B, K, C)
+    size_out = score.new_empty(B, K)
+    mass, positions_out = torch.empty_like(size_out), score.new_empty(B, K, P)
     launch(
         assign_merge_kernel,
         (B,),
-        x, *x.stride(),
-        q, *layout(q),
-        meta, meta.stride(0), meta.stride(1), meta.stride(2),
-        None if mask is None else mask.contiguous(), None if size is None else size.contiguous(),
-        positions, 0 if positions is None else positions.stride(0),
-        fill, 0 if fill is None else fill.stride(0),
+        x, *x_strides, q, *q_strides, meta, *m_strides,
+        dense(mask), dense(size), *items(positions), *items(fill),
         index, score, lse, weight, y, size_out, positions_out, mass,
         N, K, 1.0 / temperature,
         config=config,
-        C=C, D=D, P=P, HEADS=heads(q), SIMILARITY=similarity, SOFT=soft,
-        ALIGN_X=alignment_of(x), ALIGN=alignment_of(q, meta), PRECISION=precision(x.dtype), WIDEN=INTERPRET,
+        C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, SOFT=soft,
+        ALIGN_X=alignment(x_strides), ALIGN=alignment(q_strides, m_strides),
+        PRECISION=precision(x.dtype), WIDEN=INTERPRET,
     )  # fmt: skip
     return index, score, lse, weight, y, size_out, positions_out, mass
 
 
-def _items_contiguous(t: Tensor | None) -> Tensor | None:
-    """Every item contiguous; the same one for the whole batch stays so."""
-    if t is None or (t.stride(2) == 1 and t.stride(1) == t.shape[2]):
-        return t
-    return t.contiguous()
-
-
-def _config(x: Tensor, N: int, K: int) -> Config | None:
+def _one_launch(x: Tensor, N: int, K: int) -> Config | None:
     """None if the frame, the precision or the shared memory of the GPU asks for two launches."""
     if N > MAX_TOKENS or K > MAX_GROUPS or precision(x.dtype) == "ieee":
         return None
     block_n = 64 if N <= 64 else MAX_TOKENS
     block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
-    itemsize = x.element_size()
-
-    def bytes_needed(config: Config) -> int:
-        rows, d, c = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_D", "BLOCK_C"))
-        similarity = config.num_stages * (rows + block_k) * d
-        product = block_n * block_k + config.num_stages * block_n * c + block_k * c
-        return itemsize * max(similarity, product)
-
-    candidates = _candidates(block_n, block_k, itemsize, architecture(x.device))
-    config = pick("assign_merge", candidates, x.device, bytes_needed)
-    return config if fits(bytes_needed(config), x.device) else None
+    device, itemsize = x.device, x.element_size()
+    config = _config(device, block_n, block_k, itemsize)
+    return config if _bytes_needed(config, block_n, block_k, itemsize) <= shared_memory(capability(device)) else None
 
 
 @cache
-def _candidates(block_n: int, block_k: int, itemsize: int, arch: int) -> tuple[Config, ...]:
+def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> int:
+    rows, d, c = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_D", "BLOCK_C"))
+    similarity = config.num_stages * (rows + block_k) * d
+    product = block_n * block_k + config.num_stages * block_n * c + block_k * c
+    return itemsize * max(similarity, product)
+
+
+@configured("assign_merge", _bytes_needed)
+def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Config, ...]:
     """For the bucket that holds N and K: nothing is compiled for N or K itself."""
     warps = 4 if block_n == 64 else 8
     widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
@@ -279,12 +277,12 @@ def specializations() -> list[Specialization]:
 def _specialize(arch: int, dtype: torch.dtype, N: int, K: int, extras: bool = False) -> list[Specialization]:
     """x of 1024 channels as its own metric, with positions; or, with extras, a mean over heads and everything else."""
     x = torch.empty(2, N, 1024, dtype=dtype, device="meta")
-    q = empty(x, (2, 16, N, 64)) if extras else None
-    m = empty(x, (2, K, 64 if extras else 1024))
+    q = x.new_empty(2, 16, N, 64) if extras else None
+    m = x.new_empty(2, K, 64 if extras else 1024)
     positions = torch.empty(N, 3, device="meta").expand(2, N, 3)
-    mask = empty(x, (2, N), dtype=torch.bool) if extras else None
+    mask = x.new_empty(2, N, dtype=torch.bool) if extras else None
     size = torch.empty(2, N, device="meta") if extras else None
-    fill = empty(x, (2, K, 1024)) if extras else None
+    fill = x.new_empty(2, K, 1024) if extras else None
     return recorded(
         f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
         lambda: assign_merge(x, q, m, mask, size, positions, fill, "l2" if extras else "cosine", 1.0, True),

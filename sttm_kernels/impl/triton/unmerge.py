@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, pick
-from sttm_kernels.impl.triton.launch import aligned, empty, launch, recorded
-from sttm_kernels.impl.triton.similarity import alignment_of, power_of_two
+from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.similarity import alignment, power_of_two
 
 
 @triton.jit(do_not_specialize=["N", "K", "stride_xb", "stride_xk"], do_not_specialize_on_alignment=["stride_xc"])
@@ -44,8 +44,8 @@ def compose_kernel(index1, index2, out, N, K, num_groups, BLOCK: tl.constexpr):
     tl.store(out + item * N + n, onward, mask=n < N)
 
 
-@cache
-def _unmerge_configs(C: int) -> tuple[Config, ...]:
+@configured("unmerge")
+def _unmerge_config(arch: int, C: int) -> tuple[Config, ...]:
     block_c = min(power_of_two(C), 512)
     return (Config(4, 1, {"BLOCK_N": 4096 // block_c, "BLOCK_C": block_c}),)
 
@@ -54,21 +54,22 @@ COMPOSE = Config(4, 1, {"BLOCK": 512})
 
 
 def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
-    (B, K, C), N = x.shape, index.shape[1]
-    y = empty(x, (B, N, C))
-    config = pick("unmerge", _unmerge_configs(C), x.device)
+    (B, K, C), N, strides = x.shape, index.shape[1], x.stride()
+    y = x.new_empty(B, N, C)
+    config = _unmerge_config(x.device, C)
     grid = (B * -(-N // config.blocks["BLOCK_N"]), -(-C // config.blocks["BLOCK_C"]))
-    args = (x, *x.stride(), index.contiguous(), y, N, K)
-    launch(unmerge_kernel, grid, *args, config=config, C=C, ALIGN=alignment_of(x))
+    args = (x, *strides, index.contiguous(), y, N, K)
+    launch(unmerge_kernel, grid, *args, config=config, C=C, ALIGN=alignment(strides))
     return y
 
 
 def compose(index1: Tensor, index2: Tensor, num_groups: int) -> Tensor:
     index1, index2 = index1.contiguous(), index2.contiguous()
+    (B, N), K = index1.shape, index2.shape[1]
     out = torch.empty_like(index1)
-    config = pick("compose", (COMPOSE,), index1.device)
-    grid = (index1.shape[0] * -(-index1.shape[1] // config.blocks["BLOCK"]),)
-    launch(compose_kernel, grid, index1, index2, out, index1.shape[1], index2.shape[1], num_groups, config=config)
+    config = fixed("compose", COMPOSE)
+    grid = (B * -(-N // config.blocks["BLOCK"]),)
+    launch(compose_kernel, grid, index1, index2, out, N, K, num_groups, config=config)
     return out
 
 
