@@ -23,57 +23,52 @@ from sttm_kernels import partition as _partition
 from sttm_kernels.plan import MergedTokens, MergePlan
 from sttm_kernels.reference import acc_dtype
 
+QUERIES = "(B, N, D) or (B, H, N, D)"
 IMPL_NAMES = ("auto", *dispatch.IMPLEMENTATIONS)
 
 
-def _rows(q: Tensor) -> tuple[int, int]:
-    return q.shape[0], q.shape[-2]
-
-
-def _check_queries(q: Tensor, meta: Tensor, similarity: str, temperature: float) -> Tensor:
-    """Checks what `assign` and `soft_merge` share; returns meta as (B, K, D)."""
-    validate.floating("q", q)
-    validate.dims("q", q, "(B, N, D) or (B, H, N, D)", 3, 4)
-    validate.floating("meta", meta)
-    validate.dims("meta", meta, "(B, K, D) or (K, D)", 2, 3)
-    validate.same_device("meta", meta, "q", q)
+def _check_comparison(
+    q: Tensor, shape: tuple[int, ...], meta: Tensor, similarity: str, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, int]:
+    """Checks what q, of this shape, is compared to and how; returns meta as (B, K, D), and K."""
+    B, N, D = shape[0], shape[-2], shape[-1]
+    K = validate.features("meta", meta, "(B, K, D) or (K, D)", 2, 3)[-2]
     validate.same_dtype("meta", meta, "q", q)
     if meta.dim() == 2:
-        meta = meta.expand(q.shape[0], -1, -1)
-    validate.shape("meta", meta, "(B, K, D)", (q.shape[0], meta.shape[1], q.shape[-1]))
+        meta = meta.expand(B, -1, -1)
+    validate.beside("meta", meta, "(B, K, D)", (B, K, D), "q", q)
     validate.one_of("similarity", similarity, validate.SIMILARITIES)
     validate.positive("temperature", temperature)
-    return meta
-
-
-def _check_mask(mask: Tensor | None, q: Tensor) -> None:
     if mask is not None:
         validate.boolean("mask", mask)
-        validate.shape("mask", mask, "(B, N)", _rows(q))
-        validate.same_device("mask", mask, "q", q)
+        validate.beside("mask", mask, "(B, N)", (B, N), "q", q)
+    return meta, K
 
 
-def _check_tokens(x: Tensor) -> None:
-    validate.floating("x", x)
-    validate.dims("x", x, "(B, N, C)", 3)
+def _check_rows(q: Tensor, x: Tensor, rows: tuple[int, int]) -> tuple[int, ...]:
+    """Checks q, which must have the B and N of x; returns its shape."""
+    shape = validate.features("q", q, QUERIES, 3, 4)
+    if (shape[0], shape[-2]) != rows:
+        raise ValueError(f"q must have the B and N of x, {validate.shape_text(rows)}, got {validate.shape_text(shape)}")
+    validate.same_device("q", q, "x", x)
+    return shape
 
 
 def size_and_positions(x: Tensor, size: Tensor | None, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Checks both and brings them to the accumulation dtype, positions to (B, N, P)."""
-    rows = x.shape[:2]
+    if size is None and positions is None:
+        return None, None
+    (B, N, _), acc = x.shape, acc_dtype(x.dtype)
     if size is not None:
-        validate.tensor("size", size)
-        validate.shape("size", size, "(B, N)", rows)
-        validate.same_device("size", size, "x", x)
-        size = _to(acc_dtype(x.dtype), size)
+        validate.beside("size", size, "(B, N)", (B, N), "x", x)
+        size = _to(acc, size)
     if positions is not None:
         validate.tensor("positions", positions)
-        validate.dims("positions", positions, "(B, N, P) or (N, P)", 2, 3)
-        validate.same_device("positions", positions, "x", x)
-        if positions.dim() == 2:
-            positions = positions.expand(rows[0], -1, -1)
-        validate.shape("positions", positions, "(B, N, P)", (*rows, positions.shape[-1]))
-        positions = _to(acc_dtype(x.dtype), positions)
+        shape = validate.dims("positions", positions, "(B, N, P) or (N, P)", 2, 3)
+        if len(shape) == 2:
+            positions = positions.expand(B, -1, -1)
+        validate.beside("positions", positions, "(B, N, P)", (B, N, shape[-1]), "x", x)
+        positions = _to(acc, positions)
     return size, positions
 
 
@@ -85,32 +80,25 @@ def _to(dtype: torch.dtype, value: Tensor) -> Tensor:
 def _check_plan(name: str, plan: MergePlan) -> None:
     if not isinstance(plan, MergePlan):
         raise TypeError(f"{name} must be a MergePlan, got {type(plan).__name__}")
-    _check_int32(f"{name}.index", plan.index)
-    validate.dims(f"{name}.index", plan.index, "(B, N)", 2, batched=2)
-    validate.integer(f"{name}.num_groups", plan.num_groups, 1)
-    B, N = plan.index.shape
-    for field, layout, expected in (
-        ("weight", "(B, N)", (B, N)),
-        ("order", "(B, N)", (B, N)),
-        ("offsets", "(B, K + 1)", (B, plan.num_groups + 1)),
-    ):
-        value = getattr(plan, field)
-        if value is not None:
-            (validate.floating if field == "weight" else _check_int32)(f"{name}.{field}", value)
-            validate.shape(f"{name}.{field}", value, layout, expected)
-            validate.same_device(f"{name}.{field}", value, f"{name}.index", plan.index)
+    index, K = plan.index, plan.num_groups
+    _check_int32(f"{name}.index", index)
+    B, N = validate.dims(f"{name}.index", index, "(B, N)", 2, batched=2)
+    validate.integer(f"{name}.num_groups", K, 1)
+    if plan.weight is not None:
+        validate.floating(f"{name}.weight", plan.weight)
+        validate.beside(f"{name}.weight", plan.weight, "(B, N)", (B, N), f"{name}.index", index)
+    if plan.order is not None:
+        _check_int32(f"{name}.order", plan.order)
+        validate.beside(f"{name}.order", plan.order, "(B, N)", (B, N), f"{name}.index", index)
+    if plan.offsets is not None:
+        _check_int32(f"{name}.offsets", plan.offsets)
+        validate.beside(f"{name}.offsets", plan.offsets, "(B, K + 1)", (B, K + 1), f"{name}.index", index)
 
 
 def _check_int32(name: str, value: Tensor) -> None:
-    validate.tensor(name, value)
-    if value.dtype != torch.int32:
+    if not isinstance(value, Tensor) or value.dtype != torch.int32:
+        validate.tensor(name, value)
         raise TypeError(f"{name} must be int32, got {value.dtype}")
-
-
-def _check_plan_of(plan: MergePlan, x: Tensor) -> None:
-    """The plan must be one of the tokens x (B, N, C)."""
-    validate.shape("plan.index", plan.index, "(B, N)", x.shape[:2])
-    validate.same_device("plan.index", plan.index, "x", x)
 
 
 def assign(
@@ -142,14 +130,14 @@ def assign(
     Source: token-to-meta-token similarity of the Spatial-temporal Token Merger (Feng et al., doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    meta = _check_queries(q, meta, similarity, temperature)
+    shape = validate.features("q", q, QUERIES, 3, 4)
+    meta, K = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
-    _check_mask(mask, q)
     if impl == "reference":
         return reference.assign(q, meta, similarity, temperature, weight, mask)
     soft = weight == "softmax"
     index, score, lse, w = ops.assign(q, meta, mask, similarity, float(temperature), soft, impl)
-    return MergePlan(index, meta.shape[1], score, lse if soft else None, w if soft else None)
+    return MergePlan(index, K, score, lse if soft else None, w if soft else None)
 
 
 def match(
@@ -193,9 +181,8 @@ def match(
     (Bolya and Hoffman, arXiv 2303.17604).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    validate.floating("metric", metric)
-    validate.dims("metric", metric, "(B, N, D) or (B, H, N, D)", 3, 4)
-    B, N = _rows(metric)
+    shape = validate.features("metric", metric, QUERIES, 3, 4)
+    B, N = shape[0], shape[-2]
     validate.integer("r", r, 0)
     validate.integer("num_prefix", num_prefix, 0)
     if num_prefix > N:
@@ -298,9 +285,9 @@ def merge(
     Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    _check_tokens(x)
+    B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     _check_plan("plan", plan)
-    _check_plan_of(plan, x)
+    validate.beside("plan.index", plan.index, "(B, N)", (B, N), "x", x)
     size, positions = size_and_positions(x, size, positions)
     validate.one_of("reduce", reduce, validate.REDUCTIONS)
     fill = _check_fill(fill, x, plan.num_groups)
@@ -343,26 +330,20 @@ def assign_merge(
     Source: the spatial stage of the Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    metric = x if q is None else q
-    _check_tokens(x)
-    meta = _check_queries(metric, meta, similarity, temperature)
-    if _rows(metric) != tuple(x.shape[:2]):
-        raise ValueError(
-            f"q must have the B and N of x, {validate.shape_text(x.shape[:2])}, got {validate.shape_text(metric.shape)}"
-        )
-    validate.same_device("q", metric, "x", x)
+    B, N, C = validate.features("x", x, "(B, N, C)", 3)
+    metric, shape = (x, (B, N, C)) if q is None else (q, _check_rows(q, x, (B, N)))
+    meta, K = _check_comparison(metric, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
-    _check_mask(mask, metric)
     if impl == "reference" or metric.dtype != x.dtype:
         plan = assign(metric, meta, similarity, temperature, weight, mask, impl)
         return merge(x, plan, size, positions, fill=fill, impl=impl), plan
     size, positions = size_and_positions(x, size, positions)
-    fill = _check_fill(fill, x, meta.shape[1])
+    fill = _check_fill(fill, x, K)
     soft = weight == "softmax"
     index, score, lse, w, y, size_out, positions_out, _ = ops.assign_merge(
         x, q, meta, mask, size, positions, fill, similarity, float(temperature), soft, impl
     )
-    plan = MergePlan(index, meta.shape[1], score, lse if soft else None, w if soft else None)
+    plan = MergePlan(index, K, score, lse if soft else None, w if soft else None)
     return MergedTokens(y, size_out, None if positions is None else positions_out), plan
 
 
@@ -372,11 +353,10 @@ def _check_fill(fill: Tensor | None, x: Tensor, num_groups: int) -> Tensor | Non
         return None
     validate.floating("fill", fill)
     validate.dims("fill", fill, "(B, K, C) or (K, C)", 2, 3)
-    validate.same_device("fill", fill, "x", x)
     validate.same_dtype("fill", fill, "x", x)
     if fill.dim() == 2:
         fill = fill.expand(x.shape[0], -1, -1)
-    validate.shape("fill", fill, "(B, K, C)", (x.shape[0], num_groups, x.shape[2]))
+    validate.beside("fill", fill, "(B, K, C)", (x.shape[0], num_groups, x.shape[2]), "x", x)
     return fill
 
 
@@ -395,10 +375,9 @@ def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
     Source: Token Merging for Stable Diffusion (arXiv 2303.17604).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    validate.floating("x", x)
-    validate.dims("x", x, "(B, K, C)", 3)
+    C = validate.features("x", x, "(B, K, C)", 3)[2]
     _check_plan("plan", plan)
-    validate.shape("x", x, "(B, K, C)", (plan.index.shape[0], plan.num_groups, x.shape[2]))
+    validate.shape("x", x, "(B, K, C)", (plan.index.shape[0], plan.num_groups, C))
     validate.same_device("plan.index", plan.index, "x", x)
     if impl == "reference":
         return reference.unmerge(x, plan)
@@ -422,8 +401,8 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
     validate.one_of("impl", impl, IMPL_NAMES)
     _check_plan("plan1", plan1)
     _check_plan("plan2", plan2)
-    validate.shape("plan2.index", plan2.index, "(B, K1)", (plan1.index.shape[0], plan1.num_groups))
-    validate.same_device("plan2.index", plan2.index, "plan1.index", plan1.index)
+    rows = plan1.index.shape[0], plan1.num_groups
+    validate.beside("plan2.index", plan2.index, "(B, K1)", rows, "plan1.index", plan1.index)
     if impl == "reference":
         return reference.compose(plan1, plan2)
     index = ops.compose(plan1.index, plan2.index, plan2.num_groups, impl)
@@ -467,16 +446,11 @@ def soft_merge(
     Source: the soft reading of the Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    _check_tokens(x)
-    meta = _check_queries(q, meta, similarity, temperature)
-    if _rows(q) != tuple(x.shape[:2]):
-        raise ValueError(
-            f"q must have the B and N of x, {validate.shape_text(x.shape[:2])}, got {validate.shape_text(q.shape)}"
-        )
-    validate.same_device("q", q, "x", x)
+    B, N, _ = validate.features("x", x, "(B, N, C)", 3)
+    shape = _check_rows(q, x, (B, N))
+    meta, _ = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("normalize", normalize, validate.NORMALIZATIONS)
     size, positions = size_and_positions(x, size, positions)
-    _check_mask(mask, q)
     if impl == "reference":
         return reference.soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask)
     y, size_out, positions_out, _ = ops.soft_merge(

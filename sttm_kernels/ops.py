@@ -7,7 +7,7 @@ A tensor that was not asked for comes back with shape (0,). Differentiating a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,25 +35,24 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
     """
     _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    _lib.impl(name, partial(_run, name), "CompositeExplicitAutograd")
+    _lib.impl(name, lambda *args: _run(name, _lead(args), args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _listened_to() or not _PLAIN.issuperset(map(type, args)):
             return overload(*args)
-        if _lead(args).is_meta:
+        lead = _lead(args)
+        if lead.is_meta:
             return overload(*args)
-        if torch.is_grad_enabled() and name in _functions:
-            if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-                return _functions[name].apply(*args)
-        return _run(name, *args)
+        if torch.is_grad_enabled() and name in _functions and any(map(_requires_grad, args)):
+            return _functions[name].apply(*args)
+        return _run(name, lead, args)
 
     return call
 
 
-def _run(name: str, *args: Any) -> Any:
-    lead = _lead(args)
+def _run(name: str, lead: Tensor, args: tuple[Any, ...]) -> Any:
     return dispatch.kernel(name, args[-1], _device_type(lead.device), lead.dtype)(*args[:-1])
 
 
@@ -61,6 +60,10 @@ def _run(name: str, *args: Any) -> Any:
 def _device_type(device: torch.device) -> str:
     """Its type, which PyTorch writes out anew every time."""
     return device.type
+
+
+def _requires_grad(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 def _lead(args: tuple[Any, ...]) -> Tensor:
@@ -85,7 +88,7 @@ def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_lib)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = _run(name, *args)
+        output = _run(name, _lead(args), args)
         setup(ctx, args, output)
         return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ SIMILARITIES = ("cosine", "dot", "l2")
 WEIGHTS = ("softmax", "uniform")
 REDUCTIONS = ("mean", "sum", "max", "first")
 NORMALIZATIONS = ("meta", "tokens")
+_NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -27,8 +29,8 @@ def tensor(name: str, value: Any) -> None:
 
 
 def floating(name: str, value: Any) -> None:
-    tensor(name, value)
-    if value.dtype not in FLOATS:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        tensor(name, value)
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
@@ -38,18 +40,35 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be bool, got {value.dtype}")
 
 
-def dims(name: str, value: Tensor, layout: str, *counts: int, batched: int = 3) -> None:
+def dims(name: str, value: Tensor, layout: str, *counts: int, batched: int = 3) -> torch.Size:
     """`layout` is the shape as the docstring writes it; no extent may be 0 but the batch, which comes first in values
-    of at least `batched` dimensions."""
-    if value.dim() not in counts:
-        raise ValueError(f"{name} must have shape {layout}, got {shape_text(value.shape)}")
-    if 0 in (value.shape[1:] if value.dim() >= batched else value.shape):
-        raise ValueError(f"{name} must have shape {layout} with no empty dimension, got {shape_text(value.shape)}")
+    of at least `batched` dimensions. Returns the shape, which costs time to read."""
+    found = value.shape
+    if len(found) not in counts:
+        raise ValueError(f"{name} must have shape {layout}, got {shape_text(found)}")
+    first, *rest = found
+    if 0 in rest or (len(found) < batched and first == 0):
+        raise ValueError(f"{name} must have shape {layout} with no empty dimension, got {shape_text(found)}")
+    return found
+
+
+def features(name: str, value: Any, layout: str, *counts: int) -> torch.Size:
+    """`floating` and `dims`."""
+    floating(name, value)
+    return dims(name, value, layout, *counts)
 
 
 def shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> None:
     if value.shape != expected:
         raise ValueError(f"{name} must have shape {layout} = {shape_text(expected)}, got {shape_text(value.shape)}")
+
+
+def beside(name: str, value: Any, layout: str, expected: tuple[int, ...], other_name: str, other: Tensor) -> None:
+    """`tensor`, `shape` and `same_device`, for less than half of their time."""
+    if not (isinstance(value, Tensor) and value.shape == expected and value.device == other.device):
+        tensor(name, value)
+        shape(name, value, layout, expected)
+        same_device(name, value, other_name, other)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -68,16 +87,16 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -85,12 +104,13 @@ def extents(name: str, value: Any, count: int, layout: str) -> Any:
     if not isinstance(value, (tuple, list)) or len(value) != count:
         raise ValueError(f"{name} must be {layout}, {count} positive integers, got {value!r}")
     for extent in value:
-        integer(f"every extent of {name} {layout}", extent, 1)
+        if type(extent) is not int or extent < 1:
+            integer(f"every extent of {name} {layout}", extent, 1)
     return tuple(value)
 
 
 def partition(value: Any) -> None:
     if isinstance(value, Tensor):
         boolean("partition", value)
-    else:
+    elif value not in PARTITIONS:
         one_of("partition", value, (*PARTITIONS, "a bool tensor"))

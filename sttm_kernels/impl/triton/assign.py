@@ -15,11 +15,11 @@ from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
     KINDS,
-    alignment,
-    by_heads,
+    Pair,
     features,
     finish,
     inverse_norm,
+    paired,
     power_of_two,
     precision,
     products,
@@ -314,40 +314,41 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 
 
 def _forward(
-    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
+    pair: Pair, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
     index: Tensor | None, score: Tensor | None, lse: Tensor, weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse is wanted."""
-    (_, K, D), m_strides = meta.shape, meta.stride()
-    (B, H, N, _), q_strides = by_heads(q)
+    places, B, H, N, K, D, align = pair
+    q = places[0]
     rounding = precision(q.dtype)
     config = _forward_config(q.device, q.dtype, rounding == "ieee", D)
     launch(
         assign_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
-        q, *q_strides, meta, *m_strides, mask, *((0, 0) if mask is None else mask.stride()),
+        *places, mask, *((0, 0) if mask is None else mask.stride()),
         index, score, lse, weight, N, K, 1.0 / temperature,
         config=config, D=D, HEADS=H, SIMILARITY=similarity, CHOOSE=index is not None, SOFT=soft,
-        ALIGN=alignment(q_strides, m_strides), PRECISION=rounding, WIDEN=INTERPRET,
+        ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
 
 
 def assign(
     q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, N = q.shape[0], q.shape[-2]
+    _, B, _, N, *_ = pair = paired(q, meta)
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse = torch.empty_like(score) if soft else score.new_empty(0)
     weight = torch.empty_like(lse)
-    _forward(q, meta, mask, similarity, temperature, soft, index, score, lse, weight)
+    _forward(pair, mask, similarity, temperature, soft, index, score, lse, weight)
     return index, score, lse, weight
 
 
-def token_lse(q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float) -> Tensor:
+def token_lse(pair: Pair, mask: Tensor | None, similarity: str, temperature: float) -> Tensor:
     """logsumexp_k S[n, k], float32 (B, N); 0 where masked."""
-    lse = q.new_empty(q.shape[0], q.shape[-2], dtype=torch.float32)
-    _forward(q, meta, mask, similarity, temperature, True, None, None, lse, None)
+    (q, *_), B, _, N, *_ = pair
+    lse = q.new_empty(B, N, dtype=torch.float32)
+    _forward(pair, mask, similarity, temperature, True, None, None, lse, None)
     return lse
 
 
@@ -363,13 +364,10 @@ def assign_backward(
     temperature: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    (_, K, D), m_strides = meta.shape, meta.stride()
-    (B, H, N, _), q_strides = by_heads(q)
+    places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
     grad_q, grad_meta = q.new_empty(q.shape if need_q else 0), meta.new_empty(meta.shape if need_meta else 0)
-    places = (q, *q_strides, meta, *m_strides)
     soft = grad_lse is not None
-    align = alignment(q_strides, m_strides)
     extents = (N, K, 1.0 / temperature)
     if need_q and not soft:
         config = _gather_config(q.device, D)

@@ -94,12 +94,12 @@ def capability(device: torch.device) -> int:
 
 def configured(
     name: str, bytes_needed: Callable[..., int] | None = None
-) -> Callable[[Callable[..., tuple[Config, ...]]], Callable[..., Config]]:
+) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., Any]]:
     """Makes of a list of configurations the one to launch.
 
     The function below it takes the architecture and a case (what the configurations depend on, hashable) and returns
-    them, best first. What comes of it takes the device and the case and returns the first that fits shared memory, the
-    last if none does; every case is worked out once.
+    them, best first. What comes of it takes the device and the case and returns the first that fits shared memory; if
+    none does the last, which may be None. Every case is worked out once.
 
     Args:
         name: of the kernel without `_kernel`; a test may force its configuration.
@@ -107,15 +107,16 @@ def configured(
             tile that is streamed into a dot, plus what stays resident.
     """
 
-    def decorate(candidates: Callable[..., tuple[Config, ...]]) -> Callable[..., Config]:
+    def decorate(candidates: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         @cache
-        def best(found: int, *case: Any) -> Config:
+        def best(found: int, *case: Any) -> Any:
             configs = candidates(max(arch for arch in ARCHITECTURES if arch <= found), *case)
             if bytes_needed is None:
                 return configs[0]
-            return next((one for one in configs if bytes_needed(one, *case) <= shared_memory(found)), configs[-1])
+            limit = 1024 * SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= found)]
+            return next((one for one in configs if one and bytes_needed(one, *case) <= limit), configs[-1])
 
-        def choose(device: torch.device, *case: Any) -> Config:
+        def choose(device: torch.device, *case: Any) -> Any:
             if _forced and name in _forced:
                 return _forced[name]
             return best(capability(device), *case)
@@ -123,12 +124,6 @@ def configured(
         return choose
 
     return decorate
-
-
-@cache
-def shared_memory(found: int) -> int:
-    """Bytes of shared memory that one program may have at this compute capability (times ten)."""
-    return 1024 * SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= found)]
 
 
 def fixed(name: str, config: Config) -> Config:

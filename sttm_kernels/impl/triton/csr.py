@@ -55,13 +55,14 @@ def count_tokens(index, rank, cursor, first, end, K, BLOCK: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def sort_tokens(index, rank, cursor, order, offsets, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+def sort_tokens(index, rank, order, offsets, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
     """`order` and `offsets` of one batch item by one program. All pointers are those of the item."""
-    count_tokens(index, rank, cursor, 0, N, K, BLOCK, BLOCK_PAIRS)
+    count_tokens(index, rank, offsets, 0, N, K, BLOCK, BLOCK_PAIRS)
     placed = 0
     for start in range(0, K + 1, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        members = tl.load(cursor + k, mask=k <= K, other=0)
+        members = tl.load(offsets + k, mask=k <= K, other=0)
+        tl.debug_barrier()  # starts take the places of the counts
         tl.store(offsets + k, placed + tl.cumsum(members, 0) - members, mask=k <= K)
         placed += tl.sum(members, 0)
     tl.debug_barrier()
@@ -74,12 +75,12 @@ def sort_tokens(index, rank, cursor, order, offsets, N, K, BLOCK: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["N", "K"])
-def sort_kernel(index, scratch, order, offsets, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
-    """One program per batch item; `scratch` is (B, N + K + 1)."""
-    item = tl.program_id(0).to(tl.int64)
-    tokens, groups = item * N, item * (K + 1)
-    rank = scratch + tokens + groups
-    sort_tokens(index + tokens, rank, rank + N, order + tokens, offsets + groups, N, K, BLOCK, BLOCK_PAIRS)
+def sort_kernel(index, groups, N, K, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+    """One program per batch item; ranks go behind what `csr` returns."""
+    item, B = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    order = groups + item * N
+    offsets = groups + B * N + item * (K + 1)
+    sort_tokens(index + item * N, order + B * (N + K + 1), order, offsets, N, K, BLOCK, BLOCK_PAIRS)
 
 
 @triton.jit(do_not_specialize=["N", "K", "chunk", "chunks"])
@@ -136,16 +137,21 @@ COUNT = Config(16, 1, {"BLOCK": 1024, "BLOCK_PAIRS": 64})
 PLACE = Config(4, 1, {"BLOCK": 1024})
 
 
-def csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """`order` (B, N) and `offsets` (B, K + 1) of an index (B, N), contiguous."""
+def csr(index: Tensor, num_groups: int) -> Tensor:
+    """`order` (B, N) and behind it `offsets` (B, K + 1) of an index (B, N), contiguous: one allocation, not three."""
     (B, N), K = index.shape, num_groups
-    order, offsets = torch.empty_like(index), index.new_empty(B, K + 1)
     if N <= ONE_PROGRAM:
-        scratch = index.new_empty(B, N + K + 1)
-        launch(sort_kernel, (B,), index, scratch, order, offsets, N, K, config=fixed("sort", SORT))
+        groups = index.new_empty(B * (2 * N + K + 1))
+        launch(sort_kernel, (B,), index, groups, N, K, config=fixed("sort", SORT))
     else:
-        sort_chunks(index, order, offsets)
-    return order, offsets
+        groups = index.new_empty(B * (N + K + 1))
+        sort_chunks(index, *parts(groups, B, N, K))
+    return groups
+
+
+def parts(groups: Tensor, B: int, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """`order` and `offsets` of what `csr` returns."""
+    return groups[: B * N].view(B, N), groups[B * N : B * (N + K + 1)].view(B, K + 1)
 
 
 def sort_chunks(index: Tensor, order: Tensor, offsets: Tensor) -> None:

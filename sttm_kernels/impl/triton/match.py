@@ -161,7 +161,7 @@ def _candidates(score, partner, start, N, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "r", "num_prefix", "sorting"])
 def select_kernel(
-    score, partner, index, cursor, order, offsets, N, r, num_prefix, sorting,
+    score, partner, index, order, offsets, N, r, num_prefix, sorting,
     BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program per batch item. Sorts the tokens by group if `sorting`, in the place of `partner`."""
@@ -216,8 +216,7 @@ def select_kernel(
         tl.store(index + n, tl.load(index + other, mask=merged, other=0), mask=merged)
     tl.debug_barrier()
     if sorting != 0:
-        groups = item * (K + 1)
-        sort_tokens(index, partner, cursor + groups, order + item * N, offsets + groups, N, K, BLOCK, BLOCK_PAIRS)
+        sort_tokens(index, partner, order + item * N, offsets + item * (K + 1), N, K, BLOCK, BLOCK_PAIRS)
 
 
 READ_AGAIN = 2
@@ -295,8 +294,7 @@ def match(
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
     sorting = N <= ONE_PROGRAM
-    cursor = torch.empty_like(offsets) if sorting else offsets
-    args = (score, partner, index, cursor, order, offsets, N, r, num_prefix, int(sorting))
+    args = (score, partner, index, order, offsets, N, r, num_prefix, int(sorting))
     launch(select_kernel, (B,), *args, config=fixed("select", SORT))
     if not sorting:
         sort_chunks(index, order, offsets)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured, fixed
-from sttm_kernels.impl.triton.csr import csr
+from sttm_kernels.impl.triton.csr import csr, parts
 from sttm_kernels.impl.triton.launch import aligned, launch, recorded
 from sttm_kernels.impl.triton.similarity import alignment, power_of_two, product
 
@@ -119,7 +119,10 @@ def merge_kernel(
     REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of groups and slice of channels; those of the first slice write what has no channels."""
+    """One program per block of groups and slice of channels; those of the first slice write what has no channels.
+
+    Without `offsets`, `order` is what `csr` returns.
+    """
     tiles = tl.cdiv(K, BLOCK_K)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * BLOCK_K
@@ -129,6 +132,8 @@ def merge_kernel(
     lead = tl.program_id(1) == 0
     x_at = x + item * aligned(stride_xb, ALIGN) + (c.to(tl.int64) * stride_xc)[None, :]
     step = aligned(stride_xn, ALIGN)
+    if offsets is None:
+        offsets = order + (tl.num_programs(0) // tiles).to(tl.int64) * N
     order += item * N
     offsets += item * (K + 1)
     tokens = item * N
@@ -340,17 +345,14 @@ def merge(
         args = (x, *strides, index.contiguous(), *features)
         launch(merge_few_kernel, grid, *args, config=config, WIDEN=INTERPRET, **constants)
         return y, size_out, positions_out, mass
-    order, offsets = _groups(index, K, order, offsets)
+    if order is None or offsets is None:
+        order, offsets = csr(index.contiguous(), K), None
+    else:
+        order, offsets = order.contiguous(), offsets.contiguous()
     config = _merge_config(x.device, C, P, N >= LONG_GROUPS * K, x.element_size())
     grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
     launch(merge_kernel, grid, x, *strides, order, offsets, *features, config=config, **constants)
     return y, size_out, positions_out, mass
-
-
-def _groups(index: Tensor, num_groups: int, order: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    if order is None or offsets is None:
-        return csr(index.contiguous(), num_groups)
-    return order.contiguous(), offsets.contiguous()
 
 
 @triton.jit(
@@ -584,7 +586,9 @@ def merge_backward(
     centred = through_y or through_positions
     to_winners = need_x and grad_y is not None and reduce == "max"
     if centred or to_winners or reduce == "first":
-        order, offsets = _groups(index, K, order, offsets)
+        if order is None or offsets is None:
+            order, offsets = parts(csr(index, K), B, N, K)
+        order, offsets = order.contiguous(), offsets.contiguous()
     else:
         order = offsets = None
 

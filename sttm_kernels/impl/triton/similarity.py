@@ -34,6 +34,16 @@ def by_heads(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (B, 1, N, D), (stride_b, 0, stride_n, stride_d)
 
 
+Pair = tuple[tuple[Any, ...], int, int, int, int, int, int]
+
+
+def paired(q: Tensor, meta: Tensor) -> Pair:
+    """q and meta (B, K, D) as kernels take them, each with its strides; B, H, N, K, D; the `alignment` of both."""
+    (B, H, N, D), q_strides = by_heads(q)
+    m_strides = meta.stride()
+    return (q, *q_strides, meta, *m_strides), B, H, N, meta.shape[1], D, alignment(q_strides, m_strides)
+
+
 def alignment(*strides: tuple[int, ...]) -> int:
     """The largest power of two up to 16 that divides all strides of these tensors but the last: ALIGN of `aligned`.
 

@@ -8,8 +8,9 @@ the weights' sums ride along with the first slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from sttm_kernels.impl.triton.similarity import (
     KINDS,
     alignment,
     as_operand,
-    by_heads,
     features,
     finish,
+    paired,
     power_of_two,
     precision,
     product,
@@ -403,12 +404,13 @@ def soft_merge_grad_metric_kernel(
 
 
 def _configs(
-    arch: int, dtype: torch.dtype, element: int, exact: bool, D: int, width: int, own: str, other: str
+    arch: int, dtype: torch.dtype, q_dtype: torch.dtype, exact: bool, D: int, width: int, own: str, other: str
 ) -> tuple[Config, ...]:
     """Blocks of the rows of both sides, of D, and of the slice of `width` features that a product fills.
 
-    `dtype` is that of x, `element` the bytes of the wider of x and q.
+    `dtype` is that of x.
     """
+    element = max(dtype.itemsize, q_dtype.itemsize)
     # mma of sm_80 keeps its operands in registers, and float32 ones are twice as wide.
     widest = 32 if arch == 80 or element == 4 else 64
     block_d = power_of_two(D) if D <= widest else widest
@@ -424,30 +426,26 @@ def _configs(
 
 
 def _shared(
-    config: Config, dtype: torch.dtype, element: int, exact: bool, D: int, width: int, own: str, other: str
+    config: Config, dtype: torch.dtype, q_dtype: torch.dtype, exact: bool, D: int, width: int, own: str, other: str
 ) -> int:
-    blocks = config.blocks
+    blocks, element = config.blocks, max(dtype.itemsize, q_dtype.itemsize)
     a, b, d, part = blocks[own], blocks[other], blocks["BLOCK_D"], blocks["SLICE"]
     wide = 4 if dtype == torch.float16 else element  # float16 values are widened before they are multiplied
     return config.num_stages * (element * d * (a + b) + element * part * b) + (wide - element) * part * b + 4 * a * b
 
 
-_forward_config = configured("soft_merge", _shared)(_configs)
-_grad_x_config = configured("soft_merge_grad_x", _shared)(_configs)
-_grad_metric_config = configured("soft_merge_grad_metric", _shared)(_configs)
+def _config(name: str, own: str = "BLOCK_OWN", other: str = "BLOCK_OTHER") -> Callable[..., Config]:
+    return configured(name, partial(_shared, own=own, other=other))(partial(_configs, own=own, other=other))
 
 
-def _case(
-    x: Tensor, q: Tensor, rounding: str, width: int, own: str = "BLOCK_OWN", other: str = "BLOCK_OTHER"
-) -> tuple[Any, ...]:
-    """What the configurations depend on, after the device."""
-    element = max(x.element_size(), q.element_size())
-    return x.dtype, element, rounding == "ieee", q.shape[-1], width, own, other
+_forward_config = _config("soft_merge", "BLOCK_K", "BLOCK_N")
+_grad_x_config = _config("soft_merge_grad_x")
+_grad_metric_config = _config("soft_merge_grad_metric")
 
 
 def _strided(t: Tensor | None, dims: int) -> tuple[Any, ...]:
     """A tensor that may be absent, and its strides."""
-    return (None, *[0] * dims) if t is None else (t, *t.stride())
+    return (None, 0, 0, 0)[: dims + 1] if t is None else (t, *t.stride())
 
 
 def soft_merge(
@@ -461,27 +459,25 @@ def soft_merge(
     temperature: float,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (_, N, C), x_strides = x.shape, x.stride()
-    (B, K, D), m_strides = meta.shape, meta.stride()
-    (_, H, _, _), q_strides = by_heads(q)
+    C, x_strides = x.shape[2], x.stride()
+    pair = paired(q, meta)
+    places, B, H, N, K, D, align = pair
     P = 0 if positions is None else positions.shape[-1]
     y = x.new_empty(B, K, C)
     size_out = x.new_empty(B, K, dtype=torch.float32)
     positions_out = size_out.new_empty(B, K, P)
     over_meta = normalize == "meta"
-    lse = token_lse(q, meta, mask, similarity, temperature) if over_meta else torch.empty_like(size_out)
+    lse = token_lse(pair, mask, similarity, temperature) if over_meta else torch.empty_like(size_out)
     rounding = precision(x.dtype, q.dtype)
-    config = _forward_config(q.device, *_case(x, q, rounding, C, "BLOCK_K", "BLOCK_N"))
+    config = _forward_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
     blocks = config.blocks
     launch(
         soft_merge_kernel,
         (B * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
-        q, *q_strides, meta, *m_strides, x, *x_strides,
-        *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
+        *places, x, *x_strides, *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
         y, size_out, positions_out, lse, N, K, 1.0 / temperature,
         config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, OVER_META=over_meta,
-        ALIGN=alignment(q_strides, m_strides, x_strides), PRECISION=rounding, WIDEN=INTERPRET,
-        BLOCK_P=power_of_two(P, 1),
+        ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, WIDEN=INTERPRET, BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
     return y, size_out, positions_out, lse
 
@@ -509,9 +505,8 @@ def soft_merge_backward(
     need_positions = need_positions and positions is not None
     if positions is None:
         grad_positions = None
-    (_, N, C), x_strides = x.shape, x.stride()
-    (B, K, D), m_strides = meta.shape, meta.stride()
-    (_, H, _, _), q_strides = by_heads(q)
+    C, x_strides = x.shape[2], x.stride()
+    metric, B, H, N, K, D, align = paired(q, meta)
     P = 0 if positions is None else positions.shape[-1]
     over_meta = normalize == "meta"
     grad_x, grad_q, grad_meta = (
@@ -524,7 +519,6 @@ def soft_merge_backward(
         grad_meta.zero_()
         need_q = need_meta = False
 
-    metric = (q, *q_strides, meta, *m_strides)
     rounding = precision(x.dtype, q.dtype)
     extents = (N, K, 1.0 / temperature)
     token = (*_strided(size, 2), *_strided(mask, 2))
@@ -535,13 +529,13 @@ def soft_merge_backward(
         "HEADS": H,
         "SIMILARITY": similarity,
         "OVER_META": over_meta,
-        "ALIGN": alignment(q_strides, m_strides, x_strides),
+        "ALIGN": gcd(align, alignment(x_strides)),
         "G_ALIGN": 1 if grad_y is None else alignment(grad_y.stride()),
         "PRECISION": rounding,
         "WIDEN": INTERPRET,
     }
     if need_x or need_positions:
-        config = _grad_x_config(q.device, *_case(x, q, rounding, C))
+        config = _grad_x_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
         blocks = config.blocks
         launch(
             soft_merge_grad_x_kernel,
@@ -564,7 +558,7 @@ def soft_merge_backward(
     need_mean = need_size or (over_meta and (need_q or need_meta))
     passes = (("size", N, need_mean, nothing), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
     grad_size_in = mass.new_empty(B, N) if need_mean else nothing
-    config = _grad_metric_config(q.device, *_case(x, q, rounding, min(D, 128)))
+    config = _grad_metric_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, min(D, 128))
     blocks = config.blocks
     for of, rows, needed, grad in passes:
         if needed:

@@ -13,29 +13,19 @@ A token whose features are not finite spoils its own group alone.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
-from sttm_kernels.impl.triton.config import (
-    ARCHITECTURES,
-    INTERPRET,
-    Config,
-    Specialization,
-    capability,
-    configured,
-    shared_memory,
-)
+from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured
 from sttm_kernels.impl.triton.launch import aligned, launch, recorded
 from sttm_kernels.impl.triton.merge import dense, items, merge
 from sttm_kernels.impl.triton.similarity import (
     alignment,
-    by_heads,
     features,
+    paired,
     precision,
     product,
     rows_at,
@@ -189,16 +179,19 @@ def assign_merge(
     temperature: float,
     soft: bool,
 ) -> tuple[Tensor, ...]:
-    (B, N, C), x_strides = x.shape, x.stride()
-    (_, K, D), m_strides = meta.shape, meta.stride()
+    C, x_strides = x.shape[2], x.stride()
     q = x if q is None else q
-    config = _one_launch(x, N, K)
+    places, B, H, N, K, D, align = paired(q, meta)
+    rounding = precision(x.dtype)
+    config = None
+    if N <= MAX_TOKENS and K <= MAX_GROUPS and rounding != "ieee":
+        block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
+        config = _config(x.device, 64 if N <= 64 else MAX_TOKENS, block_k, x.element_size())
     if config is None:
         plan = assign(q, meta, mask, similarity, temperature, soft)
         weight = plan[3] if soft else None
         return *plan, *merge(x, plan[0], K, weight, size, positions, fill, None, None, "mean")
 
-    (_, H, _, _), q_strides = by_heads(q)
     P = 0 if positions is None else positions.shape[2]
     index = x.new_empty(B, N, dtype=torch.int32)
     score = x.new_empty(B, N, dtype=torch.float32)
@@ -210,30 +203,17 @@ def assign_merge(
     launch(
         assign_merge_kernel,
         (B,),
-        x, *x_strides, q, *q_strides, meta, *m_strides,
+        x, *x_strides, *places,
         dense(mask), dense(size), *items(positions), *items(fill),
         index, score, lse, weight, y, size_out, positions_out, mass,
         N, K, 1.0 / temperature,
         config=config,
         C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, SOFT=soft,
-        ALIGN_X=alignment(x_strides), ALIGN=alignment(q_strides, m_strides),
-        PRECISION=precision(x.dtype), WIDEN=INTERPRET,
+        ALIGN_X=alignment(x_strides), ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
     return index, score, lse, weight, y, size_out, positions_out, mass
 
 
-def _one_launch(x: Tensor, N: int, K: int) -> Config | None:
-    """None if the frame, the precision or the shared memory of the GPU asks for two launches."""
-    if N > MAX_TOKENS or K > MAX_GROUPS or precision(x.dtype) == "ieee":
-        return None
-    block_n = 64 if N <= 64 else MAX_TOKENS
-    block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
-    device, itemsize = x.device, x.element_size()
-    config = _config(device, block_n, block_k, itemsize)
-    return config if _bytes_needed(config, block_n, block_k, itemsize) <= shared_memory(capability(device)) else None
-
-
-@cache
 def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> int:
     rows, d, c = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_D", "BLOCK_C"))
     similarity = config.num_stages * (rows + block_k) * d
@@ -242,20 +222,14 @@ def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> 
 
 
 @configured("assign_merge", _bytes_needed)
-def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Config, ...]:
-    """For the bucket that holds N and K: nothing is compiled for N or K itself."""
+def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Config | None, ...]:
+    """For the bucket that holds N and K: nothing is compiled for N or K itself. None: it takes two launches."""
     warps = 4 if block_n == 64 else 8
     widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
     if arch < 90:
         widths = widths[1:]  # a third stage spills there
-    return tuple(
-        Config(
-            warps,
-            stages,
-            {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64, "BLOCK_D": width, "BLOCK_C": width},
-        )
-        for width, stages in widths
-    )
+    blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
+    return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None
 
 
 def specializations() -> list[Specialization]:
