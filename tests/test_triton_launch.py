@@ -107,17 +107,27 @@ def test_float32_products_round_as_pytorch_is_told_to(setting, expected):
 
 
 def test_a_configuration_must_fit_shared_memory():
-    candidates = tuple(config.Config(4, stages, {"BLOCK": 64}) for stages in (4, 2, 1))
     device = torch.device("cpu")
+    candidates = [config.Config(4, stages, {"BLOCK": 64}) for stages in (4, 2, 1)]
+    asked = []
 
-    def chosen(arch):
+    @config.configured("none", lambda one, size: one.num_stages * size)
+    def choose(arch, size):
+        asked.append(arch)
+        return *candidates, None
+
+    def chosen(arch, size):
         with config.forced_architecture(arch):
-            return config.pick("none", candidates, device, lambda one: one.num_stages * 60 * 1024).num_stages
+            return choose(device, size)
 
-    assert [chosen(arch) for arch in (80, 86, 89, 90, 100, 120)] == [2, 1, 1, 2, 2, 1]
+    for _ in range(2):
+        stages = [chosen(arch, 60 * 1024).num_stages for arch in (80, 86, 89, 90, 100, 120)]
+        assert stages == [2, 1, 1, 2, 2, 1]
+    assert asked == [80, 80, 80, 90, 100, 100]
+    assert chosen(90, 2**30) is None
     with config.forced("none", 8, 3, BLOCK=16):
-        assert config.pick("none", candidates, device).blocks == {"BLOCK": 16}
-    assert config.pick("none", candidates, device) is candidates[0]
+        assert choose(device, 1).blocks == {"BLOCK": 16}
+    assert choose(device, 1) is candidates[0]
 
 
 @compiled

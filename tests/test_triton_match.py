@@ -251,4 +251,4 @@ def test_tokens_are_sorted_by_group(N, K, kind, chunked, blocks, request, guarde
     grouped = torch.where((index < 0) | (index >= K), K, index)
     assert_order(grouped, K, order, offsets)
     held.check("index")
-    assert len(guarded_outputs) >= 4
+    assert guarded_outputs

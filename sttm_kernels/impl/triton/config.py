@@ -81,15 +81,11 @@ _forced_arch: list[int] = []
 
 @cache
 def _capability(device: torch.device) -> int:
+    """Compute capability times ten of the GPU; 80 under the interpreter and for tensors without data."""
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def capability(device: torch.device) -> int:
-    """Compute capability times ten of the GPU; 80 under the interpreter and for tensors without data."""
-    return _forced_arch[-1] if _forced_arch else _capability(device)
 
 
 def configured(
@@ -114,12 +110,12 @@ def configured(
             if bytes_needed is None:
                 return configs[0]
             limit = 1024 * SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= found)]
-            return next((one for one in configs if one and bytes_needed(one, *case) <= limit), configs[-1])
+            return next((one for one in configs if one is not None and bytes_needed(one, *case) <= limit), configs[-1])
 
         def choose(device: torch.device, *case: Any) -> Any:
             if _forced and name in _forced:
                 return _forced[name]
-            return best(capability(device), *case)
+            return best(_forced_arch[-1] if _forced_arch else _capability(device), *case)
 
         return choose
 

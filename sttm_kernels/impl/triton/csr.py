@@ -94,7 +94,7 @@ def count_kernel(index, rank, cursor, N, K, chunk, chunks, BLOCK: tl.constexpr, 
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "K", "chunks"])
+@triton.jit(do_not_specialize=["N", "K", "chunks"], do_not_specialize_on_alignment=["offsets"])
 def start_kernel(index, cursor, offsets, N, K, chunks, BLOCK: tl.constexpr):
     """One program per block of groups of a batch item: where they start, and from where each chunk fills them."""
     tiles = tl.cdiv(K + 1, BLOCK)
@@ -117,7 +117,7 @@ def start_kernel(index, cursor, offsets, N, K, chunks, BLOCK: tl.constexpr):
     tl.store(offsets + item * (K + 1) + k, starts, mask=k <= K)
 
 
-@triton.jit(do_not_specialize=["N", "K", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["N", "K", "chunk", "chunks"], do_not_specialize_on_alignment=["offsets"])
 def place_kernel(index, rank, cursor, order, offsets, N, K, chunk, chunks, BLOCK: tl.constexpr):
     """One program per block of tokens of a batch item."""
     tiles = tl.cdiv(N, BLOCK)
@@ -150,7 +150,7 @@ def csr(index: Tensor, num_groups: int) -> Tensor:
 
 
 def parts(groups: Tensor, B: int, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """`order` and `offsets` of what `csr` returns."""
+    """`order` and `offsets` of what `csr` returns; where the second starts, and so how it is aligned, varies with N."""
     return groups[: B * N].view(B, N), groups[B * N : B * (N + K + 1)].view(B, K + 1)
 
 

@@ -356,7 +356,8 @@ def merge(
 
 
 @triton.jit(
-    do_not_specialize=[one for one in _EXTENTS if one != "stride_fb"], do_not_specialize_on_alignment=["stride_xc"]
+    do_not_specialize=[one for one in _EXTENTS if one != "stride_fb"],
+    do_not_specialize_on_alignment=["stride_xc", "offsets"],
 )
 def merge_backward_kernel(
     grad_y, stride_gb, grad_size, grad_positions, stride_qb,
@@ -459,7 +460,7 @@ def _store_weight_grads(
         tl.store(grad_size_in + token, tl.where(member, value, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"], do_not_specialize_on_alignment=["offsets"])
 def centre_kernel(
     dot, order, offsets, weight, size, mass, grad_size, grad_weight, grad_size_in, N, K,
     REDUCE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -498,7 +499,8 @@ def centre_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "K", "stride_gb", "stride_xb", "stride_xn"], do_not_specialize_on_alignment=["stride_xc"]
+    do_not_specialize=["N", "K", "stride_gb", "stride_xb", "stride_xn"],
+    do_not_specialize_on_alignment=["stride_xc", "offsets"],
 )
 def merge_max_backward_kernel(
     grad_y, stride_gb, x, stride_xb, stride_xn, stride_xc, y, order, offsets, mass, grad_x, N, K,

@@ -50,10 +50,10 @@ def alignment(*strides: tuple[int, ...]) -> int:
     It is 1 if features are not adjacent, as nothing is won.
     """
     divisor = 16
-    for *outer, inner in strides:
-        if inner != 1:
+    for each in strides:
+        if each[-1] != 1:
             return 1
-        divisor = math.gcd(divisor, *outer)
+        divisor = math.gcd(divisor, *each[:-1])
     return divisor
 
 
