@@ -7,7 +7,7 @@ A tensor that was not asked for comes back with shape (0,). Differentiating a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
     """
     _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    _lib.impl(name, lambda *args: _run(name, _lead(args), args), "CompositeExplicitAutograd")
+    _lib.impl(name, partial(_run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -43,16 +43,18 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
         if torch.compiler.is_compiling() or _listened_to() or not _PLAIN.issuperset(map(type, args)):
             return overload(*args)
         lead = _lead(args)
-        if lead.is_meta:
+        device_type = _device_type(lead.device)
+        if device_type == "meta":
             return overload(*args)
         if torch.is_grad_enabled() and name in _functions and any(map(_requires_grad, args)):
             return _functions[name].apply(*args)
-        return _run(name, lead, args)
+        return dispatch.kernel(name, args[-1], device_type, lead.dtype)(*args[:-1])
 
     return call
 
 
-def _run(name: str, lead: Tensor, args: tuple[Any, ...]) -> Any:
+def _run(name: str, *args: Any) -> Any:
+    lead = _lead(args)
     return dispatch.kernel(name, args[-1], _device_type(lead.device), lead.dtype)(*args[:-1])
 
 
@@ -88,7 +90,7 @@ def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_lib)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = _run(name, _lead(args), args)
+        output = _run(name, *args)
         setup(ctx, args, output)
         return output
 

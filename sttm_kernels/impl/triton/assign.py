@@ -313,11 +313,11 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
     )
 
 
-def _forward(
+def forward(
     pair: Pair, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
     index: Tensor | None, score: Tensor | None, lse: Tensor, weight: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launches the kernel; without an index only lse is wanted."""
+    """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
     places, B, H, N, K, D, align = pair
     q = places[0]
     rounding = precision(q.dtype)
@@ -335,21 +335,14 @@ def _forward(
 def assign(
     q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, B, _, N, *_ = pair = paired(q, meta)
+    pair = paired(q, meta)
+    B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse = torch.empty_like(score) if soft else score.new_empty(0)
     weight = torch.empty_like(lse)
-    _forward(pair, mask, similarity, temperature, soft, index, score, lse, weight)
+    forward(pair, mask, similarity, temperature, soft, index, score, lse, weight)
     return index, score, lse, weight
-
-
-def token_lse(pair: Pair, mask: Tensor | None, similarity: str, temperature: float) -> Tensor:
-    """logsumexp_k S[n, k], float32 (B, N); 0 where masked."""
-    (q, *_), B, _, N, *_ = pair
-    lse = q.new_empty(B, N, dtype=torch.float32)
-    _forward(pair, mask, similarity, temperature, True, None, None, lse, None)
-    return lse
 
 
 def assign_backward(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.assign import token_lse
+from sttm_kernels.impl.triton.assign import forward
 from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured, fixed
 from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
@@ -467,7 +467,9 @@ def soft_merge(
     size_out = x.new_empty(B, K, dtype=torch.float32)
     positions_out = size_out.new_empty(B, K, P)
     over_meta = normalize == "meta"
-    lse = token_lse(pair, mask, similarity, temperature) if over_meta else torch.empty_like(size_out)
+    lse = size_out.new_empty(B, N if over_meta else K)
+    if over_meta:
+        forward(pair, mask, similarity, temperature, True, None, None, lse, None)
     rounding = precision(x.dtype, q.dtype)
     config = _forward_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
     blocks = config.blocks
