@@ -138,7 +138,7 @@ PLACE = Config(4, 1, {"BLOCK": 1024})
 
 
 def csr(index: Tensor, num_groups: int) -> Tensor:
-    """`order` (B, N) and behind it `offsets` (B, K + 1) of an index (B, N), contiguous: one allocation, not three."""
+    """`order` (B, N) and behind it `offsets` (B, K + 1) of an index (B, N), contiguous, in one allocation."""
     (B, N), K = index.shape, num_groups
     if N <= ONE_PROGRAM:
         groups = index.new_empty(B * (2 * N + K + 1))
