@@ -29,8 +29,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def extra(module: str, package: str) -> ModuleType:
-    """Imports a module that only the demo needs.
+def extra(module: str, package: str, command: str = "demo", name: str = "demo") -> ModuleType:
+    """Imports a module that only one command needs; `name` is the extra of this package that brings it.
 
     Raises:
         InputError: it cannot be imported; the message says what to install.
@@ -38,7 +38,7 @@ def extra(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"the demo needs {package} ({error}): pip install 'sttm_kernels[demo]'") from None
+        raise InputError(f"the {command} needs {package} ({error}): pip install 'sttm_kernels[{name}]'") from None
 
 
 def progress(items: Iterable[Any], total: int, title: str) -> Any:

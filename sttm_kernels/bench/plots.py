@@ -1,0 +1,356 @@
+"""Pictures of rows of one device and dtype, each a PNG; needs matplotlib.
+
+A drawing function takes rows that `compare.latest` left and a path; it returns whether there was something to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sttm_kernels.bench import compare, results
+from sttm_kernels.bench.compare import MODELS, OURS, SCALING, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+WIDTH, DPI = 10.0, 120
+INK, FAINT, GRID = "#222222", "#767676", "#dddddd"
+FASTER, SLOWER = "#0072b2", "#d55e00"
+PALETTE = (FASTER, SLOWER, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+"""Okabe and Ito's, which colour-blind people tell apart, without its yellow."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+LINES = ("-", "--", "-.", ":")
+OVER = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+"""Behind text that lines run through."""
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5.5,
+    "lines.markeredgecolor": "white",
+}
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """All pictures of all devices and dtypes; returns those that there was something to see on."""
+    import matplotlib
+
+    drawn = []
+    for (device, dtype), of in compare.grouped(rows, lambda row: (row["device"], row["dtype"])).items():
+        for name, picture in PICTURES.items():
+            path = folder / file_name(device, dtype, name)
+            with matplotlib.rc_context(STYLE):
+                if picture(of, path):
+                    drawn.append(path)
+    return drawn
+
+
+def file_name(device: str, dtype: str, picture: str) -> str:
+    return f"{results.slug(device)}-{dtype}-{picture}.png"
+
+
+def speed_up(rows: Sequence[Row], path: Path) -> bool:
+    """How many times faster the best implementation of the package is than each rival."""
+    subjects = compare.grouped((row for row in rows if row["suite"] not in (MODELS, SCALING)), compare.point).values()
+    blocks = [
+        (f"{compare.title(of[0])}: {of[0]['operation']}", [(row, compare.speed_up(of, row)) for row in rivals])
+        for of in subjects
+        if (rivals := [row for row in of if compare.is_rival(row)])
+    ]
+    if not blocks:
+        return False
+    figure = _figure(rows, "Speed-up over rivals", 0.21 * sum(1.3 + len(bars) for _, bars in blocks) + 1.1)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    y = 0.0
+    ticks: list[tuple[float, str]] = []
+    for title, bars in blocks:
+        axes.text(0.005, y, title, transform=axes.get_yaxis_transform(), va="center", weight="bold", size=8, bbox=OVER)
+        for row, ratio in bars:
+            y += 1
+            ticks.append((y, row["impl"]))
+            if ratio is None:
+                reason = "ours has no time" if compare.timed(row) else row["check"]
+                axes.text(1, y, f"  {_short(reason)}", va="center", size=8, color=FAINT)
+                continue
+            slower = ratio < 1
+            axes.barh(y, ratio - 1, left=1, height=0.74, color=SLOWER if slower else FASTER)
+            axes.annotate(
+                f"{ratio:.2f} x, slower" if slower else f"{ratio:.2f} x",
+                (ratio, y),
+                (-4 if slower else 4, -0.5),
+                textcoords="offset points",
+                ha="right" if slower else "left",
+                va="center",
+                size=8,
+            )
+        y += 1.3
+    ratios = [ratio for _, bars in blocks for _, ratio in bars if ratio is not None]
+    least, most = min([0.95, *ratios]), max([2.0, *ratios])
+    room = (most / least) ** 0.15
+    axes.set_xlim(least / (room if least < 0.95 else 1), most * room)
+    axes.set_ylim(y - 0.6, -0.9)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    _plain(axes.xaxis, " x")
+    axes.set_xlabel("time of the rival over that of the package's best implementation, in the same run")
+    return _save(figure, path)
+
+
+def roofline(rows: Sequence[Row], path: Path) -> bool:
+    """Bytes per second against operations per byte.
+
+    The roof is the bandwidth, up to where arithmetic takes longer; the distance to it is the distance to the floor. In
+    bytes, operations that compute nothing have a place too.
+    """
+    points = [
+        row
+        for row in rows
+        if row["suite"] not in (MODELS, SCALING) and row["impl"] in OURS and compare.timed(row) and row["bandwidth"]
+    ]
+    if not points:
+        return False
+    at = [_of(row, "flops") / _of(row, "bytes") for row in points]
+    rates = [1e6 * _of(row, "bytes") / _of(row, "p50_us") for row in points]
+    roofs = sorted({(_of(row, "bandwidth"), _of(row, "flop_rate")) for row in points})
+    marks = [1.0, *(x for x in at if x > 0), *(flop_rate / bandwidth for bandwidth, flop_rate in roofs)]
+    low, high = min(marks) / 2, max(marks) * 8
+    nothing = low / 2 if 0 in at else low
+    left = nothing / 2.5
+
+    figure = _figure(rows, "Roofline: how near the kernels come to what the device can move and multiply", 5.8)
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlim=(left, high))
+    axes.set_ylim(min(rates) / 2, max(rates + [bandwidth for bandwidth, _ in roofs]) * 2.5)
+    for bandwidth, flop_rate in roofs:
+        for share in (1, 0.5, 0.1):
+            ys = [share * bandwidth, share * bandwidth, share * flop_rate / high]
+            ink, line = (INK, "-") if share == 1 else (FAINT, ":")
+            axes.plot([left, flop_rate / bandwidth, high], ys, line, color=ink, linewidth=1.6 if share == 1 else 0.9)
+    bandwidth, flop_rate = roofs[-1]
+    for share, text in ((1, f"copies: {_si(bandwidth)}B/s"), (0.5, "50 %"), (0.1, "10 %")):
+        colour = INK if share == 1 else FAINT
+        axes.annotate(text, (left, share * bandwidth), (5, 3), textcoords="offset points", size=8, color=colour)
+    between = (flop_rate / bandwidth * high) ** 0.5
+    axes.annotate(
+        f"products: {_si(flop_rate)}FLOP/s", (between, flop_rate / between), (4, 4), textcoords="offset points", size=8
+    )
+    colours, markers = _colours(rows), _markers(rows)
+    for row, x, rate in zip(points, at, rates, strict=True):
+        axes.plot(max(x, nothing), rate, markers[row["impl"]], color=colours[row["operation"]], alpha=0.85)
+    if 0 in at:
+        axes.axvline(low / 2**0.5, color=FAINT, linewidth=0.7)
+    decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    ticks = [*[nothing] * (0 in at), *decades]
+    axes.set_xticks(ticks, [f"{x:g}" if x in decades else "0" for x in ticks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{_si(value)}B/s")
+    axes.set_xlabel("floating-point operations per byte that must be moved (dotted: half and a tenth of the roof)")
+    used = [(name, "o", colours[name]) for name in colours if any(row["operation"] == name for row in points)]
+    used += [(name, markers[name], FAINT) for name in markers if any(row["impl"] == name for row in points)]
+    _legend(axes, used)
+    return _save(figure, path)
+
+
+def scaling(rows: Sequence[Row], path: Path) -> bool:
+    """Time against N, and smaller against every other axis that was measured."""
+    curves = [curve for curve in compare.curves(rows) if curve.points]
+    names = [name for name in compare.AXES if any(curve.axis == name for curve in curves)]
+    if not names:
+        return False
+    heights = [5.4, 2.8] if names[1:] else [5.4]
+    figure = _figure(rows, "Time of one call against size", sum(heights))
+    bands = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    panels = [bands[0].subplots()]
+    if names[1:]:
+        panels += list(bands[1].subplots(1, len(names) - 1, squeeze=False, sharey=True)[0])
+    colours, markers = _colours(rows), _markers(rows)
+    lines = dict(zip(markers, LINES * len(markers), strict=False))
+    for name, panel in zip(names, panels, strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=name)
+        here = [curve for curve in curves if curve.axis == name]
+        for curve in here:
+            exponent = "" if curve.exponent is None else f": {name}$^{{{curve.exponent:.2f}}}$"
+            panel.plot(
+                *zip(*curve.points, strict=True),
+                marker=markers[curve.impl],
+                linestyle=lines[curve.impl],
+                color=colours[curve.operation],
+                label=f"{curve.operation}{f' ({curve.workload})' * bool(curve.workload)}, {curve.impl}{exponent}",
+            )
+        sizes = sorted({size for curve in here for size, _ in curve.points})
+        every = math.ceil(len(sizes) / (10 if name == names[0] else 14 // len(names[1:])))
+        panel.set_xticks(sizes[::every], [f"{size:g}" for size in sizes[::every]])
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter(lambda value, _: _time(value))
+    panels[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=3.5)
+    return _save(figure, path)
+
+
+def throughput(rows: Sequence[Row], path: Path) -> bool:
+    """Items per second of models with merging over those without, against the share of tokens that is left."""
+    pairs = [pair for pair in compare.merged_models(rows) if pair.speed_up and pair.keep]
+    families = compare.grouped(pairs, lambda pair: tuple(pair.after[name] for name in ("workload", "B", "impl")))
+    if not families:
+        return False
+    across = min(4, len(families))
+    down = math.ceil(len(families) / across)
+    figure = _figure(rows, "Models: items per second with merging, over those without", 2.5 * down + 1.1)
+    panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
+    for panel, ((workload, items, impl), of) in zip(panels, families.items(), strict=False):
+        of = sorted(of, key=lambda pair: -(pair.keep or 0))
+        promised = [(1.0, 1.0), *((pair.keep, fewer) for pair in of if (fewer := pair.ratio("flops")))]
+        panel.plot(*zip(*promised, strict=True), "--", color=FAINT, label="what the operations saved promise")
+        measured = [(1.0, 1.0), *((pair.keep, pair.speed_up) for pair in of)]
+        panel.plot(*zip(*measured, strict=True), "-", color=FASTER, label="measured")
+        for pair in of:
+            ratio = pair.speed_up or 0.0
+            panel.plot(pair.keep, ratio, "o", color=SLOWER if ratio < 1 else FASTER)
+            side = {"xytext": (5, 3 if ratio < 1 else -3), "va": "bottom" if ratio < 1 else "top"}
+            panel.annotate(f"{ratio:.2f} x", (pair.keep, ratio), textcoords="offset points", size=7, bbox=OVER, **side)
+        panel.axhline(1, color=INK, linewidth=0.8)
+        panel.set(title=f"{workload}, B={items}{', compiled' * impl.endswith('compiled')}", xlim=(1.05, -0.3))
+        panel.set_xticks([1, 0.5, 0], ["100 %", "50 %", "0 %"])
+    for panel in panels[len(families) :]:
+        panel.set_visible(False)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(low - 0.2 * (high - low), high)
+    _plain(panels[0].yaxis, " x")
+    figure.supxlabel("tokens that are left after the last layer", size=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return _save(figure, path)
+
+
+def memory(rows: Sequence[Row], path: Path) -> bool:
+    """The most memory that one call allocates, its result included."""
+    kinds = {"match + merge": "match + merge", "forward": "a model's forward"}
+    shown = [row for row in rows if row["operation"] in kinds and row["suite"] != SCALING and row["peak_bytes"]]
+    if not shown:
+        return False
+    lines = {
+        kind: compare.grouped(of, compare.title)
+        for kind, of in compare.grouped(shown, lambda row: row["operation"]).items()
+    }
+    heights = [len(of) + 1.5 for of in lines.values()]
+    figure = _figure(rows, "Peak memory of one call, its result included", 0.36 * sum(heights) + 1.1)
+    panels = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (kind, of) in zip(panels, lines.items(), strict=True):
+        here = [row for line in of.values() for row in line]
+        markers = _markers(here)
+        impls = list(markers)
+        colours = dict(zip(impls, PALETTE * len(impls), strict=False))
+        for y, line in enumerate(of.values()):
+            for row in line:
+                apart = 0.8 * ((impls.index(row["impl"]) + 0.5) / len(impls) - 0.5)
+                panel.plot(_of(row, "peak_bytes"), y + apart, markers[row["impl"]], color=colours[row["impl"]])
+        least, most = (pick(_of(row, "peak_bytes") for row in here) for pick in (min, max))
+        low, high = math.floor(math.log10(0.9 * least)), math.ceil(math.log10(1.1 * most))
+        panel.set(xscale="log", xlim=(10.0**low, 10.0**high), ylim=(len(of) - 0.4, -0.6), title=kinds[kind])
+        panel.set_yticks(range(len(of)), list(of))
+        panel.tick_params(axis="y", length=0)
+        _plain(panel.xaxis, "B", (1, 2, 5) if high - low < 3 else (1,), _si)
+        _legend(panel, [(impl, markers[impl], colours[impl]) for impl in impls])
+    return _save(figure, path)
+
+
+PICTURES = {
+    "speed-up": speed_up,
+    "roofline": roofline,
+    "scaling": scaling,
+    "throughput": throughput,
+    "memory": memory,
+}
+
+
+def _figure(rows: Sequence[Row], title: str, height: float) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure((WIDTH, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    where = f"{rows[0]['device']}, {rows[0]['dtype']}"
+    figure.suptitle(f"{title}\n{where}", x=0.01, ha="left", size=11)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _legend(axes: Axes, entries: Iterable[tuple[str, str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=name) for name, marker, colour in entries
+    ]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+
+def _colours(rows: Iterable[Row]) -> dict[str, str]:
+    """A colour for every operation, the same on every picture of these rows."""
+    names = sorted({row["operation"] for row in rows if row["suite"] != MODELS})
+    return dict(zip(names, PALETTE * len(names), strict=False))
+
+
+def _markers(rows: Iterable[Row]) -> dict[str, str]:
+    """A marker for every implementation, ours first."""
+    names = {row["impl"] for row in rows}
+    ordered = [*(name for name in OURS if name in names), *sorted(names - set(OURS))]
+    return dict(zip(ordered, MARKERS * len(ordered), strict=False))
+
+
+def _of(row: Row, column: str) -> float:
+    return compare.number(row, column) or 0.0
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 70 else f"{text[:69]}…"
+
+
+def _plain(
+    axis: Axis, unit: str, digits: Sequence[int] = (1, 2, 5), say: Callable[[float], str] = "{:g}".format
+) -> None:
+    """Numbers like 0.5 and 20 where a logarithmic axis has powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_formatter(lambda value, _: f"{say(value)}{unit}")
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=digits, numticks=12))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _si(value: float) -> str:
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def _time(microseconds: float) -> str:
+    for power, unit in ((1e6, "s"), (1e3, "ms")):
+        if microseconds >= power:
+            return f"{microseconds / power:g} {unit}"
+    return f"{microseconds:g} µs"
