@@ -13,8 +13,7 @@ from sttm_kernels import dispatch
 from sttm_kernels.bench import scaling
 
 OURS = dispatch.IMPLEMENTATIONS
-MODELS, SCALING = "models", "scaling"
-AXES = ("N", "B", "K", "D", "r")
+MODELS, SCALING, SMOKE = "models", "scaling", "smoke"
 SHAPE = ("B", "N", "C", "heads", "D", "r", "K")
 
 Row = dict[str, str]
@@ -49,6 +48,8 @@ def shape(row: Row) -> tuple[str, ...]:
 
 def title(row: Row) -> str:
     """A workload and its shape, as short as tells it from others."""
+    if row["suite"] == SCALING:
+        return f"{row['workload']}, {row['axis']}={row[row['axis']]}"
     merges = f", r={row['r']}" if row["r"] not in ("", "0") else f", K={row['K']}"
     return f"{row['workload']}, B={row['B']}" + merges * (row["suite"] != MODELS)
 
@@ -64,8 +65,11 @@ def point(row: Row) -> tuple[str, ...]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of every subject the rows of the last run that measured it, of every implementation the last row."""
-    ordered = sorted(rows, key=lambda row: row["time"])
+    """Of every subject the rows of the last run that measured it, of every implementation the last row.
+
+    The suite "smoke" says nothing of speed and is left out.
+    """
+    ordered = sorted((row for row in rows if row["suite"] != SMOKE), key=lambda row: row["time"])
     last = {subject(row): row["run"] for row in ordered}
     kept: dict[tuple[str, ...], Row] = {}
     for row in ordered:

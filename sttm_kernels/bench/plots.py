@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,20 @@ from sttm_kernels.bench import compare, results
 from sttm_kernels.bench.compare import MODELS, OURS, SCALING, Row
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WIDTH, DPI = 10.0, 120
 INK, FAINT, GRID = "#222222", "#767676", "#dddddd"
 FASTER, SLOWER = "#0072b2", "#d55e00"
-PALETTE = (FASTER, SLOWER, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-"""Okabe and Ito's, which colour-blind people tell apart, without its yellow."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+PALETTE = (FASTER, SLOWER, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#882255", "#999933")
+"""Okabe and Ito's, which colour-blind people tell apart, with wine red and olive for its yellow."""
+BACKWARD = " forward + backward"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 LINES = ("-", "--", "-.", ":")
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+"""Where a legend stands."""
 OVER = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
 """Behind text that lines run through."""
 STYLE: dict[Any, Any] = {
@@ -70,17 +74,22 @@ def file_name(device: str, dtype: str, picture: str) -> str:
     return f"{results.slug(device)}-{dtype}-{picture}.png"
 
 
-def speed_up(rows: Sequence[Row], path: Path) -> bool:
-    """How many times faster the best implementation of the package is than each rival."""
-    subjects = compare.grouped((row for row in rows if row["suite"] not in (MODELS, SCALING)), compare.point).values()
-    blocks = [
-        (f"{compare.title(of[0])}: {of[0]['operation']}", [(row, compare.speed_up(of, row)) for row in rivals])
-        for of in subjects
-        if (rivals := [row for row in of if compare.is_rival(row)])
+def speed_up(rows: Sequence[Row], path: Path, backward: bool = False) -> bool:
+    """How many times faster the best implementation of the package is than each rival, on each workload."""
+    compared = [
+        (row, compare.speed_up(of, row))
+        for of in compare.grouped(rows, compare.point).values()
+        for row in of
+        if compare.is_rival(row) and row["suite"] != SCALING and row["operation"].endswith(BACKWARD) == backward
     ]
+    blocks = compare.grouped(compared, lambda one: compare.title(one[0])).items()
     if not blocks:
         return False
-    figure = _figure(rows, "Speed-up over rivals", 0.21 * sum(1.3 + len(bars) for _, bars in blocks) + 1.1)
+    figure = _figure(
+        rows,
+        f"Speed-up over rivals,{BACKWARD if backward else ' forward'}",
+        0.21 * sum(1.3 + len(bars) for _, bars in blocks) + 1.1,
+    )
     axes = figure.subplots()
     axes.set_xscale("log")
     y = 0.0
@@ -89,7 +98,7 @@ def speed_up(rows: Sequence[Row], path: Path) -> bool:
         axes.text(0.005, y, title, transform=axes.get_yaxis_transform(), va="center", weight="bold", size=8, bbox=OVER)
         for row, ratio in bars:
             y += 1
-            ticks.append((y, row["impl"]))
+            ticks.append((y, f"{row['operation'].removesuffix(BACKWARD)} / {row['impl']}"))
             if ratio is None:
                 reason = "ours has no time" if compare.timed(row) else row["check"]
                 axes.text(1, y, f"  {_short(reason)}", va="center", size=8, color=FAINT)
@@ -108,7 +117,7 @@ def speed_up(rows: Sequence[Row], path: Path) -> bool:
         y += 1.3
     ratios = [ratio for _, bars in blocks for _, ratio in bars if ratio is not None]
     least, most = min([0.95, *ratios]), max([2.0, *ratios])
-    room = (most / least) ** 0.15
+    room = (most / least) ** 0.2
     axes.set_xlim(least / (room if least < 0.95 else 1), most * room)
     axes.set_ylim(y - 0.6, -0.9)
     axes.axvline(1, color=INK, linewidth=1)
@@ -116,7 +125,7 @@ def speed_up(rows: Sequence[Row], path: Path) -> bool:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     _plain(axes.xaxis, " x")
-    axes.set_xlabel("time of the rival over that of the package's best implementation, in the same run")
+    axes.set_xlabel("operation / rival: its time over that of the package's best implementation, in the same run")
     return _save(figure, path)
 
 
@@ -160,7 +169,12 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     )
     colours, markers = _colours(rows), _markers(rows)
     for row, x, rate in zip(points, at, rates, strict=True):
-        axes.plot(max(x, nothing), rate, markers[row["impl"]], color=colours[row["operation"]], alpha=0.85)
+        colour, hollow = colours[row["operation"]], row["operation"].endswith(BACKWARD)
+        marker: dict[str, Any] = {
+            "markerfacecolor": "white" if hollow else colour,
+            "markeredgecolor": colour if hollow else "white",
+        }
+        axes.plot(max(x, nothing), rate, markers[row["impl"]], alpha=0.85, **marker)
     if 0 in at:
         axes.axvline(low / 2**0.5, color=FAINT, linewidth=0.7)
     decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
@@ -168,44 +182,51 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     axes.set_xticks(ticks, [f"{x:g}" if x in decades else "0" for x in ticks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{_si(value)}B/s")
     axes.set_xlabel("floating-point operations per byte that must be moved (dotted: half and a tenth of the roof)")
-    used = [(name, "o", colours[name]) for name in colours if any(row["operation"] == name for row in points)]
-    used += [(name, markers[name], FAINT) for name in markers if any(row["impl"] == name for row in points)]
-    _legend(axes, used)
+    axes.legend(handles=_handles(colours, markers, points), **BESIDE)
     return _save(figure, path)
 
 
 def scaling(rows: Sequence[Row], path: Path) -> bool:
-    """Time against N, and smaller against every other axis that was measured."""
+    """Time against N, and smaller against whatever else was varied."""
     curves = [curve for curve in compare.curves(rows) if curve.points]
-    names = [name for name in compare.AXES if any(curve.axis == name for curve in curves)]
-    if not names:
+    if not curves:
         return False
-    heights = [5.4, 2.8] if names[1:] else [5.4]
-    figure = _figure(rows, "Time of one call against size", sum(heights))
-    bands = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    panels = [bands[0].subplots()]
-    if names[1:]:
-        panels += list(bands[1].subplots(1, len(names) - 1, squeeze=False, sharey=True)[0])
+    found = compare.grouped(curves, lambda curve: (curve.axis, curve.workload))
+    large = {name: of for name, of in found.items() if name[0] == "N"}
+    bands = [band for band in (large, {name: of for name, of in found.items() if name not in large}) if band]
+    heights = [5.8 if band is large else 3.4 for band in bands]
+    figure = _figure(rows, "Time of one call against size", sum(heights) + 0.5)
+    figures = figure.subfigures(len(bands), 1, squeeze=False, height_ratios=heights)[:, 0]
     colours, markers = _colours(rows), _markers(rows)
     lines = dict(zip(markers, LINES * len(markers), strict=False))
-    for name, panel in zip(names, panels, strict=True):
-        panel.set(xscale="log", yscale="log", xlabel=name)
-        here = [curve for curve in curves if curve.axis == name]
-        for curve in here:
-            exponent = "" if curve.exponent is None else f": {name}$^{{{curve.exponent:.2f}}}$"
-            panel.plot(
-                *zip(*curve.points, strict=True),
-                marker=markers[curve.impl],
-                linestyle=lines[curve.impl],
-                color=colours[curve.operation],
-                label=f"{curve.operation}{f' ({curve.workload})' * bool(curve.workload)}, {curve.impl}{exponent}",
-            )
-        sizes = sorted({size for curve in here for size, _ in curve.points})
-        every = math.ceil(len(sizes) / (10 if name == names[0] else 14 // len(names[1:])))
-        panel.set_xticks(sizes[::every], [f"{size:g}" for size in sizes[::every]])
-        panel.minorticks_off()
-        panel.yaxis.set_major_formatter(lambda value, _: _time(value))
-    panels[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=3.5)
+    for part, band in zip(figures, bands, strict=True):
+        for panel, ((axis, workload), of) in zip(
+            part.subplots(1, len(band), squeeze=False, sharey=True)[0], band.items(), strict=True
+        ):
+            for curve in of:
+                exponent = "" if curve.exponent is None else f": {axis}$^{{{curve.exponent:.2f}}}$"
+                panel.plot(
+                    *zip(*curve.points, strict=True),
+                    marker=markers[curve.impl],
+                    linestyle=lines[curve.impl],
+                    color=colours[curve.operation],
+                    label=f"{curve.operation}, {curve.impl}{exponent}",
+                )
+            panel.set(xscale="log", yscale="log", xlabel=axis, title=workload)
+            sizes = sorted({size for curve in of for size, _ in curve.points})
+            shown = sizes[:1]
+            for size in sizes[1:]:
+                if size / shown[-1] > 0.99 * (sizes[-1] / sizes[0]) ** (len(band) / 14):
+                    shown.append(size)
+            panel.set_xticks(shown, [f"{size:g}" if size < 1e6 else f"{size / 1e6:.2g}M" for size in shown])
+            panel.minorticks_off()
+            panel.yaxis.set_major_formatter(lambda value, _: _time(value))
+            if axis == "N":
+                columns = max(1, 4 // len(band))
+                panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, handlelength=3.2)
+        if band is not large:
+            handles = _handles(colours, markers, [curve.rows[0] for of in band.values() for curve in of])
+            part.legend(handles=handles, loc="outside lower center", ncols=6)
     return _save(figure, path)
 
 
@@ -271,12 +292,13 @@ def memory(rows: Sequence[Row], path: Path) -> bool:
         panel.set_yticks(range(len(of)), list(of))
         panel.tick_params(axis="y", length=0)
         _plain(panel.xaxis, "B", (1, 2, 5) if high - low < 3 else (1,), _si)
-        _legend(panel, [(impl, markers[impl], colours[impl]) for impl in impls])
+        panel.legend(handles=[_handle(impl, markers[impl], colours[impl]) for impl in impls], **BESIDE)
     return _save(figure, path)
 
 
-PICTURES = {
+PICTURES: dict[str, Callable[..., bool]] = {
     "speed-up": speed_up,
+    "speed-up-backward": partial(speed_up, backward=True),
     "roofline": roofline,
     "scaling": scaling,
     "throughput": throughput,
@@ -300,19 +322,30 @@ def _save(figure: Figure, path: Path) -> bool:
     return True
 
 
-def _legend(axes: Axes, entries: Iterable[tuple[str, str, str]]) -> None:
+def _handles(colours: dict[str, str], markers: dict[str, str], rows: Sequence[Row]) -> list[Line2D]:
+    """Of a legend: what these rows have of operations, by colour, and of implementations, by marker."""
+    operations, impls = ({row[name] for row in rows} for name in ("operation", "impl"))
+    named = {name.removesuffix(BACKWARD): colours[name] for name in sorted(operations)}
+    return [
+        *(_handle(name, "o", colour) for name, colour in named.items()),
+        *[_handle(f"hollow:{BACKWARD}", "o", "white")] * any(name.endswith(BACKWARD) for name in operations),
+        *(_handle(name, marker, FAINT) for name, marker in markers.items() if name in impls),
+    ]
+
+
+def _handle(name: str, marker: str, colour: str) -> Line2D:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, label=name) for name, marker, colour in entries
-    ]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    edge = INK if colour == "white" else "white"
+    return Line2D([], [], linestyle="", marker=marker, markerfacecolor=colour, markeredgecolor=edge, label=name)
 
 
 def _colours(rows: Iterable[Row]) -> dict[str, str]:
-    """A colour for every operation, the same on every picture of these rows."""
+    """A colour for every operation, with its backward or without, the same on every picture of these rows."""
     names = sorted({row["operation"] for row in rows if row["suite"] != MODELS})
-    return dict(zip(names, PALETTE * len(names), strict=False))
+    bare = dict.fromkeys(name.removesuffix(BACKWARD) for name in names)
+    colours = dict(zip(bare, PALETTE * len(bare), strict=False))
+    return {name: colours[name.removesuffix(BACKWARD)] for name in names}
 
 
 def _markers(rows: Iterable[Row]) -> dict[str, str]:

@@ -58,7 +58,7 @@ def markdown(rows: Sequence[Row], pictures: Sequence[Path], sources: Sequence[st
 def _device(device: str, rows: Sequence[Row], pictures: Sequence[Path]) -> list[str]:
     runs = {name: str(i) for i, name in enumerate(compare.grouped(rows, lambda row: row["run"]), 1)}
     lines = ["", f"### {_cell(device)}", "", *_runs(rows, runs)]
-    slower = [*_slower_verbs(rows), *_slower_models(rows)]
+    slower = _slower(rows)
     if slower:
         lines += ["", "Slower than a rival:", "", *slower]
     for dtype in compare.grouped(rows, lambda row: row["dtype"]):
@@ -83,7 +83,7 @@ def _device(device: str, rows: Sequence[Row], pictures: Sequence[Path]) -> list[
 
 
 def _runs(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
-    head = "run | date (UTC) | threads | dtype | copy GB/s | product TFLOP/s | sttm_kernels | torch | triton | CUDA | command"
+    head = "run | UTC | threads | dtype | copy GB/s | product TFLOP/s | sttm_kernels | torch | triton | CUDA | command"
     return _table(
         head,
         [
@@ -106,7 +106,7 @@ def _runs(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
 
 
 def _workload(row: Row) -> str:
-    shape = ", ".join(f"{name} = {row[name]}" for name in compare.SHAPE if row[name] not in ("", "0"))
+    shape = ", ".join(f"{name}={row[name]}" for name in compare.SHAPE if row[name] not in ("", "0"))
     return f"{_cell(row['workload'])}: {shape}, {row['dtype']}"
 
 
@@ -145,22 +145,24 @@ def _against(rival: str, ratio: float | None) -> str:
     return f"{ratio:.2f} x" if ratio >= 1 else f"**slower than {rival}: {ratio:.2f} x**"
 
 
-def _slower_verbs(rows: Iterable[Row]) -> list[str]:
-    return [
-        f"- {_workload(row)}: {row['operation']}, {_against(row['impl'], ratio)}"
-        for of in compare.grouped((row for row in rows if row["suite"] != MODELS), compare.point).values()
+def _slower(rows: Sequence[Row]) -> list[str]:
+    """A line for every workload on which a rival, or the model without merging, is faster."""
+    found = [
+        (f"{compare.title(row)}, {row['dtype']}", f"{row['operation']} {_against(row['impl'], ratio)}")
+        for of in compare.grouped(rows, compare.point).values()
         for row in of
         if compare.is_rival(row) and (ratio := compare.speed_up(of, row)) is not None and ratio < 1
     ]
-
-
-def _slower_models(rows: Iterable[Row]) -> list[str]:
-    return [
-        f"- {_cell(pair.after['workload'])}, B = {pair.after['B']}, r = {pair.after['r']}, {pair.after['dtype']}: "
-        + _against(pair.before["impl"], pair.speed_up)
+    found += [
+        (
+            f"{compare.title(pair.after)}, r={pair.after['r']}, {pair.after['dtype']}",
+            _against(pair.before["impl"], ratio),
+        )
         for pair in compare.merged_models(rows)
-        if pair.speed_up is not None and pair.speed_up < 1
+        if (ratio := pair.speed_up) is not None and ratio < 1
     ]
+    grouped = compare.grouped(found, lambda one: one[0]).items()
+    return [f"- {_cell(name)}: {'; '.join(what for _, what in of)}" for name, of in grouped]
 
 
 def _scaling(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
@@ -177,7 +179,7 @@ def _scaling(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
                     curve.operation,
                     curve.impl,
                     of[0]["dtype"],
-                    f"{small:g}-{large:g}" if small and large else NONE,
+                    f"{small:.0f}-{large:.0f}" if small and large else NONE,
                     f"{_figures(fast)}-{_figures(slow)}",
                     NONE if curve.exponent is None else f"{curve.exponent:.2f}",
                     _growth(curve.exponent),
