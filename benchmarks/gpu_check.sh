@@ -4,9 +4,9 @@
 #   benchmarks/gpu_check.sh [OUT [STEP...]]
 #
 # OUT (default gpu_check) receives a log of every step, the results as CSV files and summary.txt. A step that passed
-# leaves OUT/STEP.done behind and is not run again; one that fails does not stop the others. Needs Python with PyTorch,
-# Triton and pytest, and no network; what else is absent is said and skipped. Exit code: 0, 1 if a step failed, 2 for
-# input that cannot be used.
+# leaves OUT/STEP.done behind and is not run again; one that fails does not stop the others. STEP may be the beginning
+# of several, as in tests or canonical. Needs Python with PyTorch, Triton and pytest, and no network; what else is
+# absent is said and skipped. Exit code: 0, 1 if a step failed, 2 for input that cannot be used.
 #
 # Environment variables:
 #   PYTHON: the interpreter (default python3).
@@ -14,8 +14,11 @@
 #   STTM_GPU_CHECK_DEVICE: "cpu" tries this script without a GPU, on less of everything.
 set -u
 
-steps=(build tests_gpu tests_cuda tests_triton verify bench_canonical bench_scaling bench_models
-  memcheck racecheck initcheck synccheck ncu report)
+# SUITE_TEXT measures the workloads with this text in their name: in parts, none takes longer than a step may.
+canonical=(canonical_{ViT-L,VideoMAE-B,VideoMAE-L,ViViT,TimeSformer,V-JEPA,STTM,SDXL,long})
+scaling=(scaling_{windowed,global,clips,features,merged,meta})
+models=(models_{ViT-L,DINOv2,VideoMAE-B,VideoMAE-L,ViViT,TimeSformer,V-JEPA})
+effort=()
 python=${PYTHON:-python3}
 limit=${STTM_GPU_CHECK_LIMIT:-600}
 device=${STTM_GPU_CHECK_DEVICE:-cuda}
@@ -56,10 +59,6 @@ for workload, impl in list(dict.fromkeys((row["workload"], row["impl"]) for row 
 PY
 }
 
-bench() {
-  command=("$python" -m sttm_kernels bench --suite "$1" --device "$device" --out "$out/$1.csv" "${effort[@]}")
-}
-
 # Sets `command`, or `skip` to the reason why there is none.
 plan() {
   command=() skip=""
@@ -92,10 +91,13 @@ plan() {
       command=("$python" -m sttm_kernels verify --device "$device")
       [[ $device != cpu ]] || command+=(--quick)
       ;;
-    bench_canonical) bench "$canonical" ;;
-    bench_scaling) bench scaling ;;
-    bench_models)
-      if has timm transformers; then bench models; else skip="timm and transformers are not both installed"; fi
+    canonical_* | quick_* | scaling_* | models_*)
+      if [[ $1 == models_* ]] && ! has timm transformers; then
+        skip="timm and transformers are not both installed"
+      else
+        command=("$python" -m sttm_kernels bench --suite "${1%%_*}" --workload "${1#*_}" --device "$device"
+          --out "$out/${1%%_*}.csv" "${effort[@]}")
+      fi
       ;;
     memcheck | racecheck | initcheck | synccheck)
       if [[ $device == cpu ]]; then
@@ -114,7 +116,7 @@ plan() {
       elif ! command -v ncu >/dev/null; then
         skip="ncu is not installed"
       elif [[ ! -s $out/canonical.csv ]]; then
-        skip="there is no canonical.csv: bench_canonical comes first"
+        skip="there is no canonical.csv yet"
       else
         # shellcheck disable=SC2016 # expanded by the inner bash
         command=(bash -c 'while IFS=$'\''\t'\'' read -r workload impl; do
@@ -139,7 +141,7 @@ plan() {
 }
 
 say() {
-  printf '%-17s%-44s%8s\n' "$@" | tee -a "$out/summary.txt"
+  printf '%-23s%-56s%8s\n' "$@" | tee -a "$out/summary.txt"
 }
 
 check() {
@@ -169,17 +171,27 @@ check() {
 }
 
 case $device in
-  cuda) canonical=canonical effort=(--seconds 0.5) ;;
-  cpu) canonical=quick effort=(--seconds 0.02 --limit 0.3) ;;
+  cuda) ;;
+  cpu)
+    canonical=(quick_{VideoMAE,window,latents,STTM})
+    effort=(--seconds 0.02 --limit 0.3 --no-compile)
+    ;;
   *) refuse "STTM_GPU_CHECK_DEVICE must be cuda or cpu, got $device" ;;
 esac
 [[ $limit =~ ^[1-9][0-9]*$ ]] || refuse "STTM_GPU_CHECK_LIMIT must be a number of seconds, got $limit"
 out=${1:-gpu_check}
+steps=(build tests_gpu tests_cuda tests_triton verify "${canonical[@]}" "${scaling[@]}" "${models[@]}"
+  memcheck racecheck initcheck synccheck ncu report)
 if [[ $# -gt 1 ]]; then
-  for step in "${@:2}"; do
-    [[ " ${steps[*]} " == *" $step "* ]] || refuse "no step $step; there are: ${steps[*]}"
+  chosen=()
+  for name in "${@:2}"; do
+    before=${#chosen[@]}
+    for step in "${steps[@]}"; do
+      [[ $step != "$name" && $step != "${name}_"* ]] || chosen+=("$step")
+    done
+    [[ ${#chosen[@]} -gt $before ]] || refuse "no step $name; there are: ${steps[*]}"
   done
-  steps=("${@:2}")
+  steps=("${chosen[@]}")
 fi
 if [[ $device == cpu ]]; then
   echo "On the CPU: this tries the script and says nothing about a GPU."

@@ -442,23 +442,44 @@ def test_the_script_goes_on_and_does_nothing_twice(tmp_path):
     )
     python.chmod(0o755)
     environment = {"PYTHON": str(python), "STTM_GPU_CHECK_DEVICE": "cpu", "STTM_GPU_CHECK_LIMIT": "1"}
-    steps = ("verify", "bench_canonical", "bench_scaling", "memcheck", "report")
-    first = gpu_check(out, *steps, **environment)
+    steps = (
+        "verify",
+        "quick_VideoMAE",
+        "quick_window",
+        "quick_latents",
+        "quick_STTM",
+        "scaling_clips",
+        "memcheck",
+        "report",
+    )
+    first = gpu_check(out, "verify", "quick", *steps[-3:], **environment)
     assert first.returncode == 1
     assert "says nothing about a GPU" in first.stdout
     table = {line.split()[0]: line.split(None, 1)[1] for line in (out / "summary.txt").read_text().splitlines()}
     assert list(table) == ["step", *steps]
     assert "FAILED with 3, see verify.log" in table["verify"]
-    assert table["bench_canonical"].startswith("passed")
-    assert "over 1 seconds" in table["bench_scaling"]
+    assert table["quick_STTM"].startswith("passed")
+    assert "over 1 seconds" in table["scaling_clips"]
     assert table["memcheck"].startswith("skipped: there is no GPU")
     assert table["report"].startswith("skipped: there are no results")
-    assert [path.name for path in out.glob("*.done")] == ["bench_canonical.done"]
+    assert sorted(path.stem for path in out.glob("*.done")) == sorted(steps[1:5])
 
     calls = tmp_path / "calls"
-    assert f"bench --suite quick --device cpu --out {out}/quick.csv" in calls.read_text()
+    assert f"bench --suite quick --workload window --device cpu --out {out}/quick.csv" in calls.read_text()
     calls.write_text("")
-    second = gpu_check(out, "bench_canonical", **environment)
+    second = gpu_check(out, "quick", **environment)
     assert second.returncode == 0
     assert "passed earlier" in second.stdout
     assert calls.read_text() == ""
+
+
+def test_the_script_measures_every_workload():
+    workloads, models = (pytest.importorskip(f"sttm_kernels.bench.{name}") for name in ("workloads", "models"))
+    refusal = gpu_check("out", "nonsense", STTM_GPU_CHECK_DEVICE="cuda").stderr
+    steps = [step.split("_", 1) for step in refusal.split() if "_" in step]
+    names = {suite: {work.name for work in workloads.SUITES[suite]} for suite in ("canonical", "scaling")}
+    for suite, known in (*names.items(), ("models", set(models.FAMILIES))):
+        texts = [text for of, text in steps if of == suite]
+        found = {text: {name for name in known if text in name} for text in texts}
+        assert all(found.values())
+        assert set().union(*found.values()) == known

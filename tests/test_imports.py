@@ -77,6 +77,7 @@ FILES = {
     "testing": "top",
     "checks": "top",
     "integrations": "top",
+    "bench": "top",
     "compat": "top",
     "bench": "top",
     "cli": "top",
