@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sttm_kernels.bench import compare, report, results
+from sttm_kernels.bench import compare, models, report, results, workloads
 from sttm_kernels.cli import main
 
 pytest.importorskip("matplotlib")
@@ -361,13 +361,13 @@ def test_what_is_appended_is_read(tmp_path):
 
 def test_a_file_of_another_version_keeps_all(tmp_path):
     path = tmp_path / "other.csv"
-    path.write_text("schema,run,colour,impl,time\n1,old,blue,cuda,2026-01-01\n")
+    path.write_text("schema,run,colour,impl,time\n1,old,blue,cuda,2026-01-01T00:00:00+00:00\n")
     results.append(path, [row(impl="torch", run="new")])
     lines = path.read_text().splitlines()
     header = lines[0].split(",")
     assert header[:5] == ["schema", "run", "colour", "impl", "time"]
     assert sorted(header[5:]) == sorted(set(results.COLUMNS) - set(header[:5]))
-    assert lines[1].startswith("1,old,blue,cuda,2026-01-01,")
+    assert lines[1].startswith("1,old,blue,cuda,2026-01-01T00:00:00+00:00,")
     assert lines[2].startswith("1,new,,torch,2026-01-01T")
     assert [one["run"] for one in results.read(path)] == ["old", "new"]
     assert [path] == list(tmp_path.iterdir())
@@ -474,7 +474,6 @@ def test_the_script_goes_on_and_does_nothing_twice(tmp_path):
 
 
 def test_the_script_measures_every_workload():
-    workloads, models = (pytest.importorskip(f"sttm_kernels.bench.{name}") for name in ("workloads", "models"))
     refusal = gpu_check("out", "nonsense", STTM_GPU_CHECK_DEVICE="cuda").stderr
     steps = [step.split("_", 1) for step in refusal.split() if "_" in step]
     names = {suite: {work.name for work in workloads.SUITES[suite]} for suite in ("canonical", "scaling")}

@@ -77,7 +77,6 @@ FILES = {
     "testing": "top",
     "checks": "top",
     "integrations": "top",
-    "bench": "top",
     "compat": "top",
     "bench": "top",
     "cli": "top",

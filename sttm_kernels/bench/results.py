@@ -86,7 +86,9 @@ def read(path: Path) -> list[dict[str, str]]:
     """
     header(path)
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file, restval="") if row["time"]]
+        rows = [
+            row for row in csv.DictReader(file, restval="") if row["time"].endswith("+00:00")
+        ]  # others were cut off
     for row in rows:
         if int(row["schema"]) > SCHEMA:
             raise ValueError(f"{path} has rows of schema {row['schema']}; this version reads up to {SCHEMA}")
@@ -97,8 +99,10 @@ def header(path: Path) -> list[str]:
     """The columns of a file of results."""
     with path.open(newline="") as file:
         columns = next(csv.reader(file), [])
-    if columns[:1] != ["schema"]:
-        raise ValueError(f"{path} is not a file of results: its first column must be schema, got {columns[:1]}")
+    if columns[:1] != ["schema"] or not {"run", "time"} <= set(columns):
+        raise ValueError(
+            f"{path} is not a file of results: its columns must be schema, run, time and more, got {columns}"
+        )
     return columns
 
 
