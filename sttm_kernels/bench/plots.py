@@ -249,8 +249,10 @@ def throughput(rows: Sequence[Row], path: Path) -> bool:
         for pair in of:
             ratio = pair.speed_up or 0.0
             panel.plot(pair.keep, ratio, "o", color=SLOWER if ratio < 1 else FASTER)
-            side = {"xytext": (5, 3 if ratio < 1 else -3), "va": "bottom" if ratio < 1 else "top"}
-            panel.annotate(f"{ratio:.2f} x", (pair.keep, ratio), textcoords="offset points", size=7, bbox=OVER, **side)
+            side = {"xytext": (0, -7), "ha": "center"} if ratio < 1 else {"xytext": (5, -3), "ha": "left"}
+            panel.annotate(
+                f"{ratio:.2f} x", (pair.keep, ratio), textcoords="offset points", va="top", size=7, bbox=OVER, **side
+            )
         panel.axhline(1, color=INK, linewidth=0.8)
         panel.set(title=f"{workload}, B={items}{', compiled' * impl.endswith('compiled')}", xlim=(1.05, -0.3))
         panel.set_xticks([1, 0.5, 0], ["100 %", "50 %", "0 %"])

@@ -39,6 +39,6 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> str:
     for (workload, axis, operation, impl), points in series(rows).items():
         sizes, times = zip(*points, strict=True)
         exponent = fitted_exponent(sizes, times)
-        shown = "(hardly grows)" if exponent is None else f"{exponent:8.2f}"
+        shown = "too few above the constant cost" if exponent is None else f"{exponent:8.2f}"
         lines.append(f"{workload:12} {operation:16} {impl:22} {axis:>4} {sizes[0]:8.0f} {sizes[-1]:8.0f}  {shown}")
     return "\n".join(lines)

@@ -150,7 +150,8 @@ def _writable(out: Path) -> None:
 
 def _command(arguments: argparse.Namespace) -> str:
     """What gives these rows again."""
-    parts = ["sttm-kernels", "bench", "--suite", arguments.suite, "--seconds", f"{arguments.seconds:g}"]
+    parts = ["sttm-kernels", "bench", "--suite", arguments.suite]
+    parts += ["--seconds", f"{arguments.seconds:g}", "--limit", f"{arguments.limit:g}"]
     for name in ("impl", "dtype", "workload", "batch"):
         value = getattr(arguments, name)
         if value:
