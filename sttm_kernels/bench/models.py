@@ -32,7 +32,7 @@ class Family:
     rates: tuple[int, ...]
 
 
-def _vision(name: str, **options: object) -> Callable[[], nn.Module]:
+def _vision(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm
 
@@ -41,7 +41,7 @@ def _vision(name: str, **options: object) -> Callable[[], nn.Module]:
     return build
 
 
-def _video(name: str, **options: object) -> Callable[[], nn.Module]:
+def _video(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 

@@ -367,7 +367,7 @@ def operations(
     `compiled` adds rivals under `torch.compile`.
     """
     torch.compiler.reset()  # else the shapes of earlier workloads use up its limit of recompilations
-    found = _of_assign(work, impls, dtype) if work.K else _of_match(work, impls, device, dtype)
+    found = (_of_assign if work.K else _of_match)(work, impls, device, dtype)
     return [
         operation
         for operation in found
@@ -434,7 +434,7 @@ def _of_match(work: Workload, impls: Sequence[str], device: torch.device, dtype:
         yield from _group("match + merge + unmerge", impls, round_trip, check_trip, moved, flops, tomesd)
 
 
-def _of_assign(work: Workload, impls: Sequence[str], dtype: torch.dtype) -> Iterator[Operation]:
+def _of_assign(work: Workload, impls: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
     x, y, index, matrix = _extents(work, dtype)
     meta = dtype.itemsize * work.B * work.K * work.D
     flops = 2 * work.pairs * work.D
@@ -442,7 +442,7 @@ def _of_assign(work: Workload, impls: Sequence[str], dtype: torch.dtype) -> Iter
     found, check = x + meta + 4 * index, partial(check_plan, work)
     yield from _group("assign", impls, partial(partial, _find, work), check, found, flops, _products(matrix))
     flash = partial(_with_meta, rivals.flash_kmeans_assign)
-    others = [Rival("flash-kmeans", flash, exact=False)] if rivals.has_flash_kmeans() else []
+    others = [Rival("flash-kmeans", flash, exact=False)] if device.type == "cuda" and rivals.has_flash_kmeans() else []
     moved = x + meta + index
     yield from _group("assign l2", impls, partial(partial, _nearest), check_nearest, moved, flops, others)
     yield from _of_merge(work, impls, dtype)

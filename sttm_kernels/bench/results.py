@@ -30,7 +30,8 @@ COLUMNS = (
     B, N, C, heads, D, r, K: items, tokens, channels, heads, features of the metric, tokens merged away (in a model: per
         layer), groups (in a model: tokens that are left).
     axis: in the suite "scaling", what grows: N, B, K, D or r.
-    p20_us, p50_us, p80_us: microseconds per call, inputs not in the cache; empty if it was not timed.
+    p20_us, p50_us, p80_us: microseconds per call, inputs not in the cache, on a GPU without what the host takes to
+        enqueue it (as far as `time_in_turns` says); empty if it was not timed.
     graph_us: per call, replayed in a CUDA graph. host_us: on the host, to enqueue one call. launches: kernels per call.
     peak_bytes: the most memory allocated above what was there before the call, its results included.
     bytes, flops: what the operation must read and write once, and compute; floor_us: the time that takes at `bandwidth`

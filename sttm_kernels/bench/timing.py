@@ -83,10 +83,12 @@ def time_in_turns(
 ) -> dict[str, Sample]:
     """Times single calls, the contenders taking turns, so that their ratios stand when the machine's speed does not.
 
-    Each contender is the same work on different inputs, which take turns as well. On a GPU by events that are recorded
-    without waiting in between, on a CPU by the clock. About `seconds` are spent on each contender on average, and on
-    each at least `least` rounds.
+    Each contender is the same work on different inputs, which take turns as well. On a CPU by the clock; on a GPU by
+    events, each call behind a fill of memory during which the host enqueues it: the time is that of the GPU, its caches
+    cold, unless the host takes longer than the fill. About `seconds` are spent on each contender on average, and at
+    least `least` rounds on each.
     """
+    before = torch.empty(2 * CACHE_BYTES["cuda"], dtype=torch.uint8, device=device) if device.type == "cuda" else None
     for calls in contenders.values():
         calls[0]()
     round_seconds = sum(seconds_of(calls[0], device) for calls in contenders.values())
@@ -95,8 +97,9 @@ def time_in_turns(
     for turn in range(rounds):
         for name, calls in contenders.items():
             call = calls[turn % len(calls)]
-            if device.type == "cuda":
+            if before is not None:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.zero_()
                 begin.record()
                 call()
                 end.record()
@@ -106,7 +109,7 @@ def time_in_turns(
                 call()
                 marks[name].append(1e6 * (time.perf_counter() - start))
     synchronize(device)
-    if device.type == "cuda":
+    if before is not None:
         marks = {name: [1e3 * begin.elapsed_time(end) for begin, end in pairs] for name, pairs in marks.items()}
     return {name: _sample(times) for name, times in marks.items()}
 
