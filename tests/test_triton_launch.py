@@ -69,17 +69,14 @@ def test_match_and_merge_take_at_most_three_launches(verb):
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("verb", list(calls(N=8)))
 def test_a_verb_costs_the_host_less_than_the_limit(verb):
-    """In the best of many short batches; where an allocation takes longer than on the machine of the limit, so may a
-    verb."""
+    """In the best of many short batches; where an allocation, in the best of batches between those, takes longer than
+    on the machine of the limit, so may a verb."""
     x = torch.empty(1)
-
-    def microseconds(call):
-        return min(timeit.repeat(call, number=10, repeat=100)) * 1e6 / 10
-
     with stubbed_driver(), torch.no_grad(), launch.launching_instead(lambda *args: None):
-        call = calls(128)[verb]
-        slowness = (microseconds(lambda: x.new_empty(2, 2)) / ALLOCATION_US for _ in range(20))
-        assert any(microseconds(call) < LIMIT_US * max(1.0, slow) for slow in slowness)
+        contenders = (calls(128)[verb], lambda: x.new_empty(2, 2))
+        rounds = [[min(timeit.repeat(run, number=10, repeat=20)) for run in contenders] for _ in range(100)]
+    cost, allocation = (1e5 * min(times) for times in zip(*rounds, strict=True))
+    assert cost < LIMIT_US * max(1.0, allocation / ALLOCATION_US)
 
 
 def test_the_device_of_the_tensors_is_made_current(monkeypatch):
