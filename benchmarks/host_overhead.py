@@ -28,7 +28,7 @@ from sttm_kernels.impl.triton.launch import launching_instead
 
 LIMIT_US = 30.0
 ALLOCATION_US = 1.1
-"""What `x.new_empty(2, 2)` takes where the limit was set; slower machines are granted as much more."""
+"""What `x.new_empty(2, 2)` takes on an AMD EPYC with torch 2.13.0 and Python 3.11; slower machines are granted more."""
 
 
 @contextlib.contextmanager

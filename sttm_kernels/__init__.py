@@ -1,4 +1,4 @@
-"""Fast token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
+"""Token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
 
 from sttm_kernels.functional import assign, compose, match, merge, soft_merge, unmerge
 from sttm_kernels.integrations import apply, remove, trace

@@ -74,7 +74,7 @@ def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.f
 
 
 def choose(verb: str, device_type: str, dtype: torch.dtype) -> str:
-    """The implementation that `auto` takes: the fastest one that can run. Never the interpreter."""
+    """The implementation that `auto` takes: the first of cuda, triton and torch that can run. Never the interpreter."""
     for impl in ("cuda", "triton"):
         if device_type == "cuda" and why_not(verb, impl, device_type, dtype) is None:
             return impl

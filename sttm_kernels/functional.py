@@ -7,7 +7,7 @@ same bits in every run (on a CPU: with the same number of threads) and whatever 
 kernel may depend on the batch. Nothing
 synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
 
-`impl` is "auto" (the fastest that can run here), "cuda", "triton", "torch" or "reference".
+`impl` is "cuda", "triton", "torch", "reference", or "auto", the first of the first three that can run here.
 
 Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, range or name,
 `RuntimeError` if an `impl` asked for by name cannot run, with the reason.

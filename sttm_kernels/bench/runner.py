@@ -57,7 +57,7 @@ def surroundings(settings: Settings, limits: Ceilings, command: str) -> Row:
         triton = ""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
-        "run": f"{now:%Y%m%dT%H%M%S}-{os.getpid()}",
+        "run": f"{now:%Y%m%dT%H%M%S.%f}-{os.getpid()}",
         "suite": settings.suite,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "device": timing.device_name(settings.device)

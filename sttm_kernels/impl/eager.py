@@ -249,7 +249,7 @@ def match(
 
 
 def _stable_argsort(index: Tensor) -> Tensor:
-    """argsort of the rows of index (B, N), values below N. NumPy sorts 16-bit integers by radix, three times faster."""
+    """argsort of the rows of index (B, N), values below N. NumPy sorts 16-bit integers by radix."""
     if index.device.type == "cpu" and index.shape[1] <= torch.iinfo(torch.int16).max:
         return torch.from_numpy(index.to(torch.int16).numpy().argsort(axis=1, kind="stable"))
     return index.argsort(dim=1, stable=True)
