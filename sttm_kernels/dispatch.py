@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sttm_kernels.torch_private import tf32 as tf32
+
 VERBS = ("assign", "match", "merge", "assign_merge", "unmerge", "compose", "soft_merge")
 IMPLEMENTATIONS = ("cuda", "triton", "torch", "reference")
 MIN_CAPABILITY = (8, 0)
@@ -33,17 +35,13 @@ def on_host() -> bool:
     return bool(os.environ.get("STTM_CUDA_HOST"))
 
 
-def tf32() -> bool:
-    """Whether PyTorch may round the float32 operands of a product on a GPU to TF32; so may the kernels.
-
-    `allow_tf32` raises once somebody has set `fp32_precision`, which knows of both.
-    """
-    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
-
-
 @cache
-def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """The reason why `impl` cannot run `verb` on this kind of device in this dtype; None if it can.
+def why_not(
+    verb: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """The reason why `impl` cannot run `verb` on this device in this dtype; None if it can.
+
+    "cuda" without an index is the device that is current when it is first asked for.
 
     Raises:
         ValueError: `verb` or `impl` is not a name this package knows.
@@ -54,10 +52,11 @@ def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.f
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if impl in ("torch", "reference"):
         return None
+    device_type = torch.device(device).type
     if impl == "cuda" and on_host():
         if device_type != "cpu" or dtype == torch.float64:
             return f"STTM_CUDA_HOST runs CPU tensors other than float64, got {dtype} on {device_type}"
-        return importlib.import_module(_MODULES[impl]).why_not(verb)
+        return importlib.import_module(_MODULES[impl]).why_not(verb, device)
     if importlib.util.find_spec(_MODULES[impl]) is None:
         return f"this build of sttm_kernels has no {impl} kernels"
     if impl == "triton" and importlib.util.find_spec("triton") is None:
@@ -68,21 +67,21 @@ def why_not(verb: str, impl: str, device_type: str, dtype: torch.dtype = torch.f
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if device_type != "cuda":
         return f"the {impl} kernels need CUDA tensors, got {device_type}"
-    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
-        return f"the {impl} kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
-    return importlib.import_module(_MODULES[impl]).why_not(verb)
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        return f"the {impl} kernels need compute capability 8.0, this GPU has {capability}"
+    return importlib.import_module(_MODULES[impl]).why_not(verb, device)
 
 
-def choose(verb: str, device_type: str, dtype: torch.dtype) -> str:
+def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The implementation that `auto` takes: the first of cuda, triton and torch that can run. Never the interpreter."""
     for impl in ("cuda", "triton"):
-        if device_type == "cuda" and why_not(verb, impl, device_type, dtype) is None:
+        if torch.device(device).type == "cuda" and why_not(verb, impl, device, dtype) is None:
             return impl
     return "torch"
 
 
 @cache
-def kernel(name: str, impl: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+def kernel(name: str, impl: str, device: torch.device | str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function behind the operator `name`, a verb or a verb with `_backward`.
 
     Raises:
@@ -91,8 +90,8 @@ def kernel(name: str, impl: str, device_type: str, dtype: torch.dtype) -> Callab
     """
     verb = name.removesuffix("_backward")
     if impl == "auto":
-        impl = choose(verb, device_type, dtype)
-    reason = why_not(verb, impl, device_type, dtype)
+        impl = choose(verb, device, dtype)
+    reason = why_not(verb, impl, device, dtype)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run {verb}: {reason}")
     return getattr(importlib.import_module(_MODULES[impl]), name)

@@ -15,6 +15,8 @@ Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -131,13 +133,11 @@ def assign(
     """
     validate.one_of("impl", impl, IMPL_NAMES)
     shape = validate.features("q", q, QUERIES, 3, 4)
-    meta, K = _check_comparison(q, shape, meta, similarity, temperature, mask)
+    meta, _ = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
     if impl == "reference":
         return reference.assign(q, meta, similarity, temperature, weight, mask)
-    soft = weight == "softmax"
-    index, score, lse, w = ops.assign(q, meta, mask, similarity, float(temperature), soft, impl)
-    return MergePlan(index, K, score, lse if soft else None, w if soft else None)
+    return ops.assign(q, meta, similarity, float(temperature), weight, mask, impl)
 
 
 def match(
@@ -218,8 +218,7 @@ def match(
                 is_dst, num_prefix, *blocks, _partition.window_bound(partition, blocks[1])
             )
     metric = metric.detach() if metric.requires_grad else metric
-    index, score, order, offsets = ops.match(metric, src, dst, r, num_prefix, impl)
-    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+    return ops.match(metric, r, num_prefix, src, dst, impl)
 
 
 def _check_grid(
@@ -293,11 +292,10 @@ def merge(
     fill = _check_fill(fill, x, plan.num_groups)
     if impl == "reference":
         return reference.merge(x, plan, size, positions, reduce, fill)
-    weight = None if plan.weight is None else _to(acc_dtype(x.dtype), plan.weight)
-    y, size_out, positions_out, _ = ops.merge(
-        x, plan.index, plan.num_groups, weight, size, positions, fill, plan.order, plan.offsets, reduce, impl
-    )
-    return MergedTokens(y, size_out, None if positions is None else positions_out)
+    if plan.weight is not None and plan.weight.dtype != acc_dtype(x.dtype):
+        plan = dataclasses.replace(plan, weight=plan.weight.to(acc_dtype(x.dtype)))
+    out = ops.merge(x, plan, size, positions, reduce, fill, impl)
+    return MergedTokens(out.x, out.size, out.positions)
 
 
 def assign_merge(
@@ -339,12 +337,10 @@ def assign_merge(
         return merge(x, plan, size, positions, fill=fill, impl=impl), plan
     size, positions = size_and_positions(x, size, positions)
     fill = _check_fill(fill, x, K)
-    soft = weight == "softmax"
-    index, score, lse, w, y, size_out, positions_out, _ = ops.assign_merge(
-        x, q, meta, mask, size, positions, fill, similarity, float(temperature), soft, impl
+    out, plan = ops.assign_merge(
+        x, q, meta, similarity, float(temperature), weight, mask, size, positions, fill, impl
     )
-    plan = MergePlan(index, K, score, lse if soft else None, w if soft else None)
-    return MergedTokens(y, size_out, None if positions is None else positions_out), plan
+    return MergedTokens(out.x, out.size, out.positions), plan
 
 
 def _check_fill(fill: Tensor | None, x: Tensor, num_groups: int) -> Tensor | None:
@@ -381,7 +377,7 @@ def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
     validate.same_device("plan.index", plan.index, "x", x)
     if impl == "reference":
         return reference.unmerge(x, plan)
-    return ops.unmerge(x, plan.index, plan.order, plan.offsets, impl)
+    return ops.unmerge(x, plan, impl)
 
 
 def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan:
@@ -405,8 +401,7 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
     validate.beside("plan2.index", plan2.index, "(B, K1)", rows, "plan1.index", plan1.index)
     if impl == "reference":
         return reference.compose(plan1, plan2)
-    index = ops.compose(plan1.index, plan2.index, plan2.num_groups, impl)
-    return MergePlan(index, plan2.num_groups)
+    return ops.compose(plan1, plan2, impl)
 
 
 def soft_merge(
@@ -453,7 +448,5 @@ def soft_merge(
     size, positions = size_and_positions(x, size, positions)
     if impl == "reference":
         return reference.soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask)
-    y, size_out, positions_out, _ = ops.soft_merge(
-        x, q, meta, size, positions, mask, similarity, float(temperature), normalize, impl
-    )
-    return MergedTokens(y, size_out, None if positions is None else positions_out)
+    out = ops.soft_merge(x, q, meta, similarity, float(temperature), normalize, size, positions, mask, impl)
+    return MergedTokens(out.x, out.size, out.positions)

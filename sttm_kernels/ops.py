@@ -1,519 +1,715 @@
-"""The operators: schema, implementation, fake kernel and autograd of each verb, in that order.
+"""The operators: for each verb its flat arguments and results, the adapter to its implementations, its gradient.
 
-Torch only. Every operator returns fresh contiguous tensors, mutates nothing, and picks its implementation when it runs.
-A tensor that was not asked for comes back with shape (0,). Differentiating a backward goes through the specification.
+An implementation takes what `reference.<verb>` takes; a `_backward` takes the gradients of the results first, the
+results and what is needed last. The flat lists are what the dispatcher sees. Torch only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from sttm_kernels import dispatch, reference
-from sttm_kernels.plan import MergePlan
+from sttm_kernels import reference
+from sttm_kernels.operator import NAMESPACE as NAMESPACE
+from sttm_kernels.operator import Operator, pull_back
+from sttm_kernels.plan import (
+    Merged,
+    MergedGrads,
+    MergePlan,
+    OfAssign,
+    OfMerge,
+    OfSoftMerge,
+    PlanGrads,
+    SoftMerged,
+)
 from sttm_kernels.reference import acc_dtype
 
-NAMESPACE = "sttm_kernels"
-_lib = torch.library.Library(NAMESPACE, "DEF")
+
+def _if(given: Any, tensor: Tensor | None) -> Tensor | None:
+    """A result, None if what it is made of is not given: the flat form has shape (0,) for it."""
+    return tensor if given is not None else None
 
 
-_functions: dict[str, type[torch.autograd.Function]] = {}
-_functorch = torch._C._functorch
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers an operator whose last argument is `impl` and whose first tensor decides device and dtype.
-
-    Returns the function to call it by. The dispatcher is asked only where something may listen to it: a tracer, a mode,
-    a transform, a tensor subclass, a device without data. Elsewhere its price, more than the rest of a small verb, buys
-    nothing.
-    """
-    _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-
-    _lib.impl(name, partial(_run, name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _listened_to() or not _PLAIN.issuperset(map(type, args)):
-            return overload(*args)
-        lead = _lead(args)
-        device_type = _device_type(lead.device)
-        if device_type == "meta":
-            return overload(*args)
-        if torch.is_grad_enabled() and name in _functions and any(map(_requires_grad, args)):
-            return _functions[name].apply(*args)
-        return dispatch.kernel(name, args[-1], device_type, lead.dtype)(*args[:-1])
-
-    return call
-
-
-def _run(name: str, *args: Any) -> Any:
-    lead = _lead(args)
-    return dispatch.kernel(name, args[-1], _device_type(lead.device), lead.dtype)(*args[:-1])
-
-
-@cache
-def _device_type(device: torch.device) -> str:
-    """Its type, which PyTorch writes out anew every time."""
-    return device.type
-
-
-def _requires_grad(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.requires_grad
-
-
-def _lead(args: tuple[Any, ...]) -> Tensor:
-    return args[0] if args[0] is not None else next(arg for arg in args if isinstance(arg, Tensor))
-
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, int, float, bool, list})
-
-
-def _listened_to() -> bool:
-    """Whether a dispatch mode, a functorch transform, forward-mode AD or a tracer is active."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or _functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives an operator its gradient, in the dispatcher and in a `Function` for calls that do not go through it."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_lib)
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _run(name, *args)
-        setup(ctx, args, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    _functions[name] = type(name, (torch.autograd.Function,), members)
-
-
-def _through_reference(
-    run: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of `run(*inputs)` that can themselves be differentiated."""
-    inputs = [None if t is None else t.view_as(t) for t in inputs]  # one tensor given twice stays two inputs
-    outputs = run(*inputs)
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def _only(wanted: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [tensor if want else None for want, tensor in zip(wanted, tensors, strict=True)]
+def _features(positions: Tensor | None) -> int:
+    return 0 if positions is None else positions.shape[-1]
 
 
 # assign
 
 
-def _assign_fake(
-    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool, impl: str
-) -> tuple[Tensor, ...]:
-    rows = (q.shape[0], q.shape[-2])
-    score = q.new_empty(rows, dtype=acc_dtype(q.dtype))
-    lse = torch.empty_like(score) if soft else score.new_empty(0)
-    return q.new_empty(rows, dtype=torch.int32), score, lse, torch.empty_like(lse)
+class AssignIn(NamedTuple):
+    q: Tensor
+    meta: Tensor
+    mask: Tensor | None
+    similarity: str
+    temperature: float
+    weight: str
+    impl: str
 
 
-def _assign_backward_fake(
-    grad_score: Tensor, grad_lse: Tensor | None, q: Tensor, meta: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    need_q, need_meta = rest[-2]
-    return (
-        q.new_empty(q.shape if need_q else 0),
-        meta.new_empty(meta.shape if need_meta else 0),
+class AssignOut(NamedTuple):
+    index: Tensor
+    score: Tensor
+    lse: Tensor | None
+    weight: Tensor | None
+
+
+class AssignBackwardIn(NamedTuple):
+    grad_score: Tensor
+    grad_lse: Tensor | None
+    q: Tensor
+    meta: Tensor
+    index: Tensor
+    score: Tensor
+    lse: Tensor
+    similarity: str
+    temperature: float
+    needs: Sequence[bool]
+    impl: str
+
+
+class AssignBackwardOut(NamedTuple):
+    grad_q: Tensor | None
+    grad_meta: Tensor | None
+
+
+def _plan(out: Any, num_groups: int, weight: str) -> MergePlan:
+    soft = weight == "softmax"
+    return MergePlan(out.index, num_groups, out.score, out.lse if soft else None, out.weight if soft else None)
+
+
+def _assign_fake(a: AssignIn) -> Sequence[Tensor | None]:
+    score = a.q.new_empty((a.q.shape[0], a.q.shape[-2]), dtype=acc_dtype(a.q.dtype))
+    index = torch.empty_like(score, dtype=torch.int32)
+    return (index, score, *((torch.empty_like(score), torch.empty_like(score)) if a.weight == "softmax" else (None,) * 2))
+
+
+def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """score and lse of `reference.assign` at the groups that were chosen."""
+    real = index >= 0
+    S = reference.pairwise_similarity(
+        torch.where(real[..., None], reference.mean_over_heads(q), 0), meta, similarity, temperature
     )
+    score = S.gather(-1, index.long().clamp_min(0)[..., None]).squeeze(-1)
+    return torch.where(real, score, 0), torch.where(real, S.logsumexp(-1), 0)
 
 
-assign = _define(
-    "assign",
-    "(Tensor q, Tensor meta, Tensor? mask, str similarity, float temperature, bool soft, str impl)"
-    " -> (Tensor index, Tensor score, Tensor lse, Tensor weight)",
-    _assign_fake,
-)
-assign_backward = _define(
-    "assign_backward",
-    "(Tensor grad_score, Tensor? grad_lse, Tensor q, Tensor meta, Tensor index, Tensor score, Tensor lse,"
-    " str similarity, float temperature, bool[2] needs, str impl) -> (Tensor grad_q, Tensor grad_meta)",
-    _assign_backward_fake,
-)
+def _assign_formula(a: AssignIn, out: AssignOut) -> Sequence[Tensor | None]:
+    score, lse = _scores(a.q, a.meta, out.index, a.similarity, a.temperature)
+    if a.weight != "softmax":
+        return None, score, None, None
+    return None, score, lse, torch.where(out.index >= 0, (score - lse).exp(), 0)
 
 
-def _assign_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, meta, mask, ctx.similarity, ctx.temperature, ctx.soft, ctx.impl = inputs
-    index, score, lse, weight = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, meta, mask, index, score, lse, weight)
+def _assign_gradient(a: AssignIn, out: AssignOut, g: AssignOut, needs: AssignIn) -> dict[str, Tensor | None]:
+    found = _plan_gradient(a.q, a.meta, a, out, g, OfAssign(needs.q, needs.meta))
+    return {"q": found.q, "meta": found.meta}
 
 
-def _assign_grads(ctx: Any, _: None, grad_score: Tensor | None, grad_lse: Tensor | None, grad_weight: Tensor | None):
-    q, meta, mask, index, score, lse, weight = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
-    nothing = (None,) * 5
-    if not ctx.soft:
-        grad_lse = grad_weight = None
-    if grad_score is None and grad_lse is None and grad_weight is None:
-        return None, None, *nothing
-    if torch.is_grad_enabled():
-
-        def run(q: Tensor, meta: Tensor) -> list[Tensor | None]:
-            chosen = "softmax" if ctx.soft else "uniform"
-            plan = reference.assign(q, meta, ctx.similarity, ctx.temperature, chosen, mask)
-            return [plan.score, plan.lse, plan.weight]
-
-        return *_through_reference(run, (q, meta), (grad_score, grad_lse, grad_weight)), *nothing
-    grads = _pull_back_assign(
-        grad_score, grad_lse, grad_weight, q, meta, index, score, lse, weight, ctx.similarity, ctx.temperature, needs,
-        ctx.impl,
-    )  # fmt: skip
-    return *_only(needs, grads), *nothing
-
-
-def _pull_back_assign(
-    grad_score: Tensor | None, grad_lse: Tensor | None, grad_weight: Tensor | None, q: Tensor, meta: Tensor,
-    index: Tensor, score: Tensor, lse: Tensor, weight: Tensor, similarity: str, temperature: float,
-    needs: list[bool], impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfAssign) -> OfAssign:
     """Gradients of q and meta; that of weight = exp(score - lse) joins those of score and lse."""
-    if grad_weight is not None:
-        through_weight = grad_weight * weight
-        grad_score = through_weight if grad_score is None else grad_score + through_weight
-        grad_lse = -through_weight if grad_lse is None else grad_lse - through_weight
-    if grad_score is None:
-        grad_score = torch.zeros_like(score)
-    return assign_backward(grad_score, grad_lse, q, meta, index, score, lse, similarity, temperature, needs, impl)
+    through = None if g.weight is None else g.weight * out.weight
+    score, lse = _sum(g.score, through), _sum(g.lse, None if through is None else -through)
+    if not any(needs) or (score is None and lse is None):
+        return OfAssign(None, None)
+    grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
+    return assign_backward(grads, q, meta, a.similarity, a.temperature, _plan(out, meta.shape[1], a.weight), needs, a.impl)
 
 
-_differentiable("assign", _assign_setup, _assign_grads)
+def _assign_backward_run(run: Any, a: AssignBackwardIn) -> Sequence[Tensor | None]:
+    plan = MergePlan(a.index, a.meta.shape[1], a.score, a.lse)
+    grads = PlanGrads(a.grad_score, a.grad_lse)
+    return run(grads, a.q, a.meta, a.similarity, a.temperature, plan, OfAssign(*a.needs))
+
+
+def _assign_backward_formula(a: AssignBackwardIn, out: AssignBackwardOut) -> Sequence[Tensor | None]:
+    def run(q: Tensor, meta: Tensor) -> Sequence[Tensor]:
+        return _scores(q, meta, a.index, a.similarity, a.temperature)
+
+    return pull_back(run, (a.q, a.meta), a.needs, (a.grad_score, a.grad_lse))
+
+
+_assign = Operator(
+    "assign",
+    AssignIn,
+    AssignOut,
+    lambda run, a: AssignOut(*_of_plan(run(a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask))),
+    _assign_fake,
+    _assign_formula,
+    _assign_gradient,
+    differentiable=("score", "lse", "weight"),
+)
+_assign_backward = Operator(
+    "assign_backward",
+    AssignBackwardIn,
+    AssignBackwardOut,
+    _assign_backward_run,
+    lambda a: [torch.empty_like(t, memory_format=torch.contiguous_format) if need else None for t, need in zip((a.q, a.meta), a.needs)],
+    _assign_backward_formula,
+    differentiable=("grad_q", "grad_meta"),
+    constants=("score", "lse"),
+)
+
+
+def _of_plan(plan: MergePlan) -> tuple[Tensor | None, ...]:
+    return plan.index, plan.score, plan.lse, plan.weight
+
+
+def assign(
+    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None, impl: str
+) -> MergePlan:
+    a = AssignIn(q, meta, mask, similarity, temperature, weight, impl)
+    if (run := _assign.implementation(a)) is not None:
+        return run(q, meta, similarity, temperature, weight, mask)
+    return _plan(_assign.listened(a), meta.shape[1], weight)
+
+
+def assign_backward(
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign,
+    impl: str,
+) -> OfAssign:  # fmt: skip
+    assert plan.score is not None
+    lse = plan.score if plan.lse is None else plan.lse
+    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, similarity, temperature, list(needs), impl)
+    return OfAssign(*map(_needed, needs, _assign_backward(a)))
+
+
+def _needed(need: bool, tensor: Tensor | None) -> Tensor | None:
+    return tensor if need else None
 
 
 # match
 
 
-def _match_fake(
-    metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int, impl: str
-) -> tuple[Tensor, ...]:
-    B, N = metric.shape[0], metric.shape[-2]
-    index = metric.new_empty((B, N), dtype=torch.int32)
-    score = metric.new_empty((B, N), dtype=acc_dtype(metric.dtype))
-    return index, score, torch.empty_like(index), index.new_empty((B, N - r + 1))
+class MatchIn(NamedTuple):
+    metric: Tensor
+    src: Tensor | None
+    dst: Tensor | None
+    r: int
+    num_prefix: int
+    impl: str
 
 
-match = _define(
-    "match",
-    "(Tensor metric, Tensor? src, Tensor? dst, SymInt r, SymInt num_prefix, str impl)"
-    " -> (Tensor index, Tensor score, Tensor order, Tensor offsets)",
-    _match_fake,
-)
+class MatchOut(NamedTuple):
+    index: Tensor
+    score: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def _match_fake(a: MatchIn) -> Sequence[Tensor]:
+    B, N = a.metric.shape[0], a.metric.shape[-2]
+    index = a.metric.new_empty((B, N), dtype=torch.int32)
+    score = a.metric.new_empty((B, N), dtype=acc_dtype(a.metric.dtype))
+    return index, score, torch.empty_like(index), index.new_empty((B, N - a.r + 1))
+
+
+def _match_run(run: Any, a: MatchIn) -> MatchOut:
+    plan = run(a.metric, a.r, a.num_prefix, a.src, a.dst)
+    return MatchOut(plan.index, plan.score, plan.order, plan.offsets)
+
+
+_match = Operator("match", MatchIn, MatchOut, _match_run, _match_fake, unsaved=("metric",))
+
+
+def match(
+    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str
+) -> MergePlan:
+    a = MatchIn(metric, src, dst, r, num_prefix, impl)
+    if (run := _match.implementation(a)) is not None:
+        return run(metric, r, num_prefix, src, dst)
+    out = _match.listened(a)
+    return MergePlan(out.index, metric.shape[-2] - r, out.score, order=out.order, offsets=out.offsets)
 
 
 # merge
 
 
-def _merge_fake(
-    x: Tensor, index: Tensor, num_groups: int, weight: Tensor | None, size: Tensor | None, positions: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    groups = (x.shape[0], num_groups)
-    mass = x.new_empty(groups, dtype=acc_dtype(x.dtype))
-    features = 0 if positions is None else positions.shape[-1]
-    return x.new_empty((*groups, x.shape[-1])), torch.empty_like(mass), mass.new_empty((*groups, features)), mass
+class MergeIn(NamedTuple):
+    x: Tensor
+    index: Tensor
+    num_groups: int
+    weight: Tensor | None
+    size: Tensor | None
+    positions: Tensor | None
+    fill: Tensor | None
+    order: Tensor | None
+    offsets: Tensor | None
+    reduce: str
+    impl: str
 
 
-def _merge_backward_fake(
-    grad_y: Tensor | None, grad_size: Tensor | None, grad_positions: Tensor | None, x: Tensor, index: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    positions, (need_x, need_weight, need_size, need_positions) = rest[3], rest[-2]
-    rows = x.new_empty(index.shape, dtype=acc_dtype(x.dtype))
+class MergeOut(NamedTuple):
+    y: Tensor
+    size_out: Tensor
+    positions_out: Tensor | None
+    mass: Tensor
+
+
+class MergeBackwardIn(NamedTuple):
+    grad_y: Tensor | None
+    grad_size: Tensor | None
+    grad_positions: Tensor | None
+    x: Tensor
+    index: Tensor
+    num_groups: int
+    weight: Tensor | None
+    size: Tensor | None
+    positions: Tensor | None
+    y: Tensor
+    positions_out: Tensor | None
+    mass: Tensor
+    order: Tensor | None
+    offsets: Tensor | None
+    reduce: str
+    needs: Sequence[bool]
+    impl: str
+
+
+class MergeBackwardOut(NamedTuple):
+    grad_x: Tensor | None
+    grad_weight: Tensor | None
+    grad_size_in: Tensor | None
+    grad_positions_in: Tensor | None
+
+
+def _plan_of(a: Any) -> MergePlan:
+    return MergePlan(a.index, a.num_groups, weight=a.weight, order=a.order, offsets=a.offsets)
+
+
+def _merge_fake(a: Any) -> Sequence[Tensor | None]:
+    groups = (a.x.shape[0], a.num_groups)
+    mass = a.x.new_empty(groups, dtype=acc_dtype(a.x.dtype))
+    positions = _if(a.positions, mass.new_empty((*groups, _features(a.positions))))
+    return a.x.new_empty((*groups, a.x.shape[-1])), torch.empty_like(mass), positions, mass
+
+
+def _merge_formula(a: MergeIn, out: MergeOut) -> Sequence[Tensor | None]:
+    merged = reference.merge(a.x, _plan_of(a), a.size, a.positions, a.reduce, a.fill)
+    return merged.x, merged.size, merged.positions, None
+
+
+def _merge_gradient(a: MergeIn, out: MergeOut, g: MergeOut, needs: MergeIn) -> dict[str, Tensor | None]:
+    wanted = OfMerge(needs.x, needs.weight, needs.size, needs.positions)
+    found = _reduction_gradient(a.x, _plan_of(a), a.size, a.positions, out, g, a.reduce, wanted, a.impl)
+    return {**found._asdict(), "fill": _fill_gradient(out, g) if needs.fill else None}
+
+
+def _reduction_gradient(
+    x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, out: Any, g: Any, reduce: str,
+    needs: OfMerge, impl: str,
+) -> OfMerge:  # fmt: skip
+    grads = MergedGrads(g.y, g.size_out, _if(positions, g.positions_out))
+    if not any(needs) or all(grad is None for grad in grads):
+        return OfMerge(None, None, None, None)
+    merged = Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
+    return merge_backward(grads, x, plan, size, positions, merged, reduce, needs, impl)
+
+
+def _fill_gradient(out: Any, g: Any) -> Tensor | None:
+    return None if g.y is None else torch.where((out.mass == 0)[..., None], g.y, 0)
+
+
+def _merge_backward_run(run: Any, a: MergeBackwardIn) -> Sequence[Tensor | None]:
+    grads = MergedGrads(a.grad_y, a.grad_size, a.grad_positions)
+    out = Merged(a.y, a.mass, _if(a.positions, a.positions_out), a.mass)
+    return run(grads, a.x, _plan_of(a), a.size, a.positions, out, a.reduce, OfMerge(*a.needs))
+
+
+def _merge_backward_fake(a: MergeBackwardIn) -> Sequence[Tensor | None]:
+    row = a.x.new_empty(a.index.shape, dtype=acc_dtype(a.x.dtype))
+    need = OfMerge(*a.needs)
     return (
-        x.new_empty(x.shape if need_x else 0),
-        rows.new_empty(rows.shape if need_weight else 0),
-        rows.new_empty(rows.shape if need_size else 0),
-        rows.new_empty(positions.shape if need_positions else 0),
+        a.x.new_empty(a.x.shape) if need.x else None,
+        torch.empty_like(row) if need.weight else None,
+        torch.empty_like(row) if need.size else None,
+        row.new_empty(a.positions.shape) if need.positions and a.positions is not None else None,
     )
 
 
-merge = _define(
+def _merge_backward_formula(a: MergeBackwardIn, out: MergeBackwardOut) -> Sequence[Tensor | None]:
+    def run(x: Tensor, weight: Tensor | None, size: Tensor | None, positions: Tensor | None) -> Sequence[Tensor | None]:
+        merged = reference.merge(x, MergePlan(a.index, a.num_groups, weight=weight), size, positions, a.reduce)
+        return merged.x, merged.size, merged.positions
+
+    return pull_back(run, (a.x, a.weight, a.size, a.positions), a.needs, (a.grad_y, a.grad_size, a.grad_positions))
+
+
+_merge = Operator(
     "merge",
-    "(Tensor x, Tensor index, SymInt num_groups, Tensor? weight, Tensor? size, Tensor? positions, Tensor? fill,"
-    " Tensor? order, Tensor? offsets, str reduce, str impl)"
-    " -> (Tensor y, Tensor size_out, Tensor positions_out, Tensor mass)",
+    MergeIn,
+    MergeOut,
+    lambda run, a: MergeOut(*run(a.x, _plan_of(a), a.size, a.positions, a.reduce, a.fill)),
     _merge_fake,
+    _merge_formula,
+    _merge_gradient,
+    differentiable=("y", "size_out", "positions_out"),
+    unsaved=("size_out",),
 )
-merge_backward = _define(
+_merge_backward = Operator(
     "merge_backward",
-    "(Tensor? grad_y, Tensor? grad_size, Tensor? grad_positions, Tensor x, Tensor index, SymInt num_groups,"
-    " Tensor? weight, Tensor? size, Tensor? positions, Tensor y, Tensor positions_out, Tensor mass,"
-    " Tensor? order, Tensor? offsets, str reduce, bool[4] needs, str impl)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_size_in, Tensor grad_positions_in)",
+    MergeBackwardIn,
+    MergeBackwardOut,
+    _merge_backward_run,
     _merge_backward_fake,
+    _merge_backward_formula,
+    differentiable=MergeBackwardOut._fields,
+    constants=("y", "positions_out", "mass", "order", "offsets"),
 )
 
 
-def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, index, ctx.num_groups, weight, size, positions, fill, order, offsets, ctx.reduce, ctx.impl = inputs
-    y, _, positions_out, mass = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mass)
-    ctx.save_for_backward(x, index, weight, size, positions, fill, order, offsets, y, positions_out, mass)
+def merge(
+    x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None,
+    impl: str,
+) -> Merged:  # fmt: skip
+    a = MergeIn(
+        x, plan.index, plan.num_groups, plan.weight, size, positions, fill, plan.order, plan.offsets, reduce, impl
+    )
+    if (run := _merge.implementation(a)) is not None:
+        return run(x, plan, size, positions, reduce, fill)
+    out = _merge.listened(a)
+    return Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
 
 
-def _merge_grads(ctx: Any, grad_y: Tensor | None, grad_size: Tensor | None, grad_positions: Tensor | None, _: None):
-    x, index, weight, size, positions, fill, order, offsets, y, positions_out, mass = ctx.saved_tensors
-    need_x, _, _, need_weight, need_size, need_positions, need_fill = ctx.needs_input_grad[:7]
-    if positions is None:
-        grad_positions = None
-    if torch.is_grad_enabled():
-
-        def run(x, weight, size, positions, fill):
-            plan = MergePlan(index, ctx.num_groups, weight=weight)
-            out = reference.merge(x, plan, size, positions, ctx.reduce, fill)
-            return [out.x, out.size, out.positions]
-
-        grad_x, grad_weight, grad_size_in, grad_positions_in, grad_fill = _through_reference(
-            run, (x, weight, size, positions, fill), (grad_y, grad_size, grad_positions)
-        )
-    else:
-        needs = [need_x, need_weight, need_size, need_positions]
-        grad_x, grad_weight, grad_size_in, grad_positions_in = _only(
-            needs,
-            merge_backward(
-                grad_y, grad_size, grad_positions, x, index, ctx.num_groups, weight, size, positions, y,
-                positions_out, mass, order, offsets, ctx.reduce, needs, ctx.impl,
-            ),
-        )  # fmt: skip
-        grad_fill = None
-        if need_fill and grad_y is not None:
-            grad_fill = torch.where((mass == 0)[..., None], grad_y, 0)
-    return grad_x, None, None, grad_weight, grad_size_in, grad_positions_in, grad_fill, None, None, None, None
-
-
-_differentiable("merge", _merge_setup, _merge_grads)
+def merge_backward(
+    grads: MergedGrads, x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, out: Merged,
+    reduce: str, needs: OfMerge, impl: str,
+) -> OfMerge:  # fmt: skip
+    a = MergeBackwardIn(
+        *grads, x, plan.index, plan.num_groups, plan.weight, size, positions, out.x, out.positions, out.mass,
+        plan.order, plan.offsets, reduce, list(needs), impl,
+    )  # fmt: skip
+    return OfMerge(*map(_needed, needs, _merge_backward(a)))
 
 
 # assign_merge
 
 
-def _assign_merge_fake(
-    x: Tensor, q: Tensor | None, meta: Tensor, mask: Tensor | None, size: Tensor | None, positions: Tensor | None,
-    fill: Tensor | None, similarity: str, temperature: float, soft: bool, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    plan = _assign_fake(x if q is None else q, meta, mask, similarity, temperature, soft, impl)
-    return *plan, *_merge_fake(x, plan[0], meta.shape[1], None, size, positions)
+class AssignMergeIn(NamedTuple):
+    x: Tensor
+    q: Tensor | None
+    meta: Tensor
+    mask: Tensor | None
+    size: Tensor | None
+    positions: Tensor | None
+    fill: Tensor | None
+    similarity: str
+    temperature: float
+    weight: str
+    impl: str
 
 
-assign_merge = _define(
+class AssignMergeOut(NamedTuple):
+    index: Tensor
+    score: Tensor
+    lse: Tensor | None
+    weight: Tensor | None
+    y: Tensor
+    size_out: Tensor
+    positions_out: Tensor | None
+    mass: Tensor
+
+
+def _metric(a: AssignMergeIn) -> Tensor:
+    return a.x if a.q is None else a.q
+
+
+def _assign_merge_run(run: Any, a: AssignMergeIn) -> AssignMergeOut:
+    merged, plan = run(
+        a.x, a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask, a.size, a.positions, a.fill
+    )
+    return AssignMergeOut(*_of_plan(plan), *merged)
+
+
+def _assign_merge_fake(a: AssignMergeIn) -> Sequence[Tensor | None]:
+    plan = _assign_fake(AssignIn(_metric(a), a.meta, a.mask, a.similarity, a.temperature, a.weight, a.impl))
+    index = plan[0]
+    assert index is not None
+    merged = MergeIn(a.x, index, a.meta.shape[1], None, a.size, a.positions, a.fill, None, None, "mean", a.impl)
+    return *plan, *_merge_fake(merged)
+
+
+def _assign_merge_formula(a: AssignMergeIn, out: AssignMergeOut) -> Sequence[Tensor | None]:
+    assigned = AssignIn(_metric(a), a.meta, a.mask, a.similarity, a.temperature, a.weight, a.impl)
+    _, score, lse, weight = _assign_formula(assigned, AssignOut(out.index, None, None, None))  # type: ignore[arg-type]
+    merged = reference.merge(
+        a.x, MergePlan(out.index, a.meta.shape[1], weight=weight), a.size, a.positions, "mean", a.fill
+    )
+    return None, score, lse, weight, merged.x, merged.size, merged.positions, None
+
+
+def _assign_merge_gradient(
+    a: AssignMergeIn, out: AssignMergeOut, g: AssignMergeOut, needs: AssignMergeIn
+) -> dict[str, Tensor | None]:
+    of_plan = OfAssign(needs.x if a.q is None else needs.q, needs.meta)
+    soft = a.weight == "softmax"
+    wanted = OfMerge(needs.x, soft and any(of_plan), needs.size, needs.positions)
+    plan = _plan(out, a.meta.shape[1], a.weight)
+    found = _reduction_gradient(a.x, plan, a.size, a.positions, out, g, "mean", wanted, a.impl)
+    g = g._replace(weight=_sum(g.weight, found.weight))
+    of_metric = _plan_gradient(_metric(a), a.meta, a, out, g, of_plan)
+    grad_x, grad_q = (_sum(found.x, of_metric.q), None) if a.q is None else (found.x, of_metric.q)
+    return {
+        "x": grad_x,
+        "q": grad_q,
+        "meta": of_metric.meta,
+        "size": found.size,
+        "positions": found.positions,
+        "fill": _fill_gradient(out, g) if needs.fill else None,
+    }
+
+
+_assign_merge = Operator(
     "assign_merge",
-    "(Tensor x, Tensor? q, Tensor meta, Tensor? mask, Tensor? size, Tensor? positions, Tensor? fill, str similarity,"
-    " float temperature, bool soft, str impl) -> (Tensor index, Tensor score, Tensor lse, Tensor weight, Tensor y,"
-    " Tensor size_out, Tensor positions_out, Tensor mass)",
+    AssignMergeIn,
+    AssignMergeOut,
+    _assign_merge_run,
     _assign_merge_fake,
+    _assign_merge_formula,
+    _assign_merge_gradient,
+    differentiable=("score", "lse", "weight", "y", "size_out", "positions_out"),
+    unsaved=("size_out",),
 )
 
 
-def _assign_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, q, meta, mask, size, positions, fill, ctx.similarity, ctx.temperature, ctx.soft, ctx.impl = inputs
-    index, score, lse, weight, y, _, positions_out, mass = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mass)
-    ctx.save_for_backward(x, q, meta, mask, size, positions, fill, index, score, lse, weight, y, positions_out, mass)
-
-
-def _assign_merge_grads(
-    ctx: Any, _: None, grad_score: Tensor | None, grad_lse: Tensor | None, grad_weight: Tensor | None,
-    grad_y: Tensor | None, grad_size: Tensor | None, grad_positions: Tensor | None, __: None,
-):  # fmt: skip
-    x, q, meta, mask, size, positions, fill, index, score, lse, weight, y, positions_out, mass = ctx.saved_tensors
-    need_x, need_q, need_meta, _, need_size, need_positions, need_fill = ctx.needs_input_grad[:7]
-    if positions is None:
-        grad_positions = None
-    if not ctx.soft:
-        grad_lse = grad_weight = None
-    nothing = (None,) * 4
-    if torch.is_grad_enabled():
-
-        def run(x, q, meta, size, positions, fill):
-            chosen = "softmax" if ctx.soft else "uniform"
-            plan = reference.assign(x if q is None else q, meta, ctx.similarity, ctx.temperature, chosen, mask)
-            out = reference.merge(x, plan, size, positions, "mean", fill)
-            return [plan.score, plan.lse, plan.weight, out.x, out.size, out.positions]
-
-        grad_x, grad_q, grad_meta, grad_size_in, grad_positions_in, grad_fill = _through_reference(
-            run,
-            (x, q, meta, size, positions, fill),
-            (grad_score, grad_lse, grad_weight, grad_y, grad_size, grad_positions),
-        )
-        return grad_x, grad_q, grad_meta, None, grad_size_in, grad_positions_in, grad_fill, *nothing
-
-    metric = x if q is None else q
-    needs_assign = [need_x if q is None else need_q, need_meta]
-    grad_x = grad_size_in = grad_positions_in = grad_metric = grad_meta = None
-    if any(grad is not None for grad in (grad_y, grad_size, grad_positions)):
-        needs = [need_x, ctx.soft and any(needs_assign), need_size, need_positions]
-        grad_x, through_merge, grad_size_in, grad_positions_in = _only(
-            needs,
-            merge_backward(
-                grad_y, grad_size, grad_positions, x, index, meta.shape[1], weight if ctx.soft else None, size,
-                positions, y, positions_out, mass, None, None, "mean", needs, ctx.impl,
-            ),
-        )  # fmt: skip
-        if through_merge is not None:
-            grad_weight = through_merge if grad_weight is None else grad_weight + through_merge
-    if any(needs_assign) and any(grad is not None for grad in (grad_score, grad_lse, grad_weight)):
-        grad_metric, grad_meta = _only(
-            needs_assign,
-            _pull_back_assign(
-                grad_score, grad_lse, grad_weight, metric, meta, index, score, lse, weight, ctx.similarity,
-                ctx.temperature, needs_assign, ctx.impl,
-            ),
-        )  # fmt: skip
-    if q is None and grad_metric is not None:
-        grad_x = grad_metric if grad_x is None else grad_x + grad_metric
-    grad_q = None if q is None else grad_metric
-    grad_fill = torch.where((mass == 0)[..., None], grad_y, 0) if need_fill and grad_y is not None else None
-    return grad_x, grad_q, grad_meta, None, grad_size_in, grad_positions_in, grad_fill, *nothing
-
-
-_differentiable("assign_merge", _assign_merge_setup, _assign_merge_grads)
+def assign_merge(
+    x: Tensor, q: Tensor | None, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None,
+    size: Tensor | None, positions: Tensor | None, fill: Tensor | None, impl: str,
+) -> tuple[Merged, MergePlan]:  # fmt: skip
+    a = AssignMergeIn(x, q, meta, mask, size, positions, fill, similarity, temperature, weight, impl)
+    if (run := _assign_merge.implementation(a)) is not None:
+        return run(x, q, meta, similarity, temperature, weight, mask, size, positions, fill)
+    out = _assign_merge.listened(a)
+    merged = Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
+    return merged, _plan(out, meta.shape[1], weight)
 
 
 # unmerge
 
 
-def _unmerge_fake(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None, impl: str) -> Tensor:
-    return x.new_empty((*index.shape, x.shape[-1]))
+class UnmergeIn(NamedTuple):
+    x: Tensor
+    index: Tensor
+    num_groups: int
+    order: Tensor | None
+    offsets: Tensor | None
+    impl: str
 
 
-unmerge = _define(
+class UnmergeOut(NamedTuple):
+    y: Tensor
+
+
+def _unmerge_plan(a: UnmergeIn) -> MergePlan:
+    return MergePlan(a.index, a.num_groups, order=a.order, offsets=a.offsets)
+
+
+def _unmerge_gradient(a: UnmergeIn, out: UnmergeOut, g: UnmergeOut, needs: UnmergeIn) -> dict[str, Tensor | None]:
+    return {"x": merge(g.y, _unmerge_plan(a), None, None, "sum", None, a.impl).x}
+
+
+_unmerge = Operator(
     "unmerge",
-    "(Tensor x, Tensor index, Tensor? order, Tensor? offsets, str impl) -> Tensor",
-    _unmerge_fake,
+    UnmergeIn,
+    UnmergeOut,
+    lambda run, a: UnmergeOut(run(a.x, _unmerge_plan(a))),
+    lambda a: [a.x.new_empty((*a.index.shape, a.x.shape[-1]))],
+    lambda a, out: [reference.unmerge(a.x, _unmerge_plan(a))],
+    _unmerge_gradient,
+    differentiable=("y",),
+    unsaved=("x", "y"),
 )
 
 
-def _unmerge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, index, order, offsets, ctx.impl = inputs
-    ctx.num_groups = x.shape[1]
-    ctx.save_for_backward(index, order, offsets)
-
-
-def _unmerge_grads(ctx: Any, grad: Tensor):
-    index, order, offsets = ctx.saved_tensors
-    summed = merge(grad, index, ctx.num_groups, None, None, None, None, order, offsets, "sum", ctx.impl)[0]
-    return summed, None, None, None, None
-
-
-_differentiable("unmerge", _unmerge_setup, _unmerge_grads)
+def unmerge(x: Tensor, plan: MergePlan, impl: str) -> Tensor:
+    a = UnmergeIn(x, plan.index, plan.num_groups, plan.order, plan.offsets, impl)
+    if (run := _unmerge.implementation(a)) is not None:
+        return run(x, plan)
+    return _unmerge.listened(a).y
 
 
 # compose
 
 
-def _compose_fake(index1: Tensor, index2: Tensor, num_groups: int, impl: str) -> Tensor:
-    return torch.empty_like(index1, memory_format=torch.contiguous_format)
+class ComposeIn(NamedTuple):
+    index1: Tensor
+    index2: Tensor
+    num_groups: int
+    impl: str
 
 
-compose = _define("compose", "(Tensor index1, Tensor index2, SymInt num_groups, str impl) -> Tensor", _compose_fake)
+class ComposeOut(NamedTuple):
+    index: Tensor
+
+
+_compose = Operator(
+    "compose",
+    ComposeIn,
+    ComposeOut,
+    lambda run, a: ComposeOut(
+        run(MergePlan(a.index1, a.index2.shape[1]), MergePlan(a.index2, a.num_groups)).index,
+    ),
+    lambda a: [torch.empty_like(a.index1, memory_format=torch.contiguous_format)],
+)
+
+
+def compose(plan1: MergePlan, plan2: MergePlan, impl: str) -> MergePlan:
+    a = ComposeIn(plan1.index, plan2.index, plan2.num_groups, impl)
+    if (run := _compose.implementation(a)) is not None:
+        return run(plan1, plan2)
+    return MergePlan(_compose.listened(a).index, plan2.num_groups)
 
 
 # soft_merge
 
 
-def _soft_merge_fake(
-    x: Tensor, q: Tensor, meta: Tensor, size: Tensor | None, positions: Tensor | None, mask: Tensor | None,
-    similarity: str, temperature: float, normalize: str, impl: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    groups = (x.shape[0], meta.shape[1])
-    mass = x.new_empty(groups, dtype=acc_dtype(x.dtype))
-    features = 0 if positions is None else positions.shape[-1]
-    lse_shape = x.shape[:2] if normalize == "meta" else groups
+class SoftMergeIn(NamedTuple):
+    x: Tensor
+    q: Tensor
+    meta: Tensor
+    size: Tensor | None
+    positions: Tensor | None
+    mask: Tensor | None
+    similarity: str
+    temperature: float
+    normalize: str
+    impl: str
+
+
+class SoftMergeOut(NamedTuple):
+    y: Tensor
+    size_out: Tensor
+    positions_out: Tensor | None
+    lse: Tensor
+
+
+class SoftMergeBackwardIn(NamedTuple):
+    grad_y: Tensor | None
+    grad_size: Tensor | None
+    grad_positions: Tensor | None
+    x: Tensor
+    q: Tensor
+    meta: Tensor
+    size: Tensor | None
+    positions: Tensor | None
+    mask: Tensor | None
+    y: Tensor
+    mass: Tensor
+    positions_out: Tensor | None
+    lse: Tensor
+    similarity: str
+    temperature: float
+    normalize: str
+    needs: Sequence[bool]
+    impl: str
+
+
+class SoftMergeBackwardOut(NamedTuple):
+    grad_x: Tensor | None
+    grad_q: Tensor | None
+    grad_meta: Tensor | None
+    grad_size_in: Tensor | None
+    grad_positions_in: Tensor | None
+
+
+def _soft_merge_fake(a: SoftMergeIn) -> Sequence[Tensor | None]:
+    groups = (a.x.shape[0], a.meta.shape[1])
+    mass = a.x.new_empty(groups, dtype=acc_dtype(a.x.dtype))
     return (
-        x.new_empty((*groups, x.shape[-1])),
+        a.x.new_empty((*groups, a.x.shape[-1])),
         mass,
-        mass.new_empty((*groups, features)),
-        x.new_empty(lse_shape, dtype=acc_dtype(q.dtype)),
+        _if(a.positions, mass.new_empty((*groups, _features(a.positions)))),
+        a.x.new_empty(a.x.shape[:2] if a.normalize == "meta" else groups, dtype=acc_dtype(a.q.dtype)),
     )
 
 
-def _soft_merge_backward_fake(
-    grad_y: Tensor | None, grad_size: Tensor | None, grad_positions: Tensor | None, x: Tensor, q: Tensor, meta: Tensor,
-    size: Tensor | None, positions: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    need_x, need_q, need_meta, need_size, need_positions = rest[-2]
-    acc = acc_dtype(x.dtype)
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        q.new_empty(q.shape if need_q else 0),
-        meta.new_empty(meta.shape if need_meta else 0),
-        x.new_empty(x.shape[:2] if need_size else 0, dtype=acc),
-        x.new_empty(positions.shape if need_positions and positions is not None else 0, dtype=acc),
-    )
+def _soft_merge_run(run: Any, a: SoftMergeIn) -> Sequence[Tensor | None]:
+    return run(a.x, a.q, a.meta, a.similarity, a.temperature, a.normalize, a.size, a.positions, a.mask)
 
 
-soft_merge = _define(
+def _soft_merge_formula(a: SoftMergeIn, out: SoftMergeOut) -> Sequence[Tensor | None]:
+    merged = _soft_merge_run(reference.soft_merge, a)
+    return merged.x, merged.size, merged.positions, None  # type: ignore[attr-defined]
+
+
+def _soft_merge_gradient(
+    a: SoftMergeIn, out: SoftMergeOut, g: SoftMergeOut, needs: SoftMergeIn
+) -> dict[str, Tensor | None]:
+    grads = MergedGrads(g.y, g.size_out, _if(a.positions, g.positions_out))
+    if all(grad is None for grad in grads):
+        return {}
+    wanted = OfSoftMerge(needs.x, needs.q, needs.meta, needs.size, needs.positions)
+    flat = SoftMergeBackwardIn(
+        *grads, a.x, a.q, a.meta, a.size, a.positions, a.mask, out.y, out.size_out, _if(a.positions, out.positions_out),
+        out.lse, a.similarity, a.temperature, a.normalize, list(wanted), a.impl,
+    )  # fmt: skip
+    return OfSoftMerge(*map(_needed, wanted, _soft_merge_backward(flat)))._asdict()
+
+
+def _soft_merge_backward_run(run: Any, a: SoftMergeBackwardIn) -> Sequence[Tensor | None]:
+    return run(
+        MergedGrads(a.grad_y, a.grad_size, a.grad_positions), a.x, a.q, a.meta, a.similarity, a.temperature,
+        a.normalize, a.size, a.positions, a.mask, SoftMerged(a.y, a.mass, a.positions_out, a.lse),
+        OfSoftMerge(*a.needs),
+    )  # fmt: skip
+
+
+def _soft_merge_backward_fake(a: SoftMergeBackwardIn) -> Sequence[Tensor | None]:
+    need, acc = OfSoftMerge(*a.needs), acc_dtype(a.x.dtype)
+    features = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((a.x, a.q, a.meta), need)]
+    size = a.x.new_empty(a.x.shape[:2], dtype=acc) if need.size else None
+    wanted = need.positions and a.positions is not None
+    return *features, size, a.x.new_empty(a.positions.shape, dtype=acc) if wanted else None  # type: ignore[union-attr]
+
+
+def _soft_merge_backward_formula(a: SoftMergeBackwardIn, out: SoftMergeBackwardOut) -> Sequence[Tensor | None]:
+    def run(
+        x: Tensor, q: Tensor, meta: Tensor, size: Tensor | None, positions: Tensor | None
+    ) -> Sequence[Tensor | None]:
+        merged = reference.soft_merge(
+            x, q, meta, a.similarity, a.temperature, a.normalize, size, positions, a.mask
+        )
+        return merged.x, merged.size, merged.positions
+
+    inputs = (a.x, a.q, a.meta, a.size, a.positions)
+    return pull_back(run, inputs, a.needs, (a.grad_y, a.grad_size, a.grad_positions))
+
+
+_soft_merge = Operator(
     "soft_merge",
-    "(Tensor x, Tensor q, Tensor meta, Tensor? size, Tensor? positions, Tensor? mask, str similarity,"
-    " float temperature, str normalize, str impl)"
-    " -> (Tensor y, Tensor size_out, Tensor positions_out, Tensor lse)",
+    SoftMergeIn,
+    SoftMergeOut,
+    _soft_merge_run,  # type: ignore[arg-type]
     _soft_merge_fake,
+    _soft_merge_formula,
+    _soft_merge_gradient,
+    differentiable=("y", "size_out", "positions_out"),
 )
-soft_merge_backward = _define(
+_soft_merge_backward = Operator(
     "soft_merge_backward",
-    "(Tensor? grad_y, Tensor? grad_size, Tensor? grad_positions, Tensor x, Tensor q, Tensor meta, Tensor? size,"
-    " Tensor? positions, Tensor? mask, Tensor y, Tensor mass, Tensor positions_out, Tensor lse, str similarity,"
-    " float temperature, str normalize, bool[5] needs, str impl)"
-    " -> (Tensor grad_x, Tensor grad_q, Tensor grad_meta, Tensor grad_size_in, Tensor grad_positions_in)",
+    SoftMergeBackwardIn,
+    SoftMergeBackwardOut,
+    _soft_merge_backward_run,  # type: ignore[arg-type]
     _soft_merge_backward_fake,
+    _soft_merge_backward_formula,
+    differentiable=SoftMergeBackwardOut._fields,
+    constants=("y", "mass", "positions_out", "lse"),
 )
 
 
-def _soft_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, q, meta, size, positions, mask, ctx.similarity, ctx.temperature, ctx.normalize, ctx.impl = inputs
-    y, mass, positions_out, lse = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(x, q, meta, size, positions, mask, y, mass, positions_out, lse)
-
-
-def _soft_merge_grads(
-    ctx: Any, grad_y: Tensor | None, grad_size: Tensor | None, grad_positions: Tensor | None, _: None
-):
-    x, q, meta, size, positions, mask, y, mass, positions_out, lse = ctx.saved_tensors
-    settings = (ctx.similarity, ctx.temperature, ctx.normalize)
-    if positions is None:
-        grad_positions = None
-    if torch.is_grad_enabled():
-
-        def run(x, q, meta, size, positions):
-            out = reference.soft_merge(x, q, meta, *settings, size, positions, mask)
-            return [out.x, out.size, out.positions]
-
-        grads = _through_reference(run, (x, q, meta, size, positions), (grad_y, grad_size, grad_positions))
-    else:
-        needs = list(ctx.needs_input_grad[:5])
-        grads = _only(
-            needs,
-            soft_merge_backward(
-                grad_y, grad_size, grad_positions, x, q, meta, size, positions, mask, y, mass, positions_out, lse,
-                *settings, needs, ctx.impl,
-            ),
-        )  # fmt: skip
-    return *grads, None, None, None, None, None
-
-
-_differentiable("soft_merge", _soft_merge_setup, _soft_merge_grads)
+def soft_merge(
+    x: Tensor, q: Tensor, meta: Tensor, similarity: str, temperature: float, normalize: str, size: Tensor | None,
+    positions: Tensor | None, mask: Tensor | None, impl: str,
+) -> SoftMerged:  # fmt: skip
+    a = SoftMergeIn(x, q, meta, size, positions, mask, similarity, temperature, normalize, impl)
+    if (run := _soft_merge.implementation(a)) is not None:
+        return run(x, q, meta, similarity, temperature, normalize, size, positions, mask)
+    out = _soft_merge.listened(a)
+    return SoftMerged(out.y, out.size_out, _if(positions, out.positions_out), out.lse)

@@ -1,8 +1,9 @@
-"""The two values that travel between the verbs: the merge graph and what came of reducing along it."""
+"""The values that travel between the verbs, and between a verb and its implementations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,3 +61,65 @@ class MergedTokens:
 
 for _cls in (MergePlan, MergedTokens):
     torch.export.register_dataclass(_cls, serialized_type_name=f"sttm_kernels.{_cls.__name__}")
+
+
+class Merged(NamedTuple):
+    """`MergedTokens` as implementations of `merge` return them: with the mass of each group, float32 `(B, K)`."""
+
+    x: Tensor
+    size: Tensor
+    positions: Tensor | None
+    mass: Tensor
+
+
+class SoftMerged(NamedTuple):
+    """`MergedTokens` as implementations of `soft_merge` return them: with the logsumexp that normalises the weights.
+
+    It is float32 `(B, N)` over meta tokens, `(B, K)` over tokens.
+    """
+
+    x: Tensor
+    size: Tensor
+    positions: Tensor | None
+    lse: Tensor
+
+
+class MergedGrads(NamedTuple):
+    """Gradients of `MergedTokens`; None for a zero one."""
+
+    x: Tensor | None
+    size: Tensor | None
+    positions: Tensor | None
+
+
+class PlanGrads(NamedTuple):
+    """Gradients of a plan of `assign`; `lse` is None for a zero one."""
+
+    score: Tensor
+    lse: Tensor | None
+
+
+class OfAssign(NamedTuple):
+    """For what `assign` is differentiated: whether a gradient is needed, or the gradient, None if it is not."""
+
+    q: Any
+    meta: Any
+
+
+class OfMerge(NamedTuple):
+    """As `OfAssign`, for `merge`; `weight` is that of the plan."""
+
+    x: Any
+    weight: Any
+    size: Any
+    positions: Any
+
+
+class OfSoftMerge(NamedTuple):
+    """As `OfAssign`, for `soft_merge`."""
+
+    x: Any
+    q: Any
+    meta: Any
+    size: Any
+    positions: Any

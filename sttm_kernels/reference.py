@@ -155,6 +155,23 @@ def merge(
     return MergedTokens(y.to(x.dtype), sum_by_group(size, index, K), positions)
 
 
+def assign_merge(
+    x: Tensor,
+    q: Tensor | None,
+    meta: Tensor,
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+    weight: str = "softmax",
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+    positions: Tensor | None = None,
+    fill: Tensor | None = None,
+) -> tuple[MergedTokens, MergePlan]:
+    """`assign`, of x itself where q is None, then `merge` by "mean"."""
+    plan = assign(x if q is None else q, meta, similarity, temperature, weight, mask)
+    return merge(x, plan, size, positions, "mean", fill), plan
+
+
 def unmerge(x: Tensor, plan: MergePlan) -> Tensor:
     """Copies y_{index_n} to every n, 0 where the index is -1."""
     belongs = ((plan.index >= 0) & (plan.index < plan.num_groups))[..., None]

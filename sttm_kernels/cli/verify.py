@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.autograd import gradcheck
 from torch.utils import _pytree as pytree
 
@@ -155,13 +156,13 @@ def _lines(
     verb: str, impl: str, device: torch.device, shapes: tuple[Shape, ...], dtypes: tuple[torch.dtype, ...], seed: int
 ) -> Iterator[tuple[Row, Iterable[Case]]]:
     """The rows of a verb of an implementation, each with its cases: none if it cannot run."""
-    reason = dispatch.why_not(verb, impl, device.type)
+    reason = dispatch.why_not(verb, impl, device)
     if reason is not None:
         yield Row(verb, impl, "", "skipped", message=reason), []
         return
     for dtype in dtypes if verb != "compose" else dtypes[:1]:
         row = Row(verb, impl, str(dtype).removeprefix("torch."))
-        reason = dispatch.why_not(verb, impl, device.type, dtype)
+        reason = dispatch.why_not(verb, impl, device, dtype)
         if reason is None and dtype == torch.bfloat16 and impl == "triton" and dispatch.interpreting():
             reason = "Triton's interpreter multiplies bfloat16 bit patterns"
         if reason is not None:
@@ -367,14 +368,14 @@ def _planted(verb: str) -> Iterator[None]:
         return
     kernel = dispatch.kernel
 
-    def spoiled(name: str, impl: str, device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
-        run = kernel(name, impl, device_type, dtype)
+    def spoiled(name: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+        run = kernel(name, impl, device, dtype)
         if name != verb:
             return run
 
         def wrong(*args: Any) -> Any:
             result = run(*args)
-            first = result if isinstance(result, Tensor) else result[0]
+            first = next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
             if first.numel():
                 first.view(-1)[-1] += 1
             return result

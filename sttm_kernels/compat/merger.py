@@ -73,8 +73,7 @@ def match_lists(metric: Tensor, src: Tensor, dst: Tensor, r: int) -> MergePlan:
         src, dst: int32 `(1 or B, 1, S)` and `(1 or B, 1, T)`, ascending token indices.
         r: at most S, and 0 if T is 0.
     """
-    index, score, order, offsets = ops.match(metric.detach(), src, dst, r, 0, "auto")
-    return MergePlan(index, metric.shape[1] - r, score, order=order, offsets=offsets)
+    return ops.match(metric.detach(), r, 0, src, dst, "auto")
 
 
 def match_split(metric: Tensor, is_dst: Tensor, num_dst: int, r: int) -> MergePlan:

@@ -7,13 +7,23 @@ batch; on a GPU items share a batched product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sttm_kernels.plan import (
+    Merged,
+    MergedGrads,
+    MergePlan,
+    OfAssign,
+    OfMerge,
+    OfSoftMerge,
+    PlanGrads,
+    SoftMerged,
+)
 from sttm_kernels.reference import NORM_FLOOR, acc_dtype, mean_over_heads
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -123,41 +133,35 @@ def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(
-    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None
+) -> MergePlan:
+    soft = weight == "softmax"
     m = _operand(meta, similarity)
     tile = _similarity_to(m, q, mask, similarity, temperature)
     B, N, _ = tile.q.shape
     index = m.new_empty((B, N), dtype=torch.int32)
     score = m.new_empty((B, N))
-    lse = m.new_empty((B, N) if soft else 0)
+    lse = torch.empty_like(score) if soft else None
     for b, n in tile.tiles():
         S = tile(b, n)
         value, k = _greatest(*_maxima(S))
         index[b, n], score[b, n] = k, value
-        if soft:
+        if lse is not None:
             lse[b, n] = S.sub_(value[:, None]).exp_().sum(1).log_().add_(value)
-    weight = (score - lse).exp_() if soft else torch.empty_like(lse)
+    w = None if lse is None else (score - lse).exp_()
     if mask is not None:
         index.masked_fill_(~mask, -1)
-        for value in (score, lse, weight) if soft else (score,):
-            value.masked_fill_(~mask, 0)
-    return index, score, lse, weight
+        for found in (score, lse, w):
+            if found is not None:
+                found.masked_fill_(~mask, 0)
+    return MergePlan(index, meta.shape[1], score, lse, w)
 
 
 def assign_backward(
-    grad_score: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    meta: Tensor,
-    index: Tensor,
-    score: Tensor,
-    lse: Tensor,
-    similarity: str,
-    temperature: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    real, index = index >= 0, index.long().clamp_min(0)
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign
+) -> OfAssign:
+    grad_score, grad_lse = grads
+    real, index, lse = plan.index >= 0, plan.index.long().clamp_min(0), plan.lse
     m = _operand(meta, similarity)
     K, D = m.shape[1:]
     tile = _similarity_to(m, q, real, similarity, temperature, width=D)
@@ -171,7 +175,7 @@ def assign_backward(
         if h is None:
             grad = m[b].gather(1, index[b, n, None].expand(-1, -1, D)).mul_(g[b, n, None])
         rows = tile.rows(b, n).masked_fill(~real[b, n, None], 0)
-        if h is not None:
+        if h is not None and lse is not None:
             dS = tile(b, n).sub_(lse[b, None, n]).exp_().mul_(h[b, None, n]).masked_fill_(~real[b, None, n], 0)
             chosen = index[b, None, n]
             dS.scatter_(1, chosen, dS.gather(1, chosen) + g[b, None, n])
@@ -191,7 +195,7 @@ def assign_backward(
         grad_m = 2 * (grad_m - m * total)
     if similarity == "cosine":
         grad_m = _through_norm(grad_m, m, _inverse_norm(meta)[..., None])
-    return _fresh(_of_heads(grad_q, q), q, needs[0]), _fresh(grad_m, meta, needs[1])
+    return OfAssign(_fresh(_of_heads(grad_q, q), q, needs.q), _fresh(grad_m, meta, needs.meta))
 
 
 def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -211,15 +215,11 @@ def _of_heads(grad: Tensor, q: Tensor) -> Tensor:
     return grad if q.dim() == 3 else (grad / q.shape[1])[:, None].expand(q.shape)
 
 
-def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor:
-    if not needed:
-        return like.new_empty(0)
-    return grad.to(like.dtype).contiguous()
+def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor | None:
+    return grad.to(like.dtype).contiguous() if needed else None
 
 
-def match(
-    metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
     a = _operand(metric.detach(), "cosine")
     B, N, _ = a.shape
     at = torch.arange(N, device=a.device)
@@ -245,7 +245,8 @@ def match(
     counts = torch.zeros((B, N - r + 1), dtype=torch.int64, device=a.device)
     offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
     score = _spread(token, N, best, -torch.inf).contiguous()
-    return index.to(torch.int32), score, order.to(torch.int32), offsets.to(torch.int32)
+    index, order, offsets = (t.to(torch.int32) for t in (index, order, offsets))
+    return MergePlan(index, N - r, score, order=order, offsets=offsets)
 
 
 def _stable_argsort(index: Tensor) -> Tensor:
@@ -401,20 +402,11 @@ def _weights(weight: Tensor | None, size: Tensor | None) -> Tensor | None:
 
 
 def merge(
-    x: Tensor,
-    index: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    size: Tensor | None,
-    positions: Tensor | None,
-    fill: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None
+) -> Merged:
     acc = acc_dtype(x.dtype)
-    groups = _Groups(index, num_groups, order, offsets)
-    w = _weights(weight, size)
+    groups = _Groups(plan.index, plan.num_groups, plan.order, plan.offsets)
+    w = _weights(plan.weight, size)
     counts = groups.counts(acc)
     size_out = counts if size is None else groups.sum(size[..., None]).squeeze(-1)
     if w is None:
@@ -438,33 +430,25 @@ def merge(
     elif size is not None or reduce in ("max", "first"):
         y.masked_fill_(empty[..., None], 0)
 
-    if positions is None:
-        positions_out = mass.new_empty((*groups.shape, 0))
-    else:
-        positions_out = groups.sum(positions, share).masked_fill_(empty[..., None], 0)
-    return y, size_out, positions_out, mass
+    if positions is not None:
+        positions = groups.sum(positions, share).masked_fill_(empty[..., None], 0)
+    return Merged(y, size_out, positions, mass)
 
 
 def merge_backward(
-    grad_y: Tensor | None,
-    grad_size: Tensor | None,
-    grad_positions: Tensor | None,
+    grads: MergedGrads,
     x: Tensor,
-    index: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
+    plan: MergePlan,
     size: Tensor | None,
     positions: Tensor | None,
-    y: Tensor,
-    positions_out: Tensor,
-    mass: Tensor,
-    order: Tensor | None,
-    offsets: Tensor | None,
+    out: Merged,
     reduce: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs: OfMerge,
+) -> OfMerge:
+    grad_y, grad_size, grad_positions = grads
+    mass, weight = out.mass, plan.weight
     need_x, need_weight, need_size, need_positions = needs
-    groups = _Groups(index, num_groups, order, offsets)
+    groups = _Groups(plan.index, plan.num_groups, plan.order, plan.offsets)
     weight, size = (None if t is None else t.masked_fill(~groups.valid, 0) for t in (weight, size))
     w = _weights(weight, size)
     inverse = groups.gather(torch.where(mass == 0, 0, mass.reciprocal()))
@@ -473,19 +457,19 @@ def merge_backward(
     if reduce == "sum":
         coefficient = torch.where(inverse != 0, coefficient, 0)
 
-    grad_x = x.new_empty(0)
+    grad_x = None
     need_w = need_weight or need_size
     linear = grad_y is not None and reduce in ("mean", "sum")
     dot = torch.zeros_like(share) if linear and need_w else None  # <g_k, x_n>
     if need_x and not linear:
-        grad_x = _to_winners(grad_y, x, y, groups, reduce, mass)
+        grad_x = _to_winners(grad_y, x, out.x, groups, reduce, mass)
     elif need_x and grad_y is not None and w is None and not need_w:
         factor = torch.where(mass == 0, 0, mass.reciprocal()) if reduce == "mean" else None
         grad_x = _rows(grad_y, groups, factor, x.dtype)
     elif linear and grad_y is not None:
         grad_x, dot = _gather_grads(grad_y, x, groups, coefficient, need_x, need_w)
 
-    grad_weight, grad_size_in, grad_positions_in = mass.new_empty(0), mass.new_empty(0), mass.new_empty(0)
+    grad_weight = grad_size_in = grad_positions_in = None
     if need_positions and positions is not None:
         grad_positions_in = torch.zeros_like(positions, memory_format=torch.contiguous_format)
         if grad_positions is not None:
@@ -510,7 +494,7 @@ def merge_backward(
                 grad_size_in = grad_size_in + groups.gather(grad_size)
             if grad_size_in is grad_weight:
                 grad_size_in = grad_size_in.clone()
-    return grad_x, grad_weight, grad_size_in, grad_positions_in
+    return OfMerge(grad_x, grad_weight, grad_size_in, grad_positions_in)
 
 
 def _rows(values: Tensor, groups: _Groups, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -577,21 +561,20 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
+    similarity: str,
+    temperature: float,
+    weight: str,
     mask: Tensor | None,
     size: Tensor | None,
     positions: Tensor | None,
     fill: Tensor | None,
-    similarity: str,
-    temperature: float,
-    soft: bool,
-) -> tuple[Tensor, ...]:
-    index, score, lse, weight = assign(x if q is None else q, meta, mask, similarity, temperature, soft)
-    used = weight if soft else None
-    merged = merge(x, index, meta.shape[1], used, size, positions, fill, None, None, "mean")
-    return index, score, lse, weight, *merged
+) -> tuple[Merged, MergePlan]:
+    plan = assign(x if q is None else q, meta, similarity, temperature, weight, mask)
+    return merge(x, plan, size, positions, "mean", fill), plan
 
 
-def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
+def unmerge(x: Tensor, plan: MergePlan) -> Tensor:
+    index, order = plan.index, plan.order
     B, K, C = x.shape
     real = (index >= 0) & (index < K)
     row = index.clamp(0, K - 1) + torch.arange(B, device=x.device)[:, None] * K
@@ -599,24 +582,24 @@ def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | No
     return y if order is not None else y.masked_fill_(~real[..., None], 0)
 
 
-def compose(index1: Tensor, index2: Tensor, num_groups: int) -> Tensor:
-    K = index2.shape[1]
+def compose(plan1: MergePlan, plan2: MergePlan) -> MergePlan:
+    index1, index2, K, num_groups = plan1.index, plan2.index, plan1.num_groups, plan2.num_groups
     onward = index2.gather(1, index1.long().clamp(0, K - 1))
     real = (index1 >= 0) & (index1 < K) & (onward >= 0) & (onward < num_groups)
-    return onward.masked_fill_(~real, -1)
+    return MergePlan(onward.masked_fill_(~real, -1), num_groups)
 
 
 def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    size: Tensor | None,
-    positions: Tensor | None,
-    mask: Tensor | None,
     similarity: str,
     temperature: float,
     normalize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+) -> SoftMerged:
     tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
     if mask is not None and size is not None:
         size = size.masked_fill(~mask, 0)
@@ -646,7 +629,8 @@ def soft_merge(
     y = (total / divisor).masked_fill_(empty, 0).to(x.dtype)
     if mask is not None and normalize == "meta":
         lse.masked_fill_(~mask, 0)
-    return y, mass, (total_positions / divisor).masked_fill_(empty, 0), lse
+    mean = None if positions is None else (total_positions / divisor).masked_fill_(empty, 0)
+    return SoftMerged(y, mass, mean, lse)
 
 
 class _SoftTokens:
@@ -699,24 +683,21 @@ class _SoftTokens:
 
 
 def soft_merge_backward(
-    grad_y: Tensor | None,
-    grad_size: Tensor | None,
-    grad_positions: Tensor | None,
+    grads: MergedGrads,
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    size: Tensor | None,
-    positions: Tensor | None,
-    mask: Tensor | None,
-    y: Tensor,
-    mass: Tensor,
-    positions_out: Tensor,
-    lse: Tensor,
     similarity: str,
     temperature: float,
     normalize: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    out: SoftMerged,
+    needs: OfSoftMerge,
+) -> OfSoftMerge:
+    grad_y, grad_size, grad_positions = grads
+    y, mass, lse = out.x, out.size, out.lse
     need_x, need_q, need_meta, need_size, need_positions = needs
     tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
     if mask is not None and size is not None:
@@ -731,8 +712,8 @@ def soft_merge_backward(
     constant = torch.zeros_like(mass) if grad_size is None else grad_size.clone()
     if g is not None:
         constant -= (g * y.to(acc)).sum(-1)
-    if gp is not None:
-        constant -= (gp * positions_out).sum(-1)
+    if gp is not None and out.positions is not None:
+        constant -= (gp * out.positions).sum(-1)
 
     grad_x = x.new_zeros(x.shape)
     grad_size_in = x.new_zeros((B, N), dtype=acc)
@@ -771,10 +752,10 @@ def soft_merge_backward(
         grad_m = 2 * (grad_m - tokens.m * total)
     if similarity == "cosine":
         grad_m = _through_norm(grad_m, tokens.m, _inverse_norm(meta)[..., None])
-    return (
-        grad_x if need_x else x.new_empty(0),
+    return OfSoftMerge(
+        grad_x if need_x else None,
         _fresh(_of_heads(grad_q, q), q, need_q),
         _fresh(grad_m, meta, need_meta),
-        grad_size_in if need_size else mass.new_empty(0),
-        grad_p if need_positions else mass.new_empty(0),
+        grad_size_in if need_size else None,
+        grad_p if need_positions else None,
     )

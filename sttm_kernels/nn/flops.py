@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from sttm_kernels import ops
+from sttm_kernels import operator
 
 Shape = Sequence[int]
 
@@ -32,7 +32,7 @@ def flops(model: nn.Module, clip_shape: Shape, dtype: torch.dtype = torch.float3
     return counter.get_total_flops()
 
 
-# Every formula is given the operator's arguments with shapes in place of tensors.
+# Every formula is given the operator's inputs with shapes in place of tensors.
 
 
 def _pairs(q: Shape, meta: Shape) -> int:
@@ -40,61 +40,48 @@ def _pairs(q: Shape, meta: Shape) -> int:
     return 2 * q[0] * q[-2] * meta[1] * q[-1]
 
 
-def _assign(q: Shape, meta: Shape, *_: Any, **__: Any) -> int:
-    return _pairs(q, meta)
+def _features(x: Shape, positions: Shape | None) -> int:
+    """Channels and positions of all tokens."""
+    return x[0] * x[1] * (x[2] + (0 if positions is None else positions[2]))
 
 
-def _assign_backward(
-    grad_score: Shape, grad_lse: Shape | None, q: Shape, meta: Shape, index: Shape, score: Shape, lse: Shape,
-    similarity: str, temperature: float, needs: Sequence[bool], *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def _assign(a: Any) -> int:
+    return _pairs(a.q, a.meta)
+
+
+def _assign_backward(a: Any) -> int:
     """For each gradient, the similarities once more and one product; without grad_lse, a gather."""
-    return 0 if grad_lse is None else sum(needs) * 2 * _pairs(q, meta)
+    return 0 if a.grad_lse is None else sum(a.needs) * 2 * _pairs(a.q, a.meta)
 
 
-def _match(metric: Shape, src: Shape | None, dst: Shape | None, r: int, num_prefix: int, *_: Any, **__: Any) -> int:
-    if src is not None and dst is not None:
-        return 2 * metric[0] * src[1] * src[2] * dst[2] * metric[-1]
-    num_dst = metric[-2] // 2 - num_prefix // 2
-    return 2 * metric[0] * (metric[-2] - num_prefix - num_dst) * num_dst * metric[-1]
+def _match(a: Any) -> int:
+    B, N, D = a.metric[0], a.metric[-2], a.metric[-1]
+    if a.src is not None and a.dst is not None:
+        return 2 * B * a.src[1] * a.src[2] * a.dst[2] * D
+    num_dst = N // 2 - a.num_prefix // 2
+    return 2 * B * (N - a.num_prefix - num_dst) * num_dst * D
 
 
-def _merge(
-    x: Shape, index: Shape, num_groups: int, weight: Shape | None, size: Shape | None, positions: Shape | None,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return 2 * x[0] * x[1] * (x[2] + (0 if positions is None else positions[2]))
+def _merge(a: Any) -> int:
+    return 2 * _features(a.x, a.positions)
 
 
-def _merge_backward(
-    grad_y: Shape | None, grad_size: Shape | None, grad_positions: Shape | None, x: Shape, index: Shape,
-    num_groups: int, weight: Shape | None, size: Shape | None, positions: Shape | None, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def _merge_backward(a: Any) -> int:
     """One pass for the tokens and one for their weights."""
-    return 2 * _merge(x, index, num_groups, weight, size, positions)
+    return 2 * _merge(a)
 
 
-def _assign_merge(
-    x: Shape, q: Shape | None, meta: Shape, mask: Shape | None, size: Shape | None, positions: Shape | None,
-    *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return _pairs(x if q is None else q, meta) + _merge(x, x, meta[1], None, size, positions)
+def _assign_merge(a: Any) -> int:
+    return _pairs(a.x if a.q is None else a.q, a.meta) + _merge(a)
 
 
-def _soft_merge(
-    x: Shape, q: Shape, meta: Shape, size: Shape | None, positions: Shape | None, *_: Any, **__: Any
-) -> int:
-    features = x[2] + (0 if positions is None else positions[2])
-    return _pairs(q, meta) + 2 * x[0] * x[1] * meta[1] * features
+def _soft_merge(a: Any) -> int:
+    return _pairs(a.q, a.meta) + 2 * a.meta[1] * _features(a.x, a.positions)
 
 
-def _soft_merge_backward(
-    grad_y: Shape | None, grad_size: Shape | None, grad_positions: Shape | None, x: Shape, q: Shape, meta: Shape,
-    size: Shape | None, positions: Shape | None, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def _soft_merge_backward(a: Any) -> int:
     """The similarities once more, a product for q and for meta, one for the tokens and one for their weights."""
-    values = _soft_merge(x, q, meta, size, positions) - _pairs(q, meta)
-    return 3 * _pairs(q, meta) + 2 * values
+    return 3 * _pairs(a.q, a.meta) + 2 * (_soft_merge(a) - _pairs(a.q, a.meta))
 
 
 def _farthest_points(q: Shape, num_points: int, *_: Any, **__: Any) -> int:
@@ -119,5 +106,12 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "density_peaks": _density_peaks,
 }
 
+
+def _register(name: str, formula: Callable[..., int]) -> None:
+    inputs = operator.INPUTS.get(name)
+    by_name = formula if inputs is None else lambda *args, **_: formula(inputs(*args))
+    register_flop_formula(getattr(getattr(torch.ops, operator.NAMESPACE), name))(by_name)
+
+
 for _name, _formula in FORMULAS.items():
-    register_flop_formula(getattr(getattr(torch.ops, ops.NAMESPACE), _name))(_formula)
+    _register(_name, _formula)

@@ -1,10 +1,11 @@
 """impl="triton": the verbs fused in Triton, for any NVIDIA GPU from sm_80 up; no compiler needed on the machine.
 
-Every function has the arguments and results of its namesake in `impl/eager.py`.
+Every function has the arguments of its namesake in `reference.py`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 
 from sttm_kernels.impl.triton.assign import assign as assign
@@ -21,8 +22,8 @@ from sttm_kernels.impl.triton.unmerge import unmerge as unmerge
 MIN_TRITON = (3, 5)
 
 
-def why_not(verb: str) -> str | None:
-    """The reason why these kernels cannot run `verb` on this installation; None if they can."""
+def why_not(verb: str, device: torch.device | str) -> str | None:
+    """The reason why these kernels cannot run `verb` on this device; None if they can."""
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
         return f"the triton kernels need triton {MIN_TRITON[0]}.{MIN_TRITON[1]}, found {triton.__version__}"
     return None

@@ -30,6 +30,7 @@ from sttm_kernels.impl.triton.similarity import (
     store_to_heads,
     sum_of_squares,
 )
+from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads
 
 _EXTENTS = ["N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk"]
 _ADJACENT = ["stride_qd", "stride_md"]
@@ -315,7 +316,7 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 
 def forward(
     pair: Pair, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
-    index: Tensor | None, score: Tensor | None, lse: Tensor, weight: Tensor | None,
+    index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
     places, B, H, N, K, D, align = pair
@@ -333,33 +334,24 @@ def forward(
 
 
 def assign(
-    q: Tensor, meta: Tensor, mask: Tensor | None, similarity: str, temperature: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None
+) -> MergePlan:
     pair = paired(q, meta)
     B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
-    lse = torch.empty_like(score) if soft else score.new_empty(0)
-    weight = torch.empty_like(lse)
-    forward(pair, mask, similarity, temperature, soft, index, score, lse, weight)
-    return index, score, lse, weight
+    lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
+    forward(pair, mask, similarity, temperature, lse is not None, index, score, lse, w)
+    return MergePlan(index, pair[4], score, lse, w)
 
 
 def assign_backward(
-    grad_score: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    meta: Tensor,
-    index: Tensor,
-    score: Tensor,
-    lse: Tensor,
-    similarity: str,
-    temperature: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign
+) -> OfAssign:
+    (grad_score, grad_lse), index, score, lse = grads, plan.index, plan.score, plan.lse
     places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
-    grad_q, grad_meta = q.new_empty(q.shape if need_q else 0), meta.new_empty(meta.shape if need_meta else 0)
+    grad_q, grad_meta = q.new_empty(q.shape) if need_q else None, meta.new_empty(meta.shape) if need_meta else None
     soft = grad_lse is not None
     extents = (N, K, 1.0 / temperature)
     if need_q and not soft:
@@ -385,7 +377,7 @@ def assign_backward(
             config=config, D=D, HEADS=H, SIMILARITY=similarity, SOFT=soft, TOKENS=tokens,
             ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
         )  # fmt: skip
-    return grad_q, grad_meta
+    return OfAssign(grad_q, grad_meta)
 
 
 GATHERED = 4096

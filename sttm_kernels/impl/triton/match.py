@@ -28,6 +28,7 @@ from sttm_kernels.impl.triton.similarity import (
     products,
     sum_of_squares,
 )
+from sttm_kernels.plan import MergePlan
 
 NO_PARTNER = tl.constexpr(-1)
 """In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token."""
@@ -264,9 +265,7 @@ def _mean_config(arch: int, D: int) -> tuple[Config, ...]:
     return (Config(4, 1, {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d}),)
 
 
-def match(
-    metric: Tensor, src: Tensor | None, dst: Tensor | None, r: int, num_prefix: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
     (B, H, N, D), strides = by_heads(metric)
     if src is None or dst is None:
         windows, num_dst = 1, (N - num_prefix + num_prefix % 2) // 2
@@ -298,7 +297,7 @@ def match(
     launch(select_kernel, (B,), *args, config=fixed("select", SORT))
     if not sorting:
         sort_chunks(index, order, offsets)
-    return index, score, order, offsets
+    return MergePlan(index, N - r, score, order=order, offsets=offsets)
 
 
 def specializations() -> list[Specialization]:

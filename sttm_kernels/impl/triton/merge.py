@@ -23,6 +23,7 @@ from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Sp
 from sttm_kernels.impl.triton.csr import csr, parts
 from sttm_kernels.impl.triton.launch import aligned, launch, recorded
 from sttm_kernels.impl.triton.similarity import alignment, power_of_two, product
+from sttm_kernels.plan import Merged, MergedGrads, MergePlan, OfMerge
 
 MAX_FEW = 128
 """The most groups, and MAX_FEW_TOKENS the most tokens, that are merged by a one-hot product."""
@@ -319,17 +320,9 @@ def items(t: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def merge(
-    x: Tensor,
-    index: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    size: Tensor | None,
-    positions: Tensor | None,
-    fill: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None
+) -> Merged:
+    index, num_groups, weight, order, offsets = plan.index, plan.num_groups, plan.weight, plan.order, plan.offsets
     (B, N, C), K, strides = x.shape, num_groups, x.stride()
     P = 0 if positions is None else positions.shape[2]
     y = x.new_empty(B, K, C)
@@ -344,7 +337,7 @@ def merge(
         grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
         args = (x, *strides, index.contiguous(), *features)
         launch(merge_few_kernel, grid, *args, config=config, WIDEN=INTERPRET, **constants)
-        return y, size_out, positions_out, mass
+        return Merged(y, size_out, None if positions is None else positions_out, mass)
     if order is None or offsets is None:
         order, offsets = csr(index.contiguous(), K), None
     else:
@@ -352,7 +345,7 @@ def merge(
     config = _merge_config(x.device, C, P, N >= LONG_GROUPS * K, x.element_size())
     grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
     launch(merge_kernel, grid, x, *strides, order, offsets, *features, config=config, **constants)
-    return y, size_out, positions_out, mass
+    return Merged(y, size_out, None if positions is None else positions_out, mass)
 
 
 @triton.jit(
@@ -557,29 +550,23 @@ CENTRE = Config(4, 1, {"BLOCK_K": 8, "BLOCK_R": 64})
 
 
 def merge_backward(
-    grad_y: Tensor | None,
-    grad_size: Tensor | None,
-    grad_positions: Tensor | None,
+    grads: MergedGrads,
     x: Tensor,
-    index: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
+    plan: MergePlan,
     size: Tensor | None,
     positions: Tensor | None,
-    y: Tensor,
-    positions_out: Tensor,
-    mass: Tensor,
-    order: Tensor | None,
-    offsets: Tensor | None,
+    out: Merged,
     reduce: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs: OfMerge,
+) -> OfMerge:
+    index, num_groups, weight, order, offsets = plan.index, plan.num_groups, plan.weight, plan.order, plan.offsets
+    (grad_y, grad_size, grad_positions), y, mass = grads, out.x, out.mass
     (B, N, C), K, P = x.shape, num_groups, 0 if positions is None else positions.shape[2]
     need_x, need_weight, need_size, need_positions = needs
     need_positions = need_positions and positions is not None
-    grad_x = x.new_empty((B, N, C) if need_x else 0)
-    grad_weight, grad_size_in = (mass.new_empty((B, N) if need else 0) for need in (need_weight, need_size))
-    grad_positions_in = mass.new_empty((B, N, P) if need_positions else 0)
+    grad_x = x.new_empty(B, N, C) if need_x else None
+    grad_weight, grad_size_in = (mass.new_empty(B, N) if need else None for need in (need_weight, need_size))
+    grad_positions_in = mass.new_empty(B, N, P) if need_positions else None
 
     index, weight, size, grad_size = index.contiguous(), dense(weight), dense(size), dense(grad_size)
     need_w = need_weight or need_size
@@ -606,7 +593,7 @@ def merge_backward(
         )  # fmt: skip
     gather_x = need_x and not to_winners
     if not (gather_x or need_w or need_positions):
-        return grad_x, grad_weight, grad_size_in, grad_positions_in
+        return OfMerge(grad_x, grad_weight, grad_size_in, grad_positions_in)
     dot = mass.new_empty((2 if reduce == "sum" else 1, B, N) if centred else 0)
     config = _backward_config(x.device, C, P)
     launch(
@@ -614,8 +601,7 @@ def merge_backward(
         (B * -(-N // config.blocks["BLOCK_N"]),),
         grad_y, stride_gb, grad_size, *items(grad_positions), x, *x.stride(),
         index, order, offsets, weight, size, *items(positions), mass,
-        grad_x if gather_x else None, grad_weight if need_weight else None, grad_size_in if need_size else None,
-        grad_positions_in if need_positions else None, dot, N, K,
+        grad_x if gather_x else None, grad_weight, grad_size_in, grad_positions_in, dot, N, K,
         config=config, REDUCE=reduce, CENTRED=centred, C=C, P=P, **align,
     )  # fmt: skip
     if centred:
@@ -624,10 +610,10 @@ def merge_backward(
             centre_kernel,
             (B * -(-K // config.blocks["BLOCK_K"]),),
             dot, order, offsets, weight, size, mass, grad_size,
-            grad_weight if need_weight else None, grad_size_in if need_size else None, N, K,
+            grad_weight, grad_size_in, N, K,
             config=config, REDUCE=reduce,
         )  # fmt: skip
-    return grad_x, grad_weight, grad_size_in, grad_positions_in
+    return OfMerge(grad_x, grad_weight, grad_size_in, grad_positions_in)
 
 
 def specializations() -> list[Specialization]:

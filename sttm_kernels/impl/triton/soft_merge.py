@@ -39,6 +39,7 @@ from sttm_kernels.impl.triton.similarity import (
     store_to_heads,
     sum_of_squares,
 )
+from sttm_kernels.plan import MergedGrads, OfSoftMerge, SoftMerged
 
 _EXTENTS = [
     "N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk", "stride_xb", "stride_xn",
@@ -452,13 +453,13 @@ def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    size: Tensor | None,
-    positions: Tensor | None,
-    mask: Tensor | None,
     similarity: str,
     temperature: float,
     normalize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+) -> SoftMerged:
     C, x_strides = x.shape[2], x.stride()
     pair = paired(q, meta)
     places, B, H, N, K, D, align = pair
@@ -481,28 +482,24 @@ def soft_merge(
         config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, OVER_META=over_meta,
         ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, WIDEN=INTERPRET, BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
-    return y, size_out, positions_out, lse
+    return SoftMerged(y, size_out, None if positions is None else positions_out, lse)
 
 
 def soft_merge_backward(
-    grad_y: Tensor | None,
-    grad_size: Tensor | None,
-    grad_positions: Tensor | None,
+    grads: MergedGrads,
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    size: Tensor | None,
-    positions: Tensor | None,
-    mask: Tensor | None,
-    y: Tensor,
-    mass: Tensor,
-    positions_out: Tensor,
-    lse: Tensor,
     similarity: str,
     temperature: float,
     normalize: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    out: SoftMerged,
+    needs: OfSoftMerge,
+) -> OfSoftMerge:
+    (grad_y, grad_size, grad_positions), (y, mass, positions_out, lse) = grads, out
     need_x, need_q, need_meta, need_size, need_positions = needs
     need_positions = need_positions and positions is not None
     if positions is None:
@@ -512,13 +509,13 @@ def soft_merge_backward(
     P = 0 if positions is None else positions.shape[-1]
     over_meta = normalize == "meta"
     grad_x, grad_q, grad_meta = (
-        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
+        t.new_empty(t.shape) if needed else None for t, needed in ((x, need_x), (q, need_q), (meta, need_meta))
     )
-    nothing = mass.new_empty(0)
-    grad_p = mass.new_empty(B, N, P) if need_positions else nothing
+    grad_p = mass.new_empty(B, N, P) if need_positions else None
     if (K if over_meta else N) == 1:  # a softmax over one thing is 1 whatever the metric
-        grad_q.zero_()
-        grad_meta.zero_()
+        for constant in (grad_q, grad_meta):
+            if constant is not None:
+                constant.zero_()
         need_q = need_meta = False
 
     rounding = precision(x.dtype, q.dtype)
@@ -543,12 +540,12 @@ def soft_merge_backward(
             soft_merge_grad_x_kernel,
             (B * -(-N // blocks["BLOCK_OWN"]) * -(-C // blocks["SLICE"]),),
             *metric, *token, *_strided(grad_y, 3), *_strided(grad_positions, 3), lse, mass,
-            grad_x if need_x else None, grad_p if need_positions else None, *extents,
+            grad_x, grad_p, *extents,
             config=config, BLOCK_P=power_of_two(P, 1), **common,
         )  # fmt: skip
 
     if not (need_q or need_meta or need_size):
-        return grad_x, grad_q, grad_meta, nothing, grad_p
+        return OfSoftMerge(grad_x, grad_q, grad_meta, None, grad_p)
     shift = torch.empty_like(mass)
     config = fixed("soft_merge_shift", SHIFT)
     grads = (*_strided(grad_y, 3), *_strided(grad_size, 2), *_strided(grad_positions, 3))
@@ -558,8 +555,8 @@ def soft_merge_backward(
         *grads, y, positions_out, mass, shift, K, config=config, C=C, P=P,
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
-    passes = (("size", N, need_mean, nothing), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
-    grad_size_in = mass.new_empty(B, N) if need_mean else nothing
+    passes = (("size", N, need_mean, None), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
+    grad_size_in = mass.new_empty(B, N) if need_mean else None
     config = _grad_metric_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, min(D, 128))
     blocks = config.blocks
     for of, rows, needed, grad in passes:
@@ -571,7 +568,7 @@ def soft_merge_backward(
                 *metric, x, *x_strides, *token, *_strided(positions, 3), *grads, lse, mass, shift, grad_size_in, grad,
                 *extents, config=config, OF=of, **common,
             )  # fmt: skip
-    return grad_x, grad_q, grad_meta, grad_size_in if need_size else nothing, grad_p
+    return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size_in if need_size else None, grad_p)
 
 
 SHIFT = Config(4, 1, {"BLOCK_K": 8, "BLOCK_C": 256})

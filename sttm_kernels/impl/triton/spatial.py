@@ -32,6 +32,7 @@ from sttm_kernels.impl.triton.similarity import (
     similarity_of,
     squares,
 )
+from sttm_kernels.plan import Merged, MergePlan
 
 MAX_TOKENS = 256
 MAX_GROUPS = 128
@@ -171,14 +172,14 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
+    similarity: str,
+    temperature: float,
+    weight: str,
     mask: Tensor | None,
     size: Tensor | None,
     positions: Tensor | None,
     fill: Tensor | None,
-    similarity: str,
-    temperature: float,
-    soft: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Merged, MergePlan]:
     C, x_strides = x.shape[2], x.stride()
     q = x if q is None else q
     places, B, H, N, K, D, align = paired(q, meta)
@@ -188,15 +189,14 @@ def assign_merge(
         block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
         config = _config(x.device, 64 if N <= 64 else MAX_TOKENS, block_k, x.element_size())
     if config is None:
-        plan = assign(q, meta, mask, similarity, temperature, soft)
-        weight = plan[3] if soft else None
-        return *plan, *merge(x, plan[0], K, weight, size, positions, fill, None, None, "mean")
+        plan = assign(q, meta, similarity, temperature, weight, mask)
+        return merge(x, plan, size, positions, "mean", fill), plan
 
     P = 0 if positions is None else positions.shape[2]
     index = x.new_empty(B, N, dtype=torch.int32)
     score = x.new_empty(B, N, dtype=torch.float32)
-    lse = torch.empty_like(score) if soft else score.new_empty(0)
-    weight = torch.empty_like(lse)
+    soft = weight == "softmax"
+    lse, w = (torch.empty_like(score) if soft else None for _ in range(2))
     y = x.new_empty(B, K, C)
     size_out = score.new_empty(B, K)
     mass, positions_out = torch.empty_like(size_out), score.new_empty(B, K, P)
@@ -205,13 +205,14 @@ def assign_merge(
         (B,),
         x, *x_strides, *places,
         dense(mask), dense(size), *items(positions), *items(fill),
-        index, score, lse, weight, y, size_out, positions_out, mass,
+        index, score, lse, w, y, size_out, positions_out, mass,
         N, K, 1.0 / temperature,
         config=config,
         C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, SOFT=soft,
         ALIGN_X=alignment(x_strides), ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
-    return index, score, lse, weight, y, size_out, positions_out, mass
+    merged = Merged(y, size_out, None if positions is None else positions_out, mass)
+    return merged, MergePlan(index, K, score, lse, w)
 
 
 def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> int:

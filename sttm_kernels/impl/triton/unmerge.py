@@ -12,6 +12,7 @@ from torch import Tensor
 from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, configured, fixed
 from sttm_kernels.impl.triton.launch import aligned, launch, recorded
 from sttm_kernels.impl.triton.similarity import alignment, power_of_two
+from sttm_kernels.plan import MergePlan
 
 
 @triton.jit(do_not_specialize=["N", "K", "stride_xb", "stride_xk"], do_not_specialize_on_alignment=["stride_xc"])
@@ -53,7 +54,8 @@ def _unmerge_config(arch: int, C: int) -> tuple[Config, ...]:
 COMPOSE = Config(4, 1, {"BLOCK": 512})
 
 
-def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
+def unmerge(x: Tensor, plan: MergePlan) -> Tensor:
+    index = plan.index
     (B, K, C), N, strides = x.shape, index.shape[1], x.stride()
     y = x.new_empty(B, N, C)
     config = _unmerge_config(x.device, C)
@@ -63,14 +65,14 @@ def unmerge(x: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | No
     return y
 
 
-def compose(index1: Tensor, index2: Tensor, num_groups: int) -> Tensor:
-    index1, index2 = index1.contiguous(), index2.contiguous()
+def compose(plan1: MergePlan, plan2: MergePlan) -> MergePlan:
+    index1, index2, num_groups = plan1.index.contiguous(), plan2.index.contiguous(), plan2.num_groups
     (B, N), K = index1.shape, index2.shape[1]
     out = torch.empty_like(index1)
     config = fixed("compose", COMPOSE)
     grid = (B * -(-N // config.blocks["BLOCK"]),)
     launch(compose_kernel, grid, index1, index2, out, N, K, num_groups, config=config)
-    return out
+    return MergePlan(out, num_groups)
 
 
 def specializations() -> list[Specialization]:

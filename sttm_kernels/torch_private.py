@@ -1,0 +1,67 @@
+"""Every name of PyTorch used here that its documentation does not promise, and what takes its place where it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _find(path: str, instead: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.<path>`, or `instead` where this PyTorch has none."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return instead if found is None else found
+
+
+_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
+_tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", torch.jit.is_tracing)
+_transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
+_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+raw_stream: Callable[[int], int] = _find(
+    "_C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
+def dispatching() -> bool:
+    """Whether a dispatch mode or a tracer listens to the operators. Where that cannot be known, one may."""
+    return _modes() > 0 or bool(_tracing_state())
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return _transform() is not None
+
+
+def forward_differentiating() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+unwrapped: Callable[[torch.Tensor], torch.Tensor] = _find("_C._functorch.unwrap_if_dead", lambda t: t)
+"""A tensor without the wrapper of a transform that has ended, which the transforms of torch.func trip over."""
+
+
+def outer_levels_of_forward_mode() -> AbstractContextManager[Any]:
+    """Within it the outer levels go on, which PyTorch halts for the `jvp` of a `Function`: a tangent of a tangent
+    would be zero."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Within it operators go past their derivatives."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def tf32() -> bool:
+    """Whether PyTorch may round the float32 operands of a product on a GPU to TF32.
+
+    `allow_tf32` raises once somebody has set `fp32_precision`, which knows of both.
+    """
+    if _precision is None:
+        return torch.backends.cuda.matmul.allow_tf32
+    return _precision("cuda", "matmul") == "tf32"
