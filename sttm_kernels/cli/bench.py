@@ -13,7 +13,7 @@ import torch
 from sttm_kernels import dispatch
 from sttm_kernels.bench import models, results, runner, scaling, timing
 from sttm_kernels.bench.workloads import SUITES
-from sttm_kernels.cli.common import InputError, device_of
+from sttm_kernels.console import InputError, device_of
 
 HELP = "Time every operation against its rivals on this device, after a check of its results; rows go to a CSV."
 DTYPES = ("bfloat16", "float16", "float32")

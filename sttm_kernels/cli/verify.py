@@ -40,7 +40,7 @@ from sttm_kernels.checks import (
     make_mask,
     make_rows,
 )
-from sttm_kernels.cli.common import InputError, device_of
+from sttm_kernels.console import InputError, device_of
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
     DTYPES,
