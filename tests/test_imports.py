@@ -80,6 +80,7 @@ FILES = {
     "demo": "demo",
     "testing": "top",
     "checks": "top",
+    "verify": "top",
     "integrations": "top",
     "compat": "top",
     "bench": "top",
