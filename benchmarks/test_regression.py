@@ -14,7 +14,7 @@ import torch
 from sttm_kernels.bench.operations import draw, operations
 from sttm_kernels.bench.timing import time_in_turns
 from sttm_kernels.bench.workloads import SUITES
-from sttm_kernels.cli.common import one_thread
+from sttm_kernels.console import one_thread
 
 CPU = torch.device("cpu")
 WORKLOAD = next(work for work in SUITES["quick"] if work.name == "VideoMAE-B 16x224")

@@ -1,6 +1,6 @@
 """Token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
 
-from sttm_kernels.functional import assign, compose, match, merge, soft_merge, unmerge
+from sttm_kernels.functional import assign, assign_merge, compose, match, merge, soft_merge, unmerge
 from sttm_kernels.integrations import apply, remove, trace
 from sttm_kernels.nn.sttm import STTM
 from sttm_kernels.plan import MergedTokens, MergePlan
@@ -13,6 +13,7 @@ __all__ = [
     "MergedTokens",
     "apply",
     "assign",
+    "assign_merge",
     "compose",
     "match",
     "merge",

@@ -36,9 +36,7 @@ def on_host() -> bool:
 
 
 @cache
-def why_not(
-    verb: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32
-) -> str | None:
+def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
     """The reason why `impl` cannot run `verb` on this device in this dtype; None if it can.
 
     "cuda" without an index is the device that is current when it is first asked for.

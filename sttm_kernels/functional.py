@@ -183,8 +183,7 @@ def match(
     validate.one_of("impl", impl, IMPL_NAMES)
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
-    validate.integer("r", r, 0)
-    validate.integer("num_prefix", num_prefix, 0)
+    r, num_prefix = validate.integer("r", r, 0), validate.integer("num_prefix", num_prefix, 0)
     if num_prefix > N:
         raise ValueError(f"num_prefix must be at most N = {N}, got {num_prefix}")
     validate.partition(partition)
@@ -337,9 +336,7 @@ def assign_merge(
         return merge(x, plan, size, positions, fill=fill, impl=impl), plan
     size, positions = size_and_positions(x, size, positions)
     fill = _check_fill(fill, x, K)
-    out, plan = ops.assign_merge(
-        x, q, meta, similarity, float(temperature), weight, mask, size, positions, fill, impl
-    )
+    out, plan = ops.assign_merge(x, q, meta, similarity, float(temperature), weight, mask, size, positions, fill, impl)
     return MergedTokens(out.x, out.size, out.positions), plan
 
 

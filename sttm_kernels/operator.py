@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from sttm_kernels import dispatch
-from sttm_kernels.torch_private import below_autograd, dispatching, forward_differentiating, outer_levels_of_forward_mode, transforming, unwrapped
+from sttm_kernels.torch_private import (
+    below_autograd,
+    dispatching,
+    forward_differentiating,
+    outer_levels_of_forward_mode,
+    transforming,
+    unwrapped,
+)
 
 NAMESPACE = "sttm_kernels"
 _lib = torch.library.Library(NAMESPACE, "DEF")
@@ -24,8 +31,6 @@ _lib = torch.library.Library(NAMESPACE, "DEF")
 INPUTS: dict[str, type[Any]] = {}
 """The inputs of every operator by its name."""
 
-In = TypeVar("In", bound=NamedTuple)
-Out = TypeVar("Out", bound=NamedTuple)
 
 _SCHEMA = {
     "Tensor": "Tensor",
@@ -55,7 +60,7 @@ def _is_listened_to(args: Sequence[Any]) -> bool:
     return dispatching() or not _PLAIN.issuperset(map(type, args)) or _lead(args).is_meta
 
 
-class Operator(Generic[In, Out]):
+class Operator:
     """`torch.ops.sttm_kernels.<name>`.
 
     Args:
@@ -79,12 +84,12 @@ class Operator(Generic[In, Out]):
     def __init__(
         self,
         name: str,
-        inputs: type[In],
-        outputs: type[Out],
-        run: Callable[[Callable[..., Any], In], Out],
-        fake: Callable[[In], Sequence[Tensor | None]],
-        formula: Callable[[In, Out], Sequence[Tensor | None]] | None = None,
-        backward: Callable[[In, Out, Out, In], dict[str, Tensor | None]] | None = None,
+        inputs: type[Any],
+        outputs: type[Any],
+        run: Callable[[Callable[..., Any], Any], Any],
+        fake: Callable[[Any], Sequence[Tensor | None]],
+        formula: Callable[[Any, Any], Sequence[Tensor | None]] | None = None,
+        backward: Callable[[Any, Any, Any, Any], dict[str, Tensor | None]] | None = None,
         differentiable: Sequence[str] = (),
         constants: Sequence[str] = (),
         unsaved: Sequence[str] = (),
@@ -93,7 +98,7 @@ class Operator(Generic[In, Out]):
         self.name, self.inputs, self.outputs, self.run, self.formula = name, inputs, outputs, run, formula
         self.backward, self.differentiable, self.constants = backward, differentiable, constants
         self.kept = [field not in (*constants, *unsaved) for field in (*inputs._fields, *outputs._fields)]
-        kinds = [getattr(kind, "__forward_arg__", kind) for kind in inputs.__annotations__.values()]
+        kinds = [str(getattr(kind, "__forward_arg__", kind)) for kind in inputs.__annotations__.values()]
         arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in zip(inputs._fields, kinds, strict=True))
         results = ", ".join(f"Tensor {field}" for field in outputs._fields)
         _lib.define(f"{name}({arguments}) -> ({results})", tags=(torch.Tag.pt2_compliant_tag,))
@@ -104,7 +109,7 @@ class Operator(Generic[In, Out]):
             f"{NAMESPACE}::{name}", lambda *args: self._flat(inputs(*args), fake(inputs(*args))), lib=_lib
         )
 
-    def implementation(self, a: In) -> Callable[..., Any] | None:
+    def implementation(self, a: Any) -> Callable[..., Any] | None:
         """The function of the implementation, to be called at once; None where something listens or differentiates.
 
         A tracer, a mode, a transform, a tensor subclass, a device without data need the operator. Elsewhere the
@@ -117,11 +122,11 @@ class Operator(Generic[In, Out]):
         lead = _lead(a)
         return dispatch.kernel(self.name, a[-1], lead.device, lead.dtype)
 
-    def __call__(self, a: In) -> Out:
+    def __call__(self, a: Any) -> Any:
         run = self.implementation(a)
         return self.run(run, a) if run is not None else self.listened(a)
 
-    def listened(self, a: In) -> Out:
+    def listened(self, a: Any) -> Any:
         """The results, by way of whoever listens or differentiates."""
         if torch.compiler.is_compiling():
             found = self.overload(*a)
@@ -133,7 +138,7 @@ class Operator(Generic[In, Out]):
             found = self._autograd(*a)
         return self.outputs(*found) if len(self.outputs._fields) > 1 else self.outputs(found)
 
-    def _flat(self, a: In, results: Sequence[Tensor | None]) -> Any:
+    def _flat(self, a: Any, results: Sequence[Tensor | None]) -> Any:
         if len(results) == 1:
             return results[0]
         return tuple(_lead(a).new_empty(0) if result is None else result for result in results)
@@ -176,19 +181,22 @@ class Operator(Generic[In, Out]):
         named = zip(self.outputs._fields, results, strict=True)
         return [field in self.differentiable and t.dim() > 1 for field, t in named]
 
-    def _saved(self, ctx: Any) -> tuple[In, Out]:
+    def _saved(self, ctx: Any) -> tuple[Any, Any]:
         saved = [None if t is None else unwrapped(t) for t in ctx.saved_tensors]
         count = len(self.inputs._fields)
         arguments = (rest if t is None else t for t, rest in zip(saved[:count], ctx.rest, strict=True))
         return self.inputs(*arguments), self.outputs(*saved[count:])
 
     def _pull(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if self.formula is None or all(grad is None for grad in grads):
+        formula = self.formula
+        if formula is None or all(grad is None for grad in grads):
             return (None,) * len(self.inputs._fields)
         a, out = self._saved(ctx)
-        needs = [need and field not in self.constants for need, field in zip(ctx.needs_input_grad, a._fields)]
+        needs = [
+            need and field not in self.constants for need, field in zip(ctx.needs_input_grad, a._fields, strict=True)
+        ]
         if self.backward is None:
-            return tuple(pull_back(lambda *given: self.formula(self.inputs(*given), out), a, needs, grads))
+            return tuple(pull_back(lambda *given: formula(self.inputs(*given), out), a, needs, grads))
         found = self.backward(a, out, self.outputs(*grads), self.inputs(*needs))
         return tuple(found.get(field) if need else None for field, need in zip(a._fields, needs, strict=True))
 
@@ -196,10 +204,11 @@ class Operator(Generic[In, Out]):
         a, out = self._saved(ctx)
         given = [None if field in self.constants else t for t, field in zip(tangents, a._fields, strict=True)]
         found: Sequence[Tensor | None] = [None] * len(out)
-        if self.formula is not None and any(tangent is not None for tangent in given):
+        formula = self.formula
+        if formula is not None and any(tangent is not None for tangent in given):
             with outer_levels_of_forward_mode():
                 a, out = self.inputs(*map(_primal, a)), self.outputs(*map(_primal, out))
-                found = push_forward(lambda *values: self.formula(self.inputs(*values), out), a, given)
+                found = push_forward(lambda *values: formula(self.inputs(*values), out), a, given)
         # PyTorch takes no None for the tangent of a result that is differentiable.
         found = tuple(
             (torch.zeros_like(t) if tangent is None else tangent) if varies else None

@@ -55,7 +55,7 @@ class AssignIn(NamedTuple):
 
 
 class AssignOut(NamedTuple):
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     score: Tensor
     lse: Tensor | None
     weight: Tensor | None
@@ -66,7 +66,7 @@ class AssignBackwardIn(NamedTuple):
     grad_lse: Tensor | None
     q: Tensor
     meta: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     score: Tensor
     lse: Tensor
     similarity: str
@@ -88,7 +88,11 @@ def _plan(out: Any, num_groups: int, weight: str) -> MergePlan:
 def _assign_fake(a: AssignIn) -> Sequence[Tensor | None]:
     score = a.q.new_empty((a.q.shape[0], a.q.shape[-2]), dtype=acc_dtype(a.q.dtype))
     index = torch.empty_like(score, dtype=torch.int32)
-    return (index, score, *((torch.empty_like(score), torch.empty_like(score)) if a.weight == "softmax" else (None,) * 2))
+    return (
+        index,
+        score,
+        *((torch.empty_like(score), torch.empty_like(score)) if a.weight == "softmax" else (None,) * 2),
+    )
 
 
 def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: str, temperature: float) -> tuple[Tensor, Tensor]:
@@ -120,7 +124,9 @@ def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfA
     if not any(needs) or (score is None and lse is None):
         return OfAssign(None, None)
     grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
-    return assign_backward(grads, q, meta, a.similarity, a.temperature, _plan(out, meta.shape[1], a.weight), needs, a.impl)
+    return assign_backward(
+        grads, q, meta, a.similarity, a.temperature, _plan(out, meta.shape[1], a.weight), needs, a.impl
+    )
 
 
 def _assign_backward_run(run: Any, a: AssignBackwardIn) -> Sequence[Tensor | None]:
@@ -151,14 +157,17 @@ _assign_backward = Operator(
     AssignBackwardIn,
     AssignBackwardOut,
     _assign_backward_run,
-    lambda a: [torch.empty_like(t, memory_format=torch.contiguous_format) if need else None for t, need in zip((a.q, a.meta), a.needs)],
+    lambda a: [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        for t, need in zip((a.q, a.meta), a.needs, strict=True)
+    ],
     _assign_backward_formula,
     differentiable=("grad_q", "grad_meta"),
     constants=("score", "lse"),
 )
 
 
-def _of_plan(plan: MergePlan) -> tuple[Tensor | None, ...]:
+def _of_plan(plan: MergePlan) -> tuple[Any, ...]:
     return plan.index, plan.score, plan.lse, plan.weight
 
 
@@ -198,7 +207,7 @@ class MatchIn(NamedTuple):
 
 
 class MatchOut(NamedTuple):
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     score: Tensor
     order: Tensor
     offsets: Tensor
@@ -219,9 +228,7 @@ def _match_run(run: Any, a: MatchIn) -> MatchOut:
 _match = Operator("match", MatchIn, MatchOut, _match_run, _match_fake, unsaved=("metric",))
 
 
-def match(
-    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str
-) -> MergePlan:
+def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str) -> MergePlan:
     a = MatchIn(metric, src, dst, r, num_prefix, impl)
     if (run := _match.implementation(a)) is not None:
         return run(metric, r, num_prefix, src, dst)
@@ -234,7 +241,7 @@ def match(
 
 class MergeIn(NamedTuple):
     x: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     num_groups: int
     weight: Tensor | None
     size: Tensor | None
@@ -258,7 +265,7 @@ class MergeBackwardIn(NamedTuple):
     grad_size: Tensor | None
     grad_positions: Tensor | None
     x: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     num_groups: int
     weight: Tensor | None
     size: Tensor | None
@@ -407,7 +414,7 @@ class AssignMergeIn(NamedTuple):
 
 
 class AssignMergeOut(NamedTuple):
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     score: Tensor
     lse: Tensor | None
     weight: Tensor | None
@@ -422,9 +429,7 @@ def _metric(a: AssignMergeIn) -> Tensor:
 
 
 def _assign_merge_run(run: Any, a: AssignMergeIn) -> AssignMergeOut:
-    merged, plan = run(
-        a.x, a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask, a.size, a.positions, a.fill
-    )
+    merged, plan = run(a.x, a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask, a.size, a.positions, a.fill)
     return AssignMergeOut(*_of_plan(plan), *merged)
 
 
@@ -496,7 +501,7 @@ def assign_merge(
 
 class UnmergeIn(NamedTuple):
     x: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     num_groups: int
     order: Tensor | None
     offsets: Tensor | None
@@ -546,7 +551,7 @@ class ComposeIn(NamedTuple):
 
 
 class ComposeOut(NamedTuple):
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
 _compose = Operator(
@@ -663,7 +668,7 @@ def _soft_merge_backward_run(run: Any, a: SoftMergeBackwardIn) -> Sequence[Tenso
 
 def _soft_merge_backward_fake(a: SoftMergeBackwardIn) -> Sequence[Tensor | None]:
     need, acc = OfSoftMerge(*a.needs), acc_dtype(a.x.dtype)
-    features = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((a.x, a.q, a.meta), need)]
+    features = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((a.x, a.q, a.meta), need, strict=False)]
     size = a.x.new_empty(a.x.shape[:2], dtype=acc) if need.size else None
     wanted = need.positions and a.positions is not None
     return *features, size, a.x.new_empty(a.positions.shape, dtype=acc) if wanted else None  # type: ignore[union-attr]
@@ -673,9 +678,7 @@ def _soft_merge_backward_formula(a: SoftMergeBackwardIn, out: SoftMergeBackwardO
     def run(
         x: Tensor, q: Tensor, meta: Tensor, size: Tensor | None, positions: Tensor | None
     ) -> Sequence[Tensor | None]:
-        merged = reference.soft_merge(
-            x, q, meta, a.similarity, a.temperature, a.normalize, size, positions, a.mask
-        )
+        merged = reference.soft_merge(x, q, meta, a.similarity, a.temperature, a.normalize, size, positions, a.mask)
         return merged.x, merged.size, merged.positions
 
     inputs = (a.x, a.q, a.meta, a.size, a.positions)
@@ -686,7 +689,7 @@ _soft_merge = Operator(
     "soft_merge",
     SoftMergeIn,
     SoftMergeOut,
-    _soft_merge_run,  # type: ignore[arg-type]
+    _soft_merge_run,
     _soft_merge_fake,
     _soft_merge_formula,
     _soft_merge_gradient,
@@ -696,7 +699,7 @@ _soft_merge_backward = Operator(
     "soft_merge_backward",
     SoftMergeBackwardIn,
     SoftMergeBackwardOut,
-    _soft_merge_backward_run,  # type: ignore[arg-type]
+    _soft_merge_backward_run,
     _soft_merge_backward_fake,
     _soft_merge_backward_formula,
     differentiable=SoftMergeBackwardOut._fields,

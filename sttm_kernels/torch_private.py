@@ -1,4 +1,4 @@
-"""Every name of PyTorch used here that its documentation does not promise, and what takes its place where it is gone."""
+"""Every name of PyTorch used here that its documentation does not promise, and what replaces it where it is gone."""
 
 from __future__ import annotations
 

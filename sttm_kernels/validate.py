@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ SIMILARITIES = ("cosine", "dot", "l2")
 WEIGHTS = ("softmax", "uniform")
 REDUCTIONS = ("mean", "sum", "max", "first")
 NORMALIZATIONS = ("meta", "tokens")
-_NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
+_NUMBERS: tuple[Any, ...] = (numbers.Real, torch.SymFloat, torch.SymInt)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -86,11 +87,15 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
-def integer(name: str, value: Any, least: int) -> None:
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def integer(name: str, value: Any, least: int) -> int:
+    """Returns it as Python's: NumPy's integers are taken too."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = int(value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def positive(name: str, value: Any) -> None:
@@ -103,10 +108,10 @@ def positive(name: str, value: Any) -> None:
 def extents(name: str, value: Any, count: int, layout: str) -> Any:
     if not isinstance(value, (tuple, list)) or len(value) != count:
         raise ValueError(f"{name} must be {layout}, {count} positive integers, got {value!r}")
-    for extent in value:
-        if type(extent) is not int or extent < 1:
-            integer(f"every extent of {name} {layout}", extent, 1)
-    return tuple(value)
+    return tuple(
+        extent if type(extent) is int and extent > 0 else integer(f"every extent of {name} {layout}", extent, 1)
+        for extent in value
+    )
 
 
 def partition(value: Any) -> None:

@@ -18,8 +18,9 @@ import torch
 
 import sttm_kernels
 from sttm_kernels import MergePlan
-from sttm_kernels.cli import demo, main, merging, picture, shapes, video
-from sttm_kernels.cli.tokens import dominant, lab, mean_colours, patch_tokens
+from sttm_kernels.cli import main
+from sttm_kernels.demo import merging, picture, result, shapes, video
+from sttm_kernels.demo.tokens import dominant, lab, mean_colours, patch_tokens
 
 av = pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -92,7 +93,7 @@ def merged_shapes(seed: int) -> tuple[Any, merging.Stage, merging.Stage, MergePl
     """
     clip = shapes.render(16, seed)
     x, grid = patch_tokens(clip.frames, PATCH)
-    spatial, temporal = merging.merge_clip(x, grid, 0.25, demo.GROUPS, "auto")
+    spatial, temporal = merging.merge_clip(x, grid, 0.25, result.GROUPS, "auto")
     whole = merging.whole_plan(spatial, temporal)
     inside = torch.nn.functional.avg_pool2d(clip.inside.float(), PATCH).permute(0, 2, 3, 1).reshape(1, -1, 3)
     share = sttm_kernels.merge((inside > 0.5).float(), whole).x[0]
@@ -230,7 +231,7 @@ def test_the_flops_are_those_of_the_blocks() -> None:
     from sttm_kernels.nn.flops import flops
     from sttm_kernels.nn.video_transformer import Block
 
-    assert demo.vit_flops(50, dim=64, depth=1) == flops(Block(64, 4, 4.0, "off"), (1, 50, 64))
+    assert result.vit_flops(50, dim=64, depth=1) == flops(Block(64, 4, 4.0, "off"), (1, 50, 64))
 
 
 def test_explicit_implementation_and_keeps(draw: Callable[..., Any]) -> None:

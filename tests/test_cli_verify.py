@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
-from sttm_kernels import dispatch
+from sttm_kernels import dispatch, verify
 from sttm_kernels.cli import main
 
 SMALL = ["--impl", "torch", "--device", "cpu", "--shapes", "2x9x4x8x5"]
@@ -65,7 +64,7 @@ def test_out_of_memory_skips_the_row(capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(sys.modules["sttm_kernels.cli.verify"], "check_unmerge", full)
+    monkeypatch.setattr(verify, "check_unmerge", full)
     assert main(["verify", "--json", "--quick", "--verb", "unmerge", *SMALL]) == 0
     first, *rest = rows(capsys)
     assert (first["verdict"], "out of memory" in first["message"]) == ("skipped", True)

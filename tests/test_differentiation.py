@@ -213,7 +213,7 @@ def test_mode(verb, mode):
     for i, (got, expected) in enumerate(zip(found, truth, strict=True)):
         assert got.shape == expected.shape, f"result {i} of {mode.__name__} of {verb}"
         # float64 against float64 through formulas of a few dozen terms
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"result {i}: {text}")
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 LINEAR = {("unmerge", forward_over_forward), ("match", forward_over_forward)}
@@ -273,16 +273,9 @@ def test_an_operator_in_a_transform_says_what_to_do():
         torch.func.grad(lambda x: torch.ops.sttm_kernels.unmerge(x, INDEX, K, None, None, "torch").sum())(FILL[:, :K])
 
 
-def test_a_transform_that_is_compiled_is_right_or_says_so():
+def test_a_transform_that_is_compiled_says_what_to_do():
     x, plan = make_tokens(B, N, C), plan_of(INDEX)
-
-    def run(x: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: sttm.merge(x, plan).x.square().sum())(x)
-
+    run = torch.compile(lambda x: torch.func.grad(lambda x: sttm.merge(x, plan).x.square().sum())(x), backend="eager")
     torch._dynamo.reset()
-    try:
-        found = torch.compile(run, backend="aot_eager")(x)
-    except Exception as error:
-        assert "call sttm_kernels.merge in a function that is not compiled" in str(error)
-    else:
-        torch.testing.assert_close(found, run(x))
+    with pytest.raises(Exception, match=r"call sttm_kernels\.merge in a function that is not compiled"):
+        run(x)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sttm_kernels import __version__
 from sttm_kernels.cli import bench, demo, info, report, verify
-from sttm_kernels.cli.common import InputError
+from sttm_kernels.console import InputError
 
 COMMANDS = {"bench": bench, "demo": demo, "info": info, "report": report, "verify": verify}
 

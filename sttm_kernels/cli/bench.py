@@ -13,7 +13,7 @@ import torch
 from sttm_kernels import dispatch
 from sttm_kernels.bench import models, results, runner, scaling, timing
 from sttm_kernels.bench.workloads import SUITES
-from sttm_kernels.cli.common import InputError, device_of
+from sttm_kernels.console import InputError, device_of
 
 HELP = "Time every operation against its rivals on this device, after a check of its results; rows go to a CSV."
 DTYPES = ("bfloat16", "float16", "float32")
@@ -131,7 +131,7 @@ def _time(microseconds: float) -> str:
 def _impls(asked: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Those asked for, all of which must be able to run, or those that can."""
     reasons = {
-        impl: next(filter(None, (dispatch.why_not(verb, impl, device.type, dtype) for verb in dispatch.VERBS)), None)
+        impl: next(filter(None, (dispatch.why_not(verb, impl, device, dtype) for verb in dispatch.VERBS)), None)
         for impl in asked or dispatch.IMPLEMENTATIONS
     }
     for impl, reason in reasons.items():

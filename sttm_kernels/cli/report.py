@@ -7,7 +7,7 @@ import csv
 from pathlib import Path
 
 from sttm_kernels.bench import report, results
-from sttm_kernels.cli.common import InputError, extra
+from sttm_kernels.console import InputError, extra
 
 HELP = "Write tables and pictures of measurements."
 MEASURED, OUT = Path("benchmarks", "results"), Path("benchmarks")

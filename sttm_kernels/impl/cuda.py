@@ -200,9 +200,7 @@ def _new_plan(q: Tensor, num_groups: int, weight: str) -> MergePlan:
     return MergePlan(index, num_groups, score, lse, w)
 
 
-def assign(
-    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None
-) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
     plan = _new_plan(q, meta.shape[1], weight)
     _extension().assign(
         q, meta, mask, similarity, temperature, tf32(), plan.index, plan.score, plan.lse, plan.weight, _stream(q)
@@ -316,5 +314,7 @@ def soft_merge_backward(
         grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
         out.size.new_empty((B, K)) if need_shift else None, _stream(x),
     )  # fmt: skip
-    features = (None if t is None else t.to(dtype) for t, dtype in zip((grad_x, grad_q, grad_meta), dtypes))
-    return OfSoftMerge(*features, grad_size if needs.size else None, grad_positions)
+    grad_x, grad_q, grad_meta = (
+        None if t is None else t.to(dtype) for t, dtype in zip((grad_x, grad_q, grad_meta), dtypes, strict=True)
+    )
+    return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size if needs.size else None, grad_positions)

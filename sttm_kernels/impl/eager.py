@@ -132,9 +132,7 @@ def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return value, index.gather(1, part[:, None]).squeeze(1)
 
 
-def assign(
-    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None
-) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
     soft = weight == "softmax"
     m = _operand(meta, similarity)
     tile = _similarity_to(m, q, mask, similarity, temperature)

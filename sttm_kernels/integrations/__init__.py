@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -187,8 +188,8 @@ def _anatomy(model: nn.Module) -> Anatomy:
 
 
 def _layer_numbers(depth: int, layers: Sequence[int]) -> list[int]:
+    layers = [validate.integer("every entry of layers", layer, -depth) for layer in layers]
     for layer in layers:
-        validate.integer("every entry of layers", layer, -depth)
         if layer >= depth:
             raise ValueError(f"layers must be below the depth of {depth}, got {layer}")
     numbers = [layer % depth for layer in layers]
@@ -204,7 +205,7 @@ def _counts(depth: int, r: int | list[int] | None, schedule: str | float, layers
         validate.one_of("schedule", schedule, tuple(SCHEDULES))
         inflection = SCHEDULES[schedule]
     else:
-        if isinstance(schedule, bool) or not isinstance(schedule, (int, float)):
+        if isinstance(schedule, bool) or not isinstance(schedule, Real):
             raise TypeError(f"schedule must be a str or a float, got {type(schedule).__name__}")
         if not -1 <= schedule <= 1:
             raise ValueError(f"schedule must be between -1 and 1, got {schedule}")
@@ -214,13 +215,10 @@ def _counts(depth: int, r: int | list[int] | None, schedule: str | float, layers
             raise ValueError(f"schedule must be 'constant' where r is a list, got {schedule!r}")
         if len(r) > len(numbers):
             raise ValueError(f"r must have at most one entry per merging layer, {len(numbers)}, got {len(r)}")
-        r = list(r)
-        for each in r:
-            validate.integer("every entry of r", each, 0)
+        r = [validate.integer("every entry of r", each, 0) for each in r]
         spread = parse_r(len(numbers), r) if numbers else []
     else:
-        validate.integer("r", r, 0)
-        assert r is not None
+        r = validate.integer("r", r, 0)
         spread = parse_r(len(numbers), (r, inflection)) if numbers else []
     counts = [0] * depth
     for number, count in zip(numbers, spread, strict=True):

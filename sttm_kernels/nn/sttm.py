@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ Grid = tuple[int, int, int]
 Keep = float | int | None
 
 
-def _check_keep(name: str, keep: Keep) -> None:
+def _keep(name: str, keep: Keep) -> Keep:
+    """Checked, as a number of Python."""
     if keep is None:
-        return
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        return None
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise TypeError(f"{name} must be a float, an int or None, got {type(keep).__name__}")
-    if keep < 1 if isinstance(keep, int) else not 0 < keep <= 1:
+    if keep < 1 if isinstance(keep, numbers.Integral) else not 0 < keep <= 1:
         raise ValueError(f"{name} must be a fraction in (0, 1] or a count of at least 1, got {keep}")
+    return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
 
 
 def _count(name: str, keep: Keep, tokens: int) -> int:
@@ -116,18 +119,15 @@ class STTM(nn.Module):
     ) -> None:
         super().__init__()
         validate.integer("dim", dim, 1)
-        _check_keep("spatial_keep", spatial_keep)
-        _check_keep("temporal_keep", temporal_keep)
-        validate.integer("num_prefix", num_prefix, 0)
         validate.one_of("similarity", similarity, validate.SIMILARITIES)
         validate.positive("temperature", temperature)
         validate.one_of("weight", weight, validate.WEIGHTS)
         if temporal_window is not None:
-            validate.integer("temporal_window", temporal_window, 1)
+            temporal_window = validate.integer("temporal_window", temporal_window, 1)
         self.dim = dim
-        self.spatial_keep = spatial_keep
-        self.temporal_keep = temporal_keep
-        self.num_prefix = num_prefix
+        self.spatial_keep = _keep("spatial_keep", spatial_keep)
+        self.temporal_keep = _keep("temporal_keep", temporal_keep)
+        self.num_prefix = validate.integer("num_prefix", num_prefix, 0)
         self.similarity = similarity
         self.temperature = temperature
         self.weight = weight
@@ -252,7 +252,7 @@ class STTM(nn.Module):
         assert out.positions is not None
         later_q = None if here.q is None else join(merge(q, plan, size, impl=self.impl).x)
         first = num_meta * torch.arange(parts, dtype=torch.int32, device=x.device)
-        index = (plan.index.view(B, parts, -1) + first[:, None]).view(B, -1)
+        index = (plan.index.unflatten(0, (B, parts)) + first[:, None]).flatten(1)
         return _Tokens(join(out.x), later_q, join(out.size), join(out.positions)), MergePlan(index, parts * num_meta)
 
     def _whole_plan(self, plans: list[MergePlan], x: Tensor) -> MergePlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -333,9 +332,7 @@ def forward(
     )  # fmt: skip
 
 
-def assign(
-    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None
-) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
     pair = paired(q, meta)
     B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)

@@ -11,7 +11,6 @@ tensor cores, one launch. The way back is a gather by `merge_backward_kernel`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch

@@ -8,7 +8,7 @@ the weights' sums ride along with the first slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import gcd
 from typing import Any

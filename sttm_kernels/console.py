@@ -1,4 +1,4 @@
-"""What every command needs: an error meant for people, optional packages, a progress bar."""
+"""What commands need: an error meant for people, a device, optional packages, a progress bar."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sttm_kernels.cli.common import InputError, extra, progress
+from sttm_kernels.console import InputError, extra, progress
 
 DEFAULT_FRAMES = 16
 DEFAULT_STRIDES = range(1, 5)

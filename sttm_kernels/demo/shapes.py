@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sttm_kernels.console import InputError
+from sttm_kernels.demo.video import DEFAULT_FRAMES, Clip, crop
+
 FRAMES, HEIGHT, WIDTH, RADIUS = 64, 216, 384, 26
 COLOURS = {"disc": (226, 61, 48), "square": (250, 195, 44), "triangle": (52, 103, 214)}
 
@@ -59,6 +62,20 @@ def render(num_frames: int, seed: int = 0) -> MovingShapes:
             behind = frames[t][near]
             behind.copy_(behind.float().lerp(torch.tensor(colour).float(), cover[..., None]).round())
     return MovingShapes(frames, centres, inside, tuple(COLOURS))
+
+
+def clip(patch: int, start: int, frames: int | None, stride: int | None, seed: int) -> Clip:
+    """A piece of the rendered clip, as `video.read` gives one of a file.
+
+    Raises:
+        InputError: `start` is past its end, or a frame holds no patch.
+    """
+    stride = stride or (1 if frames else FRAMES // DEFAULT_FRAMES)
+    indices = range(FRAMES)[start::stride][: frames or DEFAULT_FRAMES]
+    if not indices:
+        raise InputError(f"--start {start} is past the end of the moving shapes: {FRAMES} frames")
+    kept = crop(render(FRAMES, seed).frames[indices.start : indices.stop : indices.step], patch)
+    return Clip("moving shapes", kept, indices, 25.0, (WIDTH, HEIGHT))
 
 
 def _cover(name: str, dy: Tensor, dx: Tensor) -> Tensor:

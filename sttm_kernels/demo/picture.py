@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sttm_kernels.cli.common import extra, progress
+from sttm_kernels.console import extra, progress
 
 PANEL_WIDTH, COLUMNS, SHOWN = 480, 4, 8
 MARGIN, GAP = 28, 12

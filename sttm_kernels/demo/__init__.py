@@ -1,0 +1,1 @@
+"""A clip merged with STTM and drawn: what `sttm-kernels demo` shows."""

@@ -1,0 +1,190 @@
+"""What became of the tokens of a clip, in words and as a picture."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sttm_kernels.console import InputError, one_thread
+from sttm_kernels.demo import merging, picture
+from sttm_kernels.demo.tokens import mean_colours, patch_tokens
+from sttm_kernels.demo.video import Clip
+from sttm_kernels.functional import merge
+from sttm_kernels.nn.sttm import Grid, Keep
+
+GROUPS = 16
+VIT_B_DEPTH = 12
+BAR = 40
+
+
+@dataclass(frozen=True)
+class Result:
+    """A clip, what each stage of STTM made of it, and what is drawn.
+
+    Attributes:
+        clip: as it was read.
+        grid: (T, H, W), of its patches.
+        spatial, temporal: the stages.
+        groups: the final ones.
+        seconds: that cutting the frames into tokens took.
+    """
+
+    clip: Clip
+    grid: Grid
+    spatial: merging.Stage
+    temporal: merging.Stage
+    groups: picture.Groups
+    seconds: float
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens before, between and after the stages."""
+        return self.spatial.plan.index.shape[1], self.spatial.plan.num_groups, self.temporal.plan.num_groups
+
+
+def merge_tokens(
+    clip: Clip,
+    patch: int,
+    spatial_keep: float | int,
+    temporal_keep: float | int | None,
+    impl: str,
+    device: torch.device,
+) -> Result:
+    """Cuts a clip into tokens and merges them.
+
+    Args:
+        clip: of whole patches.
+        patch: the side of a patch in pixels.
+        spatial_keep, temporal_keep: of `STTM`; None leaves 16 groups.
+        impl: of every verb.
+        device: to merge on.
+
+    Raises:
+        InputError: more tokens are to be kept than there are.
+    """
+    began = time.perf_counter()
+    with one_thread():
+        x, grid = patch_tokens(clip.frames, patch)
+    seconds = time.perf_counter() - began
+    keeps = _keeps(grid, spatial_keep, temporal_keep)
+    with torch.no_grad():
+        spatial, temporal = merging.merge_clip(x.to(device), grid, *keeps, impl)
+        plan = merging.whole_plan(spatial, temporal, impl)
+        positions = spatial.tokens.positions
+        assert positions is not None
+        paths = merging.centres(positions, temporal.plan, grid[0], spatial.tokens.size, impl=impl)
+        colours = merge(mean_colours(clip.frames, patch).to(device), plan, impl=impl).x[0]
+    groups = picture.Groups(
+        plan.index[0].view(grid).long().cpu(), colours.round().to(torch.uint8).cpu(), paths.float().cpu()
+    )
+    return Result(clip, grid, spatial, temporal, groups, seconds)
+
+
+def _keeps(grid: Grid, spatial: float | int, temporal: float | int | None) -> tuple[Keep, Keep]:
+    in_frame = grid[1] * grid[2]
+    if isinstance(spatial, int) and spatial > in_frame:
+        raise InputError(f"--spatial-keep {spatial} is more than the {in_frame} tokens of a frame")
+    left = grid[0] * (spatial if isinstance(spatial, int) else max(1, int(spatial * in_frame + 0.5)))
+    if isinstance(temporal, int) and temporal > left:
+        raise InputError(f"--temporal-keep {temporal} is more than the {left} tokens that the spatial stage leaves")
+    return spatial, min(GROUPS, left) if temporal is None else temporal
+
+
+def vit_flops(tokens: int, dim: int = 768, depth: int = VIT_B_DEPTH) -> int:
+    """Of the blocks of a ViT-B on one clip of so many tokens, 2 per multiply-add: linear layers and attention."""
+    return depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim)
+
+
+def _amount(number: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}FLOP"
+    return f"{number / 1e6:.3g} MFLOP"
+
+
+def _pieces(clip: Clip) -> str:
+    first, last, step = clip.indices[0], clip.indices[-1], clip.indices.step
+    if first == last:
+        return f"frame {first}"
+    return f"frames {first} to {last}" + (f", every {step}" + _ordinal(step) if step > 1 else "")
+
+
+def _ordinal(number: int) -> str:
+    return "th" if number % 100 // 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+
+
+def _saved(result: Result) -> tuple[int, int, float]:
+    before, after = vit_flops(result.counts[0]), vit_flops(result.counts[2])
+    return before, after, 100 * (1 - after / before)
+
+
+def report(result: Result, implementation: str) -> list[str]:
+    """The lines that are printed; `implementation` is what it ran on, in words."""
+    clip = result.clip
+    (frames, rows, columns), (before, between, after) = result.grid, result.counts
+    height, width = clip.frames.shape[1:3]
+    full, left, saved = _saved(result)
+    lines = [
+        f"{'clip':<10}{clip.name}, {_pieces(clip)}, {' x '.join(map(str, clip.source_size))} as {width} x {height}",
+        *(f"{'note':<10}{note}" for note in clip.notes),
+        f"{'tokens':<10}{before} patches of {height // rows} x {width // columns} pixels, "
+        f"{frames} x {rows} x {columns}, cut in {result.seconds:.2f} s",
+    ]
+    for name, stage, start, end in (
+        ("spatial", result.spatial, before, between),
+        ("temporal", result.temporal, between, after),
+    ):
+        empty = f", {stage.empty} of them empty" if stage.empty else ""
+        lines.append(f"{name:<10}{start} to {end} tokens{empty}, {1000 * stage.seconds:.1f} ms")
+    lines += [
+        f"{'ran on':<10}{implementation}",
+        f"{'ViT-B':<10}{VIT_B_DEPTH} blocks behind the merge: {_amount(full)} to {_amount(left)} a clip, "
+        f"{saved:.2f} % saved",
+        "",
+        "tokens in a group, and how many groups",
+        *_histogram(result.temporal.tokens.size[0].cpu()),
+    ]
+    return lines
+
+
+def _histogram(sizes: Tensor) -> list[str]:
+    """Groups by size, in bins that double, as bars."""
+    bins = sizes[sizes > 0].log2().floor().long().bincount()
+    rows = []
+    for power, number in enumerate(bins.tolist()):
+        if any(bins[: power + 1]):
+            low, high = 2**power, 2 ** (power + 1) - 1
+            label = str(low) if low == high else f"{low} to {high}"
+            bar = "#" * -(-number * BAR // int(bins.max()))
+            rows.append(f"{label:>16}  {number:>5}  {bar}".rstrip())
+    empty = int((sizes == 0).sum())
+    return [*([f"{'empty':>16}  {empty:>5}"] if empty else []), *rows]
+
+
+def draw(result: Result, implementation: str, out: str, gif: str | None) -> None:
+    """Writes the picture and, if it is given a path, the animation.
+
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    clip = result.clip
+    before, between, after = result.counts
+    full, left, saved = _saved(result)
+    title = f"{clip.name}: {before} tokens merged to {between}, then to {after}"
+    lines = [
+        f"{_pieces(clip).capitalize()}. Spatial stage {1000 * result.spatial.seconds:.0f} ms, temporal stage "
+        f"{1000 * result.temporal.seconds:.0f} ms, {implementation}.",
+        f"A ViT-B behind the merge takes {_amount(left)} a clip in place of {_amount(full)}: {saved:.2f} % saved.",
+    ]
+    captions = [f"frame {index}, {index / clip.fps:.2f} s" for index in clip.indices]
+    try:
+        picture.sheet(clip.frames, result.groups, captions, title, lines).save(out)
+        if gif is not None:
+            images = picture.animate(clip.frames, result.groups)
+            duration = max(20, round(1000 * clip.indices.step / clip.fps))
+            images[0].save(gif, save_all=True, append_images=images[1:], duration=duration, loop=0)
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or 'the picture'}: {error.strerror or error}") from None

@@ -1,0 +1,22 @@
+"""The pages agree with the tree: links lead somewhere, and quoted lines of the reference are in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_quoted_lines_are_in_the_reference() -> None:
+    rows = re.findall(r"^\|.*\| `(.+)` +\|$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = {line.strip() for line in (ROOT / "sttm_kernels/reference.py").read_text(encoding="utf-8").splitlines()}
+    assert len(rows) > 20
+    assert [row for row in rows if row not in lines] == []
