@@ -204,10 +204,20 @@ int64_t Checks::item_stride(const Array& array, const char* name) {
 }
 
 void Checks::fail(cudaError_t error) const {
-    std::string text = std::string("the CUDA kernels of ") + verb_ + " failed: " + cudaGetErrorString(error) + " (";
+    throw std::runtime_error(std::string("the CUDA kernels of ") + verb_ + " failed: " + cudaGetErrorString(error) +
+                             shapes_text());
+}
+
+void Checks::fail(const std::length_error& too_large) const {
+    throw py::value_error(std::string("the arrays of ") + verb_ + " are too large: " + too_large.what() +
+                          shapes_text());
+}
+
+std::string Checks::shapes_text() const {
+    std::string text;
     for (int i = 0; i < num_seen_; ++i)
-        text += (i ? ", " : "") + std::string(seen_[i].first) + " " + seen_[i].second->shape_text();
-    throw std::runtime_error(text + ")");
+        text += (i ? ", " : " (") + std::string(seen_[i].first) + " " + seen_[i].second->shape_text();
+    return text + ")";
 }
 
 #if defined(STTM_HOST)

@@ -113,10 +113,12 @@ public:
     template <class Launch>
     void run(uint64_t stream, Launch launch) {
         cudaError_t error;
-        {
+        try {
             const py::gil_scoped_release release;
             const OnDevice guard(device_.id);
             error = guard.error != cudaSuccess ? guard.error : launch(reinterpret_cast<cudaStream_t>(stream));
+        } catch (const std::length_error& too_large) {
+            fail(too_large);
         }
         if (error != cudaSuccess) fail(error);
     }
@@ -142,6 +144,8 @@ private:
     void check_dense(const Array& array, const char* name);
     int64_t item_stride(const Array& array, const char* name);
     [[noreturn]] void fail(cudaError_t error) const;
+    [[noreturn]] void fail(const std::length_error& too_large) const;
+    std::string shapes_text() const;
 
     const char* verb_;
     dlpack::Device device_{-1, 0};

@@ -51,7 +51,8 @@ static void csr_arrays(const Array& index, int num_groups, const Array& order, c
                        const Array& other, uint64_t stream) {
     Checks checks("csr");
     const int B = checks.extent(index, "index", 2, 0), N = checks.extent(index, "index", 2, 1);
-    if (num_groups < 0) throw py::value_error("num_groups must be at least 0, got " + std::to_string(num_groups));
+    if (num_groups < 0 || num_groups > INT_MAX / 2)
+        throw py::value_error("num_groups must be at least 0 and below 2^30, got " + std::to_string(num_groups));
     const CsrArguments a{B,
                          N,
                          num_groups,

@@ -60,6 +60,7 @@ def run_in_order(command, order):
         ("divergent_barrier", ORDERS, "threads wait at different barriers"),
         ("divergent_shuffle", ORDERS, "waits for ever at shuffle_up"),
         ("misaligned", ORDERS, "requires 16 byte alignment"),
+        ("unasked_shared", ORDERS, "53248 bytes of shared memory, 10240 of them static, are more than was asked for"),
     ],
 )
 def test_planted_fault_is_found(fault, found_in, message, faults):

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kAssignThreads, 2)
 template <typename T, bool EXACT>
 cudaError_t launch_assign(const AssignArguments& a, cudaStream_t stream) {
     using Tiles = AssignTiles<T, EXACT>;
-    const dim3 grid(static_cast<unsigned>(int64_t(a.B) * ceil_div(a.N, Tiles::OWN)));
+    const Grid grid{times(a.B, ceil_div(a.N, Tiles::OWN))};
     return launch(assign_kernel<T, EXACT>, grid, kAssignThreads, Tiles::BYTES, stream, a, features_of<T>(a.q, a.D),
                   features_of<T>(a.meta, a.D));
 }
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
 template <typename T, bool EXACT, bool TOKENS>
 cudaError_t launch_assign_backward_of(const AssignBackwardArguments& a, cudaStream_t stream) {
     using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-    const int64_t tiles = ceil_div(TOKENS ? a.N : a.K, Sum::OWN), slices = ceil_div(a.D, Sum::SLICE);
-    return launch(assign_backward_kernel<T, EXACT, TOKENS>, dim3(static_cast<unsigned>(a.B * tiles * slices)),
+    const int tiles = ceil_div(TOKENS ? a.N : a.K, Sum::OWN), slices = ceil_div(a.D, Sum::SLICE);
+    return launch(assign_backward_kernel<T, EXACT, TOKENS>, Grid{times(int64_t(a.B) * tiles, slices)},
                   kAssignThreads, Sum::BYTES, stream, a, features_of<T>(a.q, a.D), features_of<T>(a.meta, a.D));
 }
 
@@ -297,15 +297,15 @@ cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_
         error = launch_assign_backward_of<T, EXACT, true>(a, stream);
     } else if (a.grad_q != nullptr) {
         const int64_t blocks = ceil_div64(int64_t(a.B) * a.N, kAssignWarps);
-        error = launch(assign_gather_kernel<T>, dim3(static_cast<unsigned>(blocks)), kAssignWarps * kWarpSize, 0,
-                       stream, a, q_features, m_features);
+        error = launch(assign_gather_kernel<T>, Grid{blocks}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
+                       m_features);
     }
     if (error != cudaSuccess || a.grad_meta == nullptr) return error;
     if (soft) return launch_assign_backward_of<T, EXACT, false>(a, stream);
     const int slices = ceil_div(a.D, kMemberPieces * Vec<T>::size * kWarpSize);
-    const int64_t blocks = ceil_div64(int64_t(a.B) * a.K * slices, kAssignWarps);
-    return launch(assign_members_kernel<T>, dim3(static_cast<unsigned>(blocks)), kAssignWarps * kWarpSize, 0, stream,
-                  a, q_features, m_features);
+    const int64_t blocks = ceil_div64(times(int64_t(a.B) * a.K, slices), kAssignWarps);
+    return launch(assign_members_kernel<T>, Grid{blocks}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
+                  m_features);
 }
 
 }  // namespace sttm

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(THREADS)
 // threads for short sequences and MANY for others.
 template <int FEW = 256, int MANY = 1024>
 cudaError_t csr(const int* index, int64_t B, int N, int K, int* order, int* offsets, int* other, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(B));
+    const Grid grid{B};
     if (N <= 2048)
         return launch(csr_kernel<FEW>, grid, FEW, Sort<FEW>::kShared, stream, index, N, K, order, offsets, other);
     return launch(csr_kernel<MANY>, grid, MANY, Sort<MANY>::kShared, stream, index, N, K, order, offsets, other);

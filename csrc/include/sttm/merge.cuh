@@ -189,11 +189,9 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge_kernel(MergeArguments 
 
 template <class T, bool Vectorized, bool Max, int Warps>
 cudaError_t launch_merge_kernel(const MergeArguments& a, cudaStream_t stream) {
-    const int64_t blocks = int64_t(a.B) * ceil_div(a.K, kMergeWarps / Warps);
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    const int slices = max(1, ceil_div(a.C, Lanes<T, Vectorized>::kSlice));
-    return launch(merge_kernel<T, Vectorized, Max, Warps>, dim3(static_cast<unsigned>(blocks), slices),
-                  dim3(kMergeThreads), 0, stream, a);
+    const Grid grid{times(a.B, ceil_div(a.K, kMergeWarps / Warps)),
+                    max(1, ceil_div(a.C, Lanes<T, Vectorized>::kSlice))};
+    return launch(merge_kernel<T, Vectorized, Max, Warps>, grid, kMergeThreads, 0, stream, a);
 }
 
 template <class T>
@@ -377,22 +375,20 @@ __global__ void __launch_bounds__(kMergeThreads) clear_groupless_kernel(MergeBac
 
 template <class T, bool Vectorized>
 cudaError_t launch_merge_backward_kernels(const MergeBackwardArguments& a, cudaStream_t stream) {
-    const int64_t tokens = ceil_div64(int64_t(a.B) * a.N, kMergeWarps);
-    const int64_t groups = ceil_div64(int64_t(a.B) * a.K, kMergeWarps);
-    if (tokens > INT32_MAX || groups > INT32_MAX) return cudaErrorInvalidValue;
-    const dim3 by_token(static_cast<unsigned>(tokens)), by_group(static_cast<unsigned>(groups)), block(kMergeThreads);
+    const Grid by_token{ceil_div64(int64_t(a.B) * a.N, kMergeWarps)};
+    const Grid by_group{ceil_div64(int64_t(a.B) * a.K, kMergeWarps)};
     const bool wants_w = a.grad_weight != nullptr || a.grad_size_in != nullptr;
     cudaError_t error = cudaSuccess;
     if (a.to_winners) {
-        const dim3 grid(by_group.x, ceil_div(a.C, Lanes<T, Vectorized>::kSlice));
-        error = launch(merge_max_backward_kernel<T, Vectorized>, grid, block, 0, stream, a);
+        const Grid grid{by_group.x, ceil_div(a.C, Lanes<T, Vectorized>::kSlice)};
+        error = launch(merge_max_backward_kernel<T, Vectorized>, grid, kMergeThreads, 0, stream, a);
         if (error == cudaSuccess)
-            error = launch(clear_groupless_kernel<T, Vectorized>, by_token, block, 0, stream, a);
+            error = launch(clear_groupless_kernel<T, Vectorized>, by_token, kMergeThreads, 0, stream, a);
     }
     if (error == cudaSuccess && ((a.grad_x != nullptr && !a.to_winners) || wants_w || a.grad_positions_in != nullptr))
-        error = launch(merge_backward_kernel<T, Vectorized>, by_token, block, 0, stream, a);
+        error = launch(merge_backward_kernel<T, Vectorized>, by_token, kMergeThreads, 0, stream, a);
     if (error == cudaSuccess && a.dot != nullptr)
-        error = launch(centre_kernel<kMergeThreads>, by_group, block, 0, stream, a);
+        error = launch(centre_kernel<kMergeThreads>, by_group, kMergeThreads, 0, stream, a);
     return error;
 }
 

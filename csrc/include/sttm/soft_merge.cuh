@@ -394,8 +394,8 @@ SoftFeatures soft_features(const SoftMergeInputs& a, const Rows& grad_y) {
             features_of<T>(metric_of(grad_y), a.C)};
 }
 
-inline dim3 soft_grid(const SoftMergeInputs& a, int rows, int tile, int slices) {
-    return dim3(static_cast<unsigned>(int64_t(a.B) * ceil_div(rows, tile) * slices));
+inline Grid soft_grid(const SoftMergeInputs& a, int rows, int tile, int slices) {
+    return {times(int64_t(a.B) * ceil_div(rows, tile), slices)};
 }
 
 template <typename T, bool EXACT>
@@ -433,7 +433,7 @@ cudaError_t launch_soft_merge_backward(const SoftMergeBackwardArguments& a, cuda
                        Sum::BYTES, stream, a, f, slices);
     }
     if (error == cudaSuccess && a.shift != nullptr) {
-        const dim3 grid(static_cast<unsigned>(ceil_div64(int64_t(a.B) * a.K, kSoftThreads / kWarpSize)));
+        const Grid grid{ceil_div64(int64_t(a.B) * a.K, kSoftThreads / kWarpSize)};
         error = launch(soft_merge_shift_kernel<T>, grid, kSoftThreads, 0, stream, a);
     }
     if (error == cudaSuccess && a.grad_size_in != nullptr) error = grad_metric(std::true_type(), 1, true);

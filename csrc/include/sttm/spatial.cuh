@@ -221,12 +221,12 @@ __device__ inline void merge_positions(const MergeArguments& a, int64_t item, Fr
         a.size_out[item * a.K + thread] = count;
     }
     __syncthreads();
-    for (int at = thread; at < a.K * a.P; at += kSpatialThreads) {
-        const int k = at / a.P, p = at % a.P;
+    for (int64_t at = thread; at < int64_t(a.K) * a.P; at += kSpatialThreads) {
+        const int k = static_cast<int>(at / a.P), p = static_cast<int>(at % a.P);
         float total = 0;
         for (int i = frame.offsets[k]; i < frame.offsets[k + 1]; ++i) {
             const int n = frame.order[i];
-            total = fmaf(frame.w[n], a.positions[item * a.stride_pb + n * a.P + p], total);
+            total = fmaf(frame.w[n], a.positions[item * a.stride_pb + int64_t(n) * a.P + p], total);
         }
         a.positions_out[item * a.K * a.P + at] = frame.mass[k] == 0 ? 0.0f : total / frame.mass[k];
     }
@@ -355,13 +355,16 @@ cudaError_t launch_spatial_kernel(const SpatialArguments& a, cudaStream_t stream
     const Metric x{a.merge.x.data, 1, a.merge.x.stride_b, 0, a.merge.x.stride_n, a.merge.x.stride_c};
     const Features q_features = features_of<T>(given.q, given.D), m_features = features_of<T>(given.meta, given.D);
     const Features x_features = features_of<T>(x, a.merge.C);
-    const dim3 grid(static_cast<unsigned>(given.B));
+    const Grid grid{given.B};
     if constexpr (sizeof(T) == 2) {  // float32 frames seldom fit, and kernels take their time to compile
         const int64_t bytes = Resident::bytes(given.N, given.D);
         if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= kMostShared) {
-            const cudaError_t error = launch(spatial_kernel<T, EXACT, NT, true>, grid, kSpatialThreads,
-                                             static_cast<size_t>(bytes), stream, a, q_features, m_features, x_features);
-            if (error == cudaSuccess) return error;  // else it is more than this GPU has
+            const auto kernel = spatial_kernel<T, EXACT, NT, true>;
+            const cudaError_t fits = can_have_shared_memory(kernel, static_cast<size_t>(bytes));
+            if (fits == cudaSuccess)
+                return launch(kernel, grid, kSpatialThreads, static_cast<size_t>(bytes), stream, a, q_features,
+                              m_features, x_features);
+            if (fits != cudaErrorInvalidValue) return fits;
         }
     }
     return launch(spatial_kernel<T, EXACT, NT, false>, grid, kSpatialThreads, Tiles::BYTES, stream, a, q_features,

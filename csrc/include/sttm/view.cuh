@@ -6,8 +6,8 @@
 
 namespace sttm {
 
-// The extent of a grid dimension that blocks walk through in steps of the grid.
-constexpr int kMaxGrid = 1 << 30;
+// The most blocks where each walks through its share in steps of the grid.
+constexpr int64_t kMostWalkers = 1 << 30;
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t b, int64_t n) {
