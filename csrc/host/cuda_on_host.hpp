@@ -37,11 +37,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
@@ -447,12 +444,7 @@ inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int b
 inline void __syncthreads(STTM_HOST_SITE) { sttm::host::wait_for_block({"__syncthreads", file, line}); }
 inline void __syncwarp(STTM_HOST_SITE) { sttm::host::exchange(0, {"__syncwarp", file, line}); }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
-template <class T>
-inline T __ldg(const T* at) {
-    return *at;
-}
 template <class T>
 inline T atomicAdd(T* at, T value) {
     static_assert(std::is_integral_v<T>, "sums of floats need an order, so no atomics");
@@ -460,37 +452,11 @@ inline T atomicAdd(T* at, T value) {
     *at += value;
     return old;
 }
-template <class T>
-inline T atomicMax(T* at, T value) {
-    const T old = *at;
-    *at = old < value ? value : old;
-    return old;
-}
-template <class T>
-inline T atomicMin(T* at, T value) {
-    const T old = *at;
-    *at = value < old ? value : old;
-    return old;
-}
-template <class T>
-inline T atomicOr(T* at, T value) {
-    const T old = *at;
-    *at |= value;
-    return old;
-}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
-inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline unsigned __float_as_uint(float value) { return sttm::host::from_bits<unsigned>(sttm::host::to_bits(value)); }
 inline float __uint_as_float(unsigned value) { return sttm::host::from_bits<float>(sttm::host::to_bits(value)); }
-inline int __float_as_int(float value) { return sttm::host::from_bits<int>(sttm::host::to_bits(value)); }
-inline float __int_as_float(int value) { return sttm::host::from_bits<float>(sttm::host::to_bits(value)); }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
-inline float __expf(float value) { return std::exp(value); }
-inline float __logf(float value) { return std::log(value); }
-inline float __fdividef(float a, float b) { return a / b; }
 
 template <class T>
 constexpr T min(T a, T b) {

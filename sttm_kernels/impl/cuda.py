@@ -249,7 +249,7 @@ def assign_merge(
     q = x if q is None else q
     (B, N, C), K = x.shape, meta.shape[1]
     run = _extension()
-    if N > run.SPATIAL_TOKENS or K > run.SPATIAL_GROUPS or q.dtype != x.dtype:
+    if N > run.ASSIGN_MERGE_TOKENS or K > run.ASSIGN_MERGE_GROUPS or q.dtype != x.dtype:
         index, score, lse, weight = assign(q, meta, mask, similarity, temperature, soft)
         merged = merge(x, index, K, weight if soft else None, size, positions, fill, None, None, "mean")
         return index, score, lse, weight, *merged

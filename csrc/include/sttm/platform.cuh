@@ -177,12 +177,6 @@ inline T shuffle_up(T value, int delta, STTM_HOST_SITE) {
     const int lane = lane_index();
     return host::from_bits<T>(all[lane < delta ? lane : lane - delta]);
 }
-template <class T>
-inline T shuffle_down(T value, int delta, STTM_HOST_SITE) {
-    const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_down", file, line});
-    const int lane = lane_index();
-    return host::from_bits<T>(all[lane + delta > 31 ? lane : lane + delta]);
-}
 inline unsigned ballot(bool predicate, STTM_HOST_SITE) {
     const uint64_t* all = host::exchange(predicate, {"ballot", file, line});
     unsigned votes = 0;
@@ -210,57 +204,21 @@ template <class T>
 __device__ __forceinline__ T shuffle_up(T value, int delta) {
     return __shfl_up_sync(kAllLanes, value, delta);
 }
-template <class T>
-__device__ __forceinline__ T shuffle_down(T value, int delta) {
-    return __shfl_down_sync(kAllLanes, value, delta);
-}
 __device__ __forceinline__ unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
 __device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(kAllLanes, value); }
 
 #endif
 
-// Every lane gets the result, the same bits: a butterfly adds the same pairs whatever the lane.
-template <class T, class Combine>
-__device__ __forceinline__ T warp_reduce(T value, Combine combine) {
-    STTM_UNROLL
-    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
-    return value;
-}
+// Every lane gets the sum, the same bits: a butterfly adds the same pairs whatever the lane.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-    return warp_reduce(value, [](T a, T b) { return a + b; });
-}
-template <class T>
-__device__ __forceinline__ T warp_max(T value) {
-    return warp_reduce(value, [](T a, T b) { return a < b ? b : a; });
+    STTM_UNROLL
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = value + shuffle_xor(value, mask);
+    return value;
 }
 
 // Blocks of `Threads` threads in one dimension. Every thread must call and gets the result; the shared memory that
-// these use is free again when they return.
-
-template <int Threads, class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, Combine combine) {
-    static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "a block is whole warps");
-    constexpr int kWarps = Threads / kWarpSize;
-    value = warp_reduce(value, combine);
-    if constexpr (kWarps > 1) {
-        STTM_SHARED(T, parts, [kWarps]);
-        if (lane_index() == 0) parts[warp_index()] = value;
-        __syncthreads();
-        value = parts[0];
-        for (int warp = 1; warp < kWarps; ++warp) value = combine(value, parts[warp]);
-        __syncthreads();
-    }
-    return value;
-}
-template <int Threads, class T>
-__device__ __forceinline__ T block_sum(T value) {
-    return block_reduce<Threads>(value, [](T a, T b) { return a + b; });
-}
-template <int Threads, class T>
-__device__ __forceinline__ T block_max(T value) {
-    return block_reduce<Threads>(value, [](T a, T b) { return a < b ? b : a; });
-}
+// this uses is free again when it returns.
 
 // The sum of the values of all threads before this one; `total` becomes that of all.
 template <int Threads>

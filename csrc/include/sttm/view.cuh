@@ -35,4 +35,15 @@ inline cudaError_t with_type(DType dtype, Run run) {
     return cudaErrorInvalidValue;
 }
 
+// Calls run with std::true_type or std::false_type for each of `flags`.
+template <class Run>
+inline cudaError_t with_flags(const Run& run) {
+    return run();
+}
+template <class Run, class... Flags>
+inline cudaError_t with_flags(const Run& run, bool flag, Flags... flags) {
+    if (flag) return with_flags([&](auto... others) { return run(std::true_type(), others...); }, flags...);
+    return with_flags([&](auto... others) { return run(std::false_type(), others...); }, flags...);
+}
+
 }  // namespace sttm
