@@ -42,13 +42,13 @@ bool Array::from(py::handle object) {
     if (py::hasattr(array, "detach")) array = array.attr("detach")();
     const auto device = array.attr("__dlpack_device__")().cast<std::pair<int, int>>();
     // -1: the caller's stream is the one that wrote the array, there is nothing to wait for.
-    capsule_ = device.first == dlpack::kCuda ? array.attr("__dlpack__")(py::arg("stream") = -1)
-                                             : array.attr("__dlpack__")();
+    capsule_ =
+        device.first == dlpack::kCuda ? array.attr("__dlpack__")(py::arg("stream") = -1) : array.attr("__dlpack__")();
     if (PyCapsule_IsValid(capsule_.ptr(), "dltensor"))
         tensor_ = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"))->tensor;
     else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor_versioned"))
-        tensor_ = static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"))
-                      ->tensor;
+        tensor_ =
+            static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor_versioned"))->tensor;
     else
         return false;
     return finish();

@@ -47,8 +47,8 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     validate.run(match, a, stream);
 }
 
-static void csr_arrays(const Array& index, int num_groups, const Array& order, const Array& offsets,
-                       const Array& other, uint64_t stream) {
+static void csr_arrays(const Array& index, int num_groups, const Array& order, const Array& offsets, const Array& other,
+                       uint64_t stream) {
     Validate validate("csr");
     const int B = validate.extent(index, "index", 2, 0), N = validate.extent(index, "index", 2, 1);
     if (num_groups < 0 || num_groups > INT_MAX / 2)

@@ -10,8 +10,7 @@ static void read_groups(Validate& validate, Arguments& a, const Array& index, co
     a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
     a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(a.K) + 1});
     a.other = validate.dense<int32_t>(other, "other", {a.B, a.N});
-    if (other && (!order || !offsets))
-        throw py::value_error("order and offsets must be arrays where other is one");
+    if (other && (!order || !offsets)) throw py::value_error("order and offsets must be arrays where other is one");
 }
 
 static void merge_arrays(const Array& x, const Array& index, int64_t num_groups, const MaybeArray& weight,
@@ -38,10 +37,9 @@ static void merge_arrays(const Array& x, const Array& index, int64_t num_groups,
 static void merge_backward_arrays(const MaybeArray& grad_y, const MaybeArray& grad_size,
                                   const MaybeArray& grad_positions, const Array& x, const Array& index,
                                   int64_t num_groups, const MaybeArray& weight, const MaybeArray& size,
-                                  const MaybeArray& positions,
-                                  const Array& y, const Array& mass, const MaybeArray& order,
-                                  const MaybeArray& offsets, const MaybeArray& other, const std::string& reduce,
-                                  const MaybeArray& grad_x, const MaybeArray& grad_weight,
+                                  const MaybeArray& positions, const Array& y, const Array& mass,
+                                  const MaybeArray& order, const MaybeArray& offsets, const MaybeArray& other,
+                                  const std::string& reduce, const MaybeArray& grad_x, const MaybeArray& grad_weight,
                                   const MaybeArray& grad_size_in, const MaybeArray& grad_positions_in,
                                   const MaybeArray& dot, uint64_t stream) {
     Validate validate("merge_backward");
@@ -80,10 +78,10 @@ void bind_merge(py::module_& m) {
           py::arg("other"), py::arg("reduce"), py::arg("y"), py::arg("size_out"), py::arg("positions_out"),
           py::arg("mass_out"), py::arg("stream"),
           "y (B, K, C) of x (B, N, C); order and offsets are made if other is given");
-    m.def("merge_backward", &merge_backward_arrays, py::arg("grad_y"), py::arg("grad_size"),
-          py::arg("grad_positions"), py::arg("x"), py::arg("index"), py::arg("num_groups"), py::arg("weight"),
-          py::arg("size"), py::arg("positions"), py::arg("y"), py::arg("mass"), py::arg("order"), py::arg("offsets"),
-          py::arg("other"), py::arg("reduce"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("grad_size_in"),
+    m.def("merge_backward", &merge_backward_arrays, py::arg("grad_y"), py::arg("grad_size"), py::arg("grad_positions"),
+          py::arg("x"), py::arg("index"), py::arg("num_groups"), py::arg("weight"), py::arg("size"),
+          py::arg("positions"), py::arg("y"), py::arg("mass"), py::arg("order"), py::arg("offsets"), py::arg("other"),
+          py::arg("reduce"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("grad_size_in"),
           py::arg("grad_positions_in"), py::arg("dot"), py::arg("stream"), "gradients of merge; None is not wanted");
 }
 

@@ -6,9 +6,9 @@
 namespace sttm {
 
 // What is merged with x, and room for what becomes of both, given B, N, K, C, P and dtype.
-inline void read_merge(Validate& validate, MergeArguments& a, const MaybeArray& size,
-                       const MaybeArray& positions, const MaybeArray& fill, const Array& y, const Array& size_out,
-                       const Array& positions_out, const Array& mass_out) {
+inline void read_merge(Validate& validate, MergeArguments& a, const MaybeArray& size, const MaybeArray& positions,
+                       const MaybeArray& fill, const Array& y, const Array& size_out, const Array& positions_out,
+                       const Array& mass_out) {
     a.size = validate.dense<float>(size, "size", {a.B, a.N});
     a.positions = validate.items<float>(positions, "positions", {a.B, a.N, a.P}, a.stride_pb);
     if (!positions && a.P > 0) throw py::value_error("positions must be an array where positions_out has features");

@@ -7,8 +7,8 @@ namespace sttm {
 
 // How q and meta are compared, given B, N and dtype.
 template <class Arguments>
-void read_similarity(Validate& validate, Arguments& a, const Array& q, const Array& meta,
-                     const std::string& similarity, double temperature, bool tf32) {
+void read_similarity(Validate& validate, Arguments& a, const Array& q, const Array& meta, const std::string& similarity,
+                     double temperature, bool tf32) {
     a.K = validate.extent(meta, "meta", 3, 1);
     a.D = validate.extent(meta, "meta", 3, 2);
     a.tf32 = tf32;

@@ -3,8 +3,8 @@
 namespace sttm {
 
 static void read_inputs(Validate& validate, SoftMergeInputs& a, const Array& x, const Array& q, const Array& meta,
-                              const MaybeArray& size, const MaybeArray& positions, const MaybeArray& mask,
-                              const std::string& similarity, double temperature, bool over_meta, bool tf32) {
+                        const MaybeArray& size, const MaybeArray& positions, const MaybeArray& mask,
+                        const std::string& similarity, double temperature, bool over_meta, bool tf32) {
     a.B = validate.extent(x, "x", 3, 0);
     a.N = validate.extent(x, "x", 3, 1);
     a.C = validate.extent(x, "x", 3, 2);
@@ -35,13 +35,15 @@ static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta,
     validate.run(soft_merge, a, stream);
 }
 
-static void soft_merge_backward_arrays(
-    const MaybeArray& grad_y, const MaybeArray& grad_size, const MaybeArray& grad_positions, const Array& x,
-    const Array& q, const Array& meta, const MaybeArray& size, const MaybeArray& positions, const MaybeArray& mask,
-    const Array& y, const Array& mass, const MaybeArray& positions_out, const Array& lse,
-    const std::string& similarity, double temperature, bool over_meta, bool tf32, const MaybeArray& grad_x,
-    const MaybeArray& grad_q, const MaybeArray& grad_meta, const MaybeArray& grad_size_in,
-    const MaybeArray& grad_positions_in, const MaybeArray& shift, uint64_t stream) {
+static void soft_merge_backward_arrays(const MaybeArray& grad_y, const MaybeArray& grad_size,
+                                       const MaybeArray& grad_positions, const Array& x, const Array& q,
+                                       const Array& meta, const MaybeArray& size, const MaybeArray& positions,
+                                       const MaybeArray& mask, const Array& y, const Array& mass,
+                                       const MaybeArray& positions_out, const Array& lse, const std::string& similarity,
+                                       double temperature, bool over_meta, bool tf32, const MaybeArray& grad_x,
+                                       const MaybeArray& grad_q, const MaybeArray& grad_meta,
+                                       const MaybeArray& grad_size_in, const MaybeArray& grad_positions_in,
+                                       const MaybeArray& shift, uint64_t stream) {
     Validate validate("soft_merge_backward");
     SoftMergeBackwardArguments a{};
     read_inputs(validate, a, x, q, meta, size, positions, mask, similarity, temperature, over_meta, tf32);
@@ -72,11 +74,11 @@ void bind_soft_merge(py::module_& m) {
           py::arg("tf32"), py::arg("y"), py::arg("size_out"), py::arg("positions_out"), py::arg("lse"),
           py::arg("stream"), "y (B, K, C), sizes and positions of x (B, N, C), merged by softmax weights");
     m.def("soft_merge_backward", &soft_merge_backward_arrays, py::arg("grad_y"), py::arg("grad_size"),
-          py::arg("grad_positions"), py::arg("x"), py::arg("q"), py::arg("meta"), py::arg("size"),
-          py::arg("positions"), py::arg("mask"), py::arg("y"), py::arg("mass"), py::arg("positions_out"),
-          py::arg("lse"), py::arg("similarity"), py::arg("temperature"), py::arg("over_meta"), py::arg("tf32"),
-          py::arg("grad_x"), py::arg("grad_q"), py::arg("grad_meta"), py::arg("grad_size_in"),
-          py::arg("grad_positions_in"), py::arg("shift"), py::arg("stream"), "Gradients of what is not None");
+          py::arg("grad_positions"), py::arg("x"), py::arg("q"), py::arg("meta"), py::arg("size"), py::arg("positions"),
+          py::arg("mask"), py::arg("y"), py::arg("mass"), py::arg("positions_out"), py::arg("lse"),
+          py::arg("similarity"), py::arg("temperature"), py::arg("over_meta"), py::arg("tf32"), py::arg("grad_x"),
+          py::arg("grad_q"), py::arg("grad_meta"), py::arg("grad_size_in"), py::arg("grad_positions_in"),
+          py::arg("shift"), py::arg("stream"), "Gradients of what is not None");
 }
 
 }  // namespace sttm

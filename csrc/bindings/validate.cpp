@@ -36,7 +36,7 @@ Rows Validate::rows(const Array& array, const char* name, DType dtype, Shape sha
 }
 
 const void* Validate::item_features(const MaybeArray& array, const char* name, DType dtype, Shape shape,
-                                  int64_t& stride_b) {
+                                    int64_t& stride_b) {
     stride_b = 0;
     if (!array) return nullptr;
     features(*array, name, dtype, shape);
@@ -98,8 +98,8 @@ void Validate::check_device(const Array& array, const char* name) {
 #endif
     const dlpack::Device& device = array.device();
     const bool fits = device.type == kDevice || (kDevice == dlpack::kCuda && device.type == dlpack::kCudaManaged);
-    if (!fits) throw py::value_error(std::string(name) + kWanted + ", got DLPack device type " +
-                                     std::to_string(device.type));
+    if (!fits)
+        throw py::value_error(std::string(name) + kWanted + ", got DLPack device type " + std::to_string(device.type));
     if (first_ == nullptr) {
         first_ = name;
         device_ = device;

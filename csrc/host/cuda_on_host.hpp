@@ -161,7 +161,7 @@ struct Machine {
     Site barrier{};
     uint64_t block_serial = 0;
     char* dynamic_shared = nullptr;
-    size_t static_shared = 0;  // of the block
+    size_t static_shared = 0;                // of the block
     std::map<const void*, size_t> requests;  // of dynamic shared memory, by kernel
     const std::function<void()>* body = nullptr;
     void* fake_stack = nullptr;
@@ -400,7 +400,8 @@ template <class Kernel>
 inline cudaError_t run(Kernel* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
     const std::lock_guard<std::mutex> lock(machine.busy);
     const size_t threads = size_t(block.x) * block.y * block.z;
-    if (threads == 0 || threads > 1024 || shared_bytes > kMostShared || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    if (threads == 0 || threads > 1024 || shared_bytes > kMostShared || grid.x > 0x7fffffffu || grid.y > 65535 ||
+        grid.z > 65535)
         return cudaErrorInvalidConfiguration;
     if (threads % kWarp != 0) fail("a block must be whole warps, got %zu threads", threads);
     while (machine.fibers.size() < threads) machine.fibers.push_back(make_fiber());

@@ -3,7 +3,8 @@
 namespace sttm {
 
 cudaError_t merge_backward(const MergeBackwardArguments& arguments, cudaStream_t stream) {
-    return with_type(arguments.dtype, [&](auto type) { return launch_merge_backward<decltype(type)>(arguments, stream); });
+    return with_type(arguments.dtype,
+                     [&](auto type) { return launch_merge_backward<decltype(type)>(arguments, stream); });
 }
 
 }  // namespace sttm

@@ -85,7 +85,8 @@ template <class Kernel>
 cudaError_t run(Kernel* kernel, const int* in, int* out, bool wrong) {
     constexpr size_t kShared = 42 << 10;
     const Grid grid{2};
-    if (kernel != unasked_shared) return launch(kernel, grid, kThreads, kThreads * sizeof(int), nullptr, in, out, wrong);
+    if (kernel != unasked_shared)
+        return launch(kernel, grid, kThreads, kThreads * sizeof(int), nullptr, in, out, wrong);
     if (!wrong) return launch(kernel, grid, kThreads, kShared, nullptr, in, out, wrong);
     return host::run(kernel, grid.checked(), dim3(kThreads), kShared, [&] { kernel(in, out, wrong); });
 }
@@ -94,11 +95,16 @@ int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*kernel)(const int*, int*, bool);
-    } faults[] = {{"missing_barrier", missing_barrier},     {"off_by_one", off_by_one},
-                  {"shared_overrun", shared_overrun},       {"dynamic_overrun", dynamic_overrun},
-                  {"unwritten_shared", unwritten_shared},   {"early_return", early_return},
-                  {"divergent_barrier", divergent_barrier}, {"divergent_shuffle", divergent_shuffle},
-                  {"misaligned", misaligned},               {"unasked_shared", unasked_shared}};
+    } faults[] = {{"missing_barrier", missing_barrier},
+                  {"off_by_one", off_by_one},
+                  {"shared_overrun", shared_overrun},
+                  {"dynamic_overrun", dynamic_overrun},
+                  {"unwritten_shared", unwritten_shared},
+                  {"early_return", early_return},
+                  {"divergent_barrier", divergent_barrier},
+                  {"divergent_shuffle", divergent_shuffle},
+                  {"misaligned", misaligned},
+                  {"unasked_shared", unasked_shared}};
     std::vector<int> in(kThreads), out(kThreads, -1);
     for (int i = 0; i < kThreads; ++i) in[i] = 100 + i;
     for (const auto& fault : faults) {

@@ -174,8 +174,8 @@ struct AssignBackwardArguments {
 };
 cudaError_t assign_backward(const AssignBackwardArguments&, cudaStream_t);
 
-// assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in one
-// launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
+// assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in
+// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
 struct AssignMergeArguments {
     AssignArguments assign;
     MergeArguments merge;

@@ -7,14 +7,14 @@
 // are read again, from the L2 cache as long as that holds the sequences in flight.
 #pragma once
 
-#include "sttm/csr.cuh"
-#include "sttm/similarity.cuh"
-#include "sttm/view.cuh"
+#include "csr.cuh"
+#include "similarity.cuh"
+#include "view.cuh"
 
 namespace sttm {
 
 constexpr int kAssignMergeThreads = 256;
-constexpr int kRowsAhead = 4;  // rows that a thread reads at a time
+constexpr int kRowsAhead = 4;           // rows that a thread reads at a time
 constexpr int kMostShared = 216 << 10;  // of a block: the most of any GPU, less what the kernel has besides
 
 // 128 tokens by 64 or 128 meta tokens.
@@ -102,8 +102,8 @@ struct ResidentTiles {
                         copy_async(to, from + d, min(D - d, kSize) * static_cast<int>(sizeof(T)));
                     }
                 }
-                load_tile<kAssignMergeThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows, 0,
-                                                         other_f, next);
+                load_tile<kAssignMergeThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows,
+                                                             0, other_f, next);
             }
             if (chunk < 0) continue;
             const int depth = min(CHUNK, (D - chunk * CHUNK + 15) / 16 * 16);
@@ -311,7 +311,7 @@ __device__ __forceinline__ void merge_features(const MergeArguments& a, const T*
 template <typename T, bool EXACT, int NT, bool RESIDENT>
 __global__ void __launch_bounds__(kAssignMergeThreads, NT == 4 ? 2 : 1)
     assign_merge_kernel(const AssignMergeArguments a, const Features q_features, const Features m_features,
-                   const Features x_features) {
+                        const Features x_features) {
     using Resident = ResidentTiles<T, EXACT, NT>;
     using Streamed = StreamedTiles<T, EXACT, NT>;
     STTM_SHARED(Sequence, sequences, [1]);
@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(kAssignMergeThreads, NT == 4 ? 2 : 1)
     for (int first = 0; first < a.assign.N; first += Resident::OWN)
         assign_tokens<T, NT>(a, q_features, m_features, item, first, sequence, tiles);
     __syncthreads();
-    Sort<kAssignMergeThreads>::run(sequence.index, a.assign.N, a.assign.K, sequence.order, sequence.offsets, sequence.other,
-                               reinterpret_cast<int*>(shared));
+    Sort<kAssignMergeThreads>::run(sequence.index, a.assign.N, a.assign.K, sequence.order, sequence.offsets,
+                                   sequence.other, reinterpret_cast<int*>(shared));
     merge_positions(a.merge, item, sequence);
     if constexpr (RESIDENT) {
         merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, sequence);

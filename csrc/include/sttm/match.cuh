@@ -5,9 +5,9 @@
 // a launch before.
 #pragma once
 
-#include "sttm/select.cuh"
-#include "sttm/similarity.cuh"
-#include "sttm/view.cuh"
+#include "select.cuh"
+#include "similarity.cuh"
+#include "view.cuh"
 
 namespace sttm {
 
@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
                 if (tokens[column] < 0) continue;
                 STTM_UNROLL
                 for (int i = 0; i < kMT; ++i)
-                    best.offer(i, e, similarity_of(acc[i][j][e], dots.own_term[dots.row(i, e)],
-                                                   dots.other_term[column], 1.0f, Similarity::cosine),
+                    best.offer(i, e,
+                               similarity_of(acc[i][j][e], dots.own_term[dots.row(i, e)], dots.other_term[column], 1.0f,
+                                             Similarity::cosine),
                                start + column);
             }
         }
@@ -212,8 +213,7 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
     const cudaError_t error = launch(nearest_kernel<T, EXACT>, grid, kMatchThreads, shared, stream, a,
                                      features_of<T>(a.metric, a.D), tiles, select);
     if (error != cudaSuccess || select) return error;
-    return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared,
-                  stream, a);
+    return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared, stream, a);
 }
 
 }  // namespace sttm

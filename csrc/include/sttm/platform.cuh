@@ -30,9 +30,9 @@ __host__ __device__ constexpr int64_t ceil_div64(int64_t a, int64_t b) { return 
 
 // STTM_SHARED(float, tile, [16][17]) declares `__shared__ float tile[16][17]`.
 #if defined(STTM_HOST)
-#define STTM_SHARED(type, name, ...)                           \
-    typedef type name##_type __VA_ARGS__;                      \
-    static ::sttm::host::Shared<name##_type> name##_storage;   \
+#define STTM_SHARED(type, name, ...)                         \
+    typedef type name##_type __VA_ARGS__;                    \
+    static ::sttm::host::Shared<name##_type> name##_storage; \
     name##_type& name = name##_storage.get()
 #define STTM_UNROLL
 #define STTM_NO_UNROLL

@@ -74,18 +74,23 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
 template <typename T, bool EXACT>
 cudaError_t launch_soft_merge(const SoftMergeArguments& a, cudaStream_t stream) {
     using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-    AssignArguments lse{a.dtype, a.tf32, a.similarity, a.inverse_temperature, a.B, a.N, a.K, a.D, a.q, a.meta,
-                        a.mask,  Mask{}, nullptr,      nullptr,               a.lse, nullptr};
-    if (!a.over_meta) {
-        lse.N = a.K, lse.K = a.N;
-        lse.q = a.meta, lse.meta = a.q;
-        lse.mask = Mask{}, lse.meta_mask = a.mask;
-    }
+    AssignArguments lse{};
+    lse.dtype = a.dtype;
+    lse.tf32 = a.tf32;
+    lse.similarity = a.similarity;
+    lse.inverse_temperature = a.inverse_temperature;
+    lse.B = a.B, lse.D = a.D;
+    lse.N = a.over_meta ? a.N : a.K;
+    lse.K = a.over_meta ? a.K : a.N;
+    lse.q = a.over_meta ? a.q : a.meta;
+    lse.meta = a.over_meta ? a.meta : a.q;
+    (a.over_meta ? lse.mask : lse.meta_mask) = a.mask;
+    lse.lse = a.lse;
     const cudaError_t error = assign(lse, stream);
     if (error != cudaSuccess) return error;
     const int slices = max(ceil_div(a.C, Sum::SLICE), ceil_div(a.P, kAxes));
-    return launch(soft_merge_kernel<T, EXACT>, soft_grid(a, a.K, Sum::OWN, slices), kSoftThreads, Sum::BYTES, stream,
-                  a, soft_features<T>(a, Rows{}), slices);
+    return launch(soft_merge_kernel<T, EXACT>, soft_grid(a, a.K, Sum::OWN, slices), kSoftThreads, Sum::BYTES, stream, a,
+                  soft_features<T>(a, Rows{}), slices);
 }
 
 }  // namespace sttm

@@ -71,9 +71,8 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     const int64_t out = item * a.N + first;
     if (a.grad_positions_in != nullptr) {
         if (a.grad_positions.data == nullptr) moments.count = min(kAxes, a.P - moments.first);
-        moments.finish(rows, [&](int row, int axis, float value) {
-            a.grad_positions_in[(out + row) * a.P + axis] = value;
-        });
+        moments.finish(rows,
+                       [&](int row, int axis, float value) { a.grad_positions_in[(out + row) * a.P + axis] = value; });
     }
     if (a.grad_x == nullptr) return;
     sum.finish(rows, a.C - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
@@ -190,11 +189,10 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             const SoftTerm& token = TOKENS ? own_terms[row] : terms[column];
             const SoftTerm& meta = TOKENS ? terms[column] : own_terms[row];
             if (!token.real || !meta.real) return 0.0f;
-            const float S = similarity_of(dot, tiles.own_term[row], tiles.other_term[column], a.inverse_temperature,
-                                          a.similarity);
+            const float S =
+                similarity_of(dot, tiles.own_term[row], tiles.other_term[column], a.inverse_temperature, a.similarity);
             const float of_size = U * meta.scale + meta.common;
-            return attention(S, token, meta) *
-                   (sizes ? of_size : token.scale * (of_size - token.centre) - meta.centre);
+            return attention(S, token, meta) * (sizes ? of_size : token.scale * (of_size - token.centre) - meta.centre);
         };
         const int here = anew(thread);
         STTM_UNROLL
