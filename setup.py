@@ -130,7 +130,7 @@ def ninja_file(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> str:
 
     cxx = os.environ.get("CXX")
     nvcc_ = [str(nvcc.path), *(["-ccbin", cxx] if cxx else [])]  # compiles the C++ too: it knows its toolkit's headers
-    include = [CSRC, CSRC / "include", build, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    include = [CSRC / "include", build, pybind11.get_include(), sysconfig.get_paths()["include"]]
     compile_ = [*nvcc_, "-std=c++17", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{path}" for path in include)]
     depend = "-MD -MF $out.d -c $in -o $out"
     lines = [
@@ -147,7 +147,7 @@ def ninja_file(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> str:
         f"  command = {shlex.join([*nvcc_, '-shared', '-cudart', 'static'])} $in -o $out",
     ]
     objects = []
-    for source in [*sorted((CSRC / "kernels").glob("*.cu")), *sorted(CSRC.glob("*.cpp"))]:
+    for source in [*sorted((CSRC / "kernels").glob("*.cu")), *sorted((CSRC / "bindings").glob("*.cpp"))]:
         objects.append(build / f"{source.name}.o")
         rule = "cuda" if source.suffix == ".cu" else "cpp"
         lines.append(f"build {_escape(objects[-1])}: {rule} {_escape(source)}")

@@ -25,7 +25,7 @@ COLUMNS = ("regs", "shared", "spills", "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UT
 DOTS = COLUMNS[3:6]
 PRODUCTS = (
     "assign_kernel", "assign_backward_kernel", "nearest_kernel", "soft_merge_kernel", "soft_merge_grad_x_kernel",
-    "soft_merge_grad_metric_kernel", "spatial_kernel",
+    "soft_merge_grad_metric_kernel", "assign_merge_kernel",
 )  # fmt: skip
 """Kernels that multiply matrices: on tensor cores, but for exact float32."""
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SHARED = ("array", "module", "validate")  # sources of the bindings that every verb needs
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -27,7 +28,7 @@ def compiler() -> str:
 def flags(sanitize: bool, defines: Sequence[str] = (), csrc: Path = CSRC) -> list[str]:
     found = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DSTTM_HOST"]
     found += ["-O1", *SANITIZERS] if sanitize else ["-O2"]
-    return [*found, f"-I{csrc}", f"-I{csrc / 'include'}", *(f"-D{define}" for define in defines)]
+    return [*found, f"-I{csrc / 'include'}", *(f"-D{define}" for define in defines)]
 
 
 def build(
@@ -37,12 +38,11 @@ def build(
     import pybind11
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    kernels = [p for p in sorted((CSRC / "kernels").glob("*.cu")) if not only or p.stem in only]
-    bindings = [p for p in sorted(CSRC.glob("bind_*.cpp")) if not only or p.stem.removeprefix("bind_") in only]
-    sources = [*kernels, *bindings, CSRC / "bindings.cpp", CSRC / "array.cpp"]
+    kernels, bindings = (sorted((CSRC / folder).glob("*.c*")) for folder in ("kernels", "bindings"))
+    sources = [p for p in (*kernels, *bindings) if not only or p.stem.removesuffix("_backward") in (*only, *SHARED)]
     if only:
-        left_out = [p.stem for p in sorted(CSRC.glob("bind_*.cpp")) if p not in bindings]
-        stubs = "".join(f"void {name}(pybind11::module_&) {{}}\n" for name in left_out)
+        left_out = [p.stem for p in bindings if p not in sources]
+        stubs = "".join(f"void bind_{name}(pybind11::module_&) {{}}\n" for name in left_out)
         sources.append(_write(out_dir / "stubs.cpp", f"#include <pybind11/pybind11.h>\nnamespace sttm {{\n{stubs}}}\n"))
     objects = [out_dir / f"{source.name}.o" for source in sources]
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]

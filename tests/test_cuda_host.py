@@ -60,6 +60,7 @@ def run_in_order(command, order):
         ("divergent_barrier", ORDERS, "threads wait at different barriers"),
         ("divergent_shuffle", ORDERS, "waits for ever at shuffle_up"),
         ("misaligned", ORDERS, "requires 16 byte alignment"),
+        ("unasked_shared", ORDERS, "53248 bytes of shared memory, 10240 of them static, are more than was asked for"),
     ],
 )
 def test_planted_fault_is_found(fault, found_in, message, faults):
@@ -74,23 +75,27 @@ def test_planted_fault_is_found(fault, found_in, message, faults):
 
 
 @pytest.mark.parametrize(
-    ("planted", "message"),
+    ("header", "planted", "message"),
     [
-        (None, None),
-        (("__syncthreads();", ""), None),
-        (("c < C ? Vec<T>::load", "c <= C ? Vec<T>::load"), "AddressSanitizer: heap-buffer-overflow"),
+        (None, None, None),
+        ("merge.cuh", ("__syncthreads();", ""), None),
+        (
+            "members.cuh",
+            ("c < C ? Vec<T>::load", "c <= C ? Vec<T>::load"),
+            "AddressSanitizer: heap-buffer-overflow",
+        ),
     ],
     ids=["none", "missing barrier", "off by one"],
 )
-def test_the_example_and_faults_planted_in_its_kernel(planted, message, tmp_path):
+def test_the_example_and_faults_planted_in_its_kernel(header, planted, message, tmp_path):
     """csrc/examples/merge_tokens.cu checks what it computes."""
     csrc = tmp_path / "csrc"
     shutil.copytree(cuda_host.CSRC, csrc)
     if planted is not None:
-        header = csrc / "include" / "sttm" / "merge.cuh"
-        text = header.read_text()
+        path = csrc / "include" / "sttm" / header
+        text = path.read_text()
         assert planted[0] in text
-        header.write_text(text.replace(*planted, 1))
+        path.write_text(text.replace(*planted, 1))
     cuda_host.build_program(csrc / "examples" / "merge_tokens.cu", tmp_path / "example", csrc)
     runs = [run_in_order([tmp_path / "example"], order) for order in ORDERS]
     if planted is None:

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -36,11 +37,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
@@ -80,6 +78,7 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 struct cudaFuncAttributes {};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
     return cudaSuccess;
@@ -162,6 +161,8 @@ struct Machine {
     Site barrier{};
     uint64_t block_serial = 0;
     char* dynamic_shared = nullptr;
+    size_t static_shared = 0;                // of the block
+    std::map<const void*, size_t> requests;  // of dynamic shared memory, by kernel
     const std::function<void()>* body = nullptr;
     void* fake_stack = nullptr;
     const void* stack = nullptr;
@@ -260,6 +261,7 @@ public:
         if (serial_ != machine.block_serial) {
             poison(memory_, sizeof(T));
             serial_ = machine.block_serial;
+            machine.static_shared += sizeof(T);
         }
         return *reinterpret_cast<T*>(memory_);
     }
@@ -386,10 +388,20 @@ inline void run_block(Order& order, std::vector<int64_t>& threads) {
     }
 }
 
-inline cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+template <class Kernel>
+inline const void* address(Kernel* kernel) {
+    return reinterpret_cast<const void*>(kernel);
+}
+
+// How much shared memory a block has unasked, static and dynamic together, and how much at most.
+constexpr size_t kUnasked = 48 << 10, kMostShared = 227 << 10;
+
+template <class Kernel>
+inline cudaError_t run(Kernel* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
     const std::lock_guard<std::mutex> lock(machine.busy);
     const size_t threads = size_t(block.x) * block.y * block.z;
-    if (threads == 0 || threads > 1024 || shared_bytes > (227u << 10) || grid.y > 65535 || grid.z > 65535)
+    if (threads == 0 || threads > 1024 || shared_bytes > kMostShared || grid.x > 0x7fffffffu || grid.y > 65535 ||
+        grid.z > 65535)
         return cudaErrorInvalidConfiguration;
     if (threads % kWarp != 0) fail("a block must be whole warps, got %zu threads", threads);
     while (machine.fibers.size() < threads) machine.fibers.push_back(make_fiber());
@@ -408,24 +420,32 @@ inline cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
                     static_cast<unsigned>(b / grid.x / grid.y)};
         ++machine.block_serial;
         poison(shared.get(), shared_bytes);
+        machine.static_shared = 0;
         run_block(order, thread_order);
+        const size_t all = machine.static_shared + shared_bytes;
+        if (all > kMostShared || (all > kUnasked && shared_bytes > machine.requests[address(kernel)]))
+            fail("%zu bytes of shared memory, %zu of them static, are more than was asked for", all,
+                 machine.static_shared);
     }
     return cudaSuccess;
 }
 
 }  // namespace sttm::host
 
+template <class Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    if (static_cast<size_t>(bytes) > sttm::host::kMostShared) return cudaErrorInvalidValue;
+    const std::lock_guard<std::mutex> lock(sttm::host::machine.busy);
+    sttm::host::machine.requests[sttm::host::address(kernel)] = bytes;
+    return cudaSuccess;
+}
+
 #define STTM_HOST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(STTM_HOST_SITE) { sttm::host::wait_for_block({"__syncthreads", file, line}); }
 inline void __syncwarp(STTM_HOST_SITE) { sttm::host::exchange(0, {"__syncwarp", file, line}); }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
-template <class T>
-inline T __ldg(const T* at) {
-    return *at;
-}
 template <class T>
 inline T atomicAdd(T* at, T value) {
     static_assert(std::is_integral_v<T>, "sums of floats need an order, so no atomics");
@@ -433,37 +453,11 @@ inline T atomicAdd(T* at, T value) {
     *at += value;
     return old;
 }
-template <class T>
-inline T atomicMax(T* at, T value) {
-    const T old = *at;
-    *at = old < value ? value : old;
-    return old;
-}
-template <class T>
-inline T atomicMin(T* at, T value) {
-    const T old = *at;
-    *at = value < old ? value : old;
-    return old;
-}
-template <class T>
-inline T atomicOr(T* at, T value) {
-    const T old = *at;
-    *at |= value;
-    return old;
-}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
-inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline unsigned __float_as_uint(float value) { return sttm::host::from_bits<unsigned>(sttm::host::to_bits(value)); }
 inline float __uint_as_float(unsigned value) { return sttm::host::from_bits<float>(sttm::host::to_bits(value)); }
-inline int __float_as_int(float value) { return sttm::host::from_bits<int>(sttm::host::to_bits(value)); }
-inline float __int_as_float(int value) { return sttm::host::from_bits<float>(sttm::host::to_bits(value)); }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
-inline float __expf(float value) { return std::exp(value); }
-inline float __logf(float value) { return std::log(value); }
-inline float __fdividef(float a, float b) { return a / b; }
 
 template <class T>
 constexpr T min(T a, T b) {

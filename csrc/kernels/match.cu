@@ -3,11 +3,8 @@
 namespace sttm {
 
 cudaError_t match(const MatchArguments& arguments, cudaStream_t stream) {
-    return with_type(arguments.dtype, [&](auto type) {
-        using T = decltype(type);
-        if constexpr (std::is_same_v<T, float>)
-            if (!arguments.tf32) return launch_match<T, true>(arguments, stream);
-        return launch_match<T, false>(arguments, stream);
+    return with_product(arguments.dtype, arguments.tf32, [&](auto type, auto exact) {
+        return launch_match<decltype(type), decltype(exact)::value>(arguments, stream);
     });
 }
 

@@ -6,9 +6,4 @@ cudaError_t merge(const MergeArguments& arguments, cudaStream_t stream) {
     return with_type(arguments.dtype, [&](auto type) { return launch_merge<decltype(type)>(arguments, stream); });
 }
 
-cudaError_t merge_backward(const MergeBackwardArguments& arguments, cudaStream_t stream) {
-    return with_type(arguments.dtype,
-                     [&](auto type) { return launch_merge_backward<decltype(type)>(arguments, stream); });
-}
-
 }  // namespace sttm

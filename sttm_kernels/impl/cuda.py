@@ -234,7 +234,7 @@ def assign_merge(
     q = x if q is None else q
     (B, N, C), K = x.shape, meta.shape[1]
     run = _extension()
-    if N > run.SPATIAL_TOKENS or K > run.SPATIAL_GROUPS or q.dtype != x.dtype:
+    if N > run.ASSIGN_MERGE_TOKENS or K > run.ASSIGN_MERGE_GROUPS or q.dtype != x.dtype:
         plan = assign(q, meta, similarity, temperature, weight, mask)
         return merge(x, plan, size, positions, "mean", fill), plan
     plan = _new_plan(q, K, weight)

@@ -73,24 +73,44 @@ __global__ void misaligned(const int* in, int* out, bool wrong) {
     if (threadIdx.x < 4) out[threadIdx.x] = threadIdx.x == 0 ? 0 : in[threadIdx.x - 1];
 }
 
+// More static and dynamic shared memory together than a block has unasked, each alone less.
+__global__ void unasked_shared(const int* in, int* out, bool) {
+    STTM_SHARED(int, values, [10 << 8]);
+    values[threadIdx.x] = in[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = threadIdx.x == 0 ? 0 : values[threadIdx.x - 1];
+}
+
+template <class Kernel>
+cudaError_t run(Kernel* kernel, const int* in, int* out, bool wrong) {
+    constexpr size_t kShared = 42 << 10;
+    const Grid grid{2};
+    if (kernel != unasked_shared)
+        return launch(kernel, grid, kThreads, kThreads * sizeof(int), nullptr, in, out, wrong);
+    if (!wrong) return launch(kernel, grid, kThreads, kShared, nullptr, in, out, wrong);
+    return host::run(kernel, grid.checked(), dim3(kThreads), kShared, [&] { kernel(in, out, wrong); });
+}
+
 int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*kernel)(const int*, int*, bool);
-    } faults[] = {{"missing_barrier", missing_barrier},     {"off_by_one", off_by_one},
-                  {"shared_overrun", shared_overrun},       {"dynamic_overrun", dynamic_overrun},
-                  {"unwritten_shared", unwritten_shared},   {"early_return", early_return},
-                  {"divergent_barrier", divergent_barrier}, {"divergent_shuffle", divergent_shuffle},
-                  {"misaligned", misaligned}};
+    } faults[] = {{"missing_barrier", missing_barrier},
+                  {"off_by_one", off_by_one},
+                  {"shared_overrun", shared_overrun},
+                  {"dynamic_overrun", dynamic_overrun},
+                  {"unwritten_shared", unwritten_shared},
+                  {"early_return", early_return},
+                  {"divergent_barrier", divergent_barrier},
+                  {"divergent_shuffle", divergent_shuffle},
+                  {"misaligned", misaligned},
+                  {"unasked_shared", unasked_shared}};
     std::vector<int> in(kThreads), out(kThreads, -1);
     for (int i = 0; i < kThreads; ++i) in[i] = 100 + i;
     for (const auto& fault : faults) {
         if (argc < 3 || std::strcmp(argv[1], fault.name) != 0) continue;
         const bool wrong = std::strcmp(argv[2], "wrong") == 0;
-        const dim3 grid(2);
-        if (launch(fault.kernel, grid, dim3(kThreads), kThreads * sizeof(int), nullptr, in.data(), out.data(),
-                   wrong) != cudaSuccess)
-            return 2;
+        if (run(fault.kernel, in.data(), out.data(), wrong) != cudaSuccess) return 2;
         for (int i = 0; i < kThreads; ++i) {
             if (out[i] == (i == 0 ? 0 : in[i - 1])) continue;
             std::fprintf(stderr, "out[%d] is %d\n", i, out[i]);

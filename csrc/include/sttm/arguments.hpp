@@ -174,15 +174,15 @@ struct AssignBackwardArguments {
 };
 cudaError_t assign_backward(const AssignBackwardArguments&, cudaStream_t);
 
-// assign, then merge by mean along its index, of at most kSpatialTokens tokens and kSpatialGroups groups, in one
-// launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
-struct SpatialArguments {
+// assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in
+// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
+struct AssignMergeArguments {
     AssignArguments assign;
     MergeArguments merge;
 };
-constexpr int kSpatialTokens = 256;
-constexpr int kSpatialGroups = 128;
-cudaError_t spatial(const SpatialArguments&, cudaStream_t);
+constexpr int kAssignMergeTokens = 256;
+constexpr int kAssignMergeGroups = 128;
+cudaError_t assign_merge(const AssignMergeArguments&, cudaStream_t);
 
 // What soft_merge and its gradients are made of: x (B, N, C), q (B, heads, N, D), meta (B, heads, K, D), positions
 // (B, N, P), of floats. The softmax is over meta tokens (over_meta) or over tokens.

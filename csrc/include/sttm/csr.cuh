@@ -7,7 +7,7 @@
 // after those of its digit in lower lanes.
 #pragma once
 
-#include "sttm/platform.cuh"
+#include "platform.cuh"
 
 namespace sttm {
 
@@ -49,8 +49,8 @@ private:
     static constexpr __host__ __device__ int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
 
     // Sorts tokens `from` (null: 0, 1, 2 ...) stably by one digit of their group.
-    static __device__ void sort_digit(
-        const int* index, const int* from, int* to, int N, int K, int shift, int bits, int* table) {
+    static __device__ void sort_digit(const int* index, const int* from, int* to, int N, int K, int shift, int bits,
+                                      int* table) {
         const int warp = warp_index(), digits = 1 << bits;
         const int segment = ceil_div(N, THREADS) * kWarpSize;
         const int first = min(N, warp * segment), end = min(N, first + segment);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(THREADS)
 // threads for short sequences and MANY for others.
 template <int FEW = 256, int MANY = 1024>
 cudaError_t csr(const int* index, int64_t B, int N, int K, int* order, int* offsets, int* other, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(B));
+    const Grid grid{B};
     if (N <= 2048)
         return launch(csr_kernel<FEW>, grid, FEW, Sort<FEW>::kShared, stream, index, N, K, order, offsets, other);
     return launch(csr_kernel<MANY>, grid, MANY, Sort<MANY>::kShared, stream, index, N, K, order, offsets, other);

@@ -5,9 +5,9 @@
 // a launch before.
 #pragma once
 
-#include "sttm/select.cuh"
-#include "sttm/similarity.cuh"
-#include "sttm/view.cuh"
+#include "select.cuh"
+#include "similarity.cuh"
+#include "view.cuh"
 
 namespace sttm {
 
@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
                 if (tokens[column] < 0) continue;
                 STTM_UNROLL
                 for (int i = 0; i < kMT; ++i)
-                    best.offer(i, e, similarity_of(acc[i][j][e], dots.own_term[dots.row(i, e)],
-                                                   dots.other_term[column], 1.0f, Similarity::cosine),
+                    best.offer(i, e,
+                               similarity_of(acc[i][j][e], dots.own_term[dots.row(i, e)], dots.other_term[column], 1.0f,
+                                             Similarity::cosine),
                                start + column);
             }
         }
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
             partner[token] = dst[0] < 0 ? kNoPartner : dst[place];
         }
     }
-    for (int at = tile * kMatchThreads + thread; at < a.num_dst; at += tiles * kMatchThreads) {
-        const int token = dst[at];
+    for (int64_t i = int64_t(tile) * kMatchThreads + thread; i < a.num_dst; i += int64_t(tiles) * kMatchThreads) {
+        const int token = dst[static_cast<int>(i)];
         if (token < 0) continue;
         score[token] = -INFINITY;
         partner[token] = kIsDst;
@@ -192,8 +193,8 @@ template <typename T, bool EXACT>
 cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
     if (a.B == 0) return cudaSuccess;
     if (a.mean != nullptr) {
-        const int64_t blocks = ceil_div64(int64_t(a.B) * a.N * ceil_div(a.D, Vec<T>::size), kMatchThreads);
-        const dim3 grid(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid));
+        const int64_t pieces = times(int64_t(a.B) * a.N, ceil_div(a.D, Vec<T>::size));
+        const Grid grid{min(ceil_div64(pieces, kMatchThreads), kMostWalkers)};
         const cudaError_t error =
             launch(mean_kernel<T>, grid, kMatchThreads, 0, stream, a, features_of<T>(a.metric, a.D));
         if (error != cudaSuccess) return error;
@@ -201,20 +202,18 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
     }
     const bool select = a.N <= kOneLaunch;
     const int tiles = max(1, ceil_div(a.num_src, kMatchOwn));
-    const int64_t blocks = int64_t(a.B) * a.windows * tiles;
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    const Grid grid{times(int64_t(a.B) * a.windows, tiles)};
     const int for_tiles = MatchTiles<T, EXACT>::BYTES + MatchTiles<T, EXACT>::OTHER * int(sizeof(int));
-    const int for_select = Select<kMatchThreads>::kShared + a.N * int(sizeof(float) + sizeof(int));
+    const int for_select = Select<kMatchThreads>::kShared + min(a.N, kOneLaunch) * int(sizeof(float) + sizeof(int));
     if (select) {
         const cudaError_t error = cudaMemsetAsync(a.arrived, 0, a.B * sizeof(int), stream);
         if (error != cudaSuccess) return error;
     }
     const int shared = select ? max(for_tiles, for_select) : for_tiles;
-    const cudaError_t error = launch(nearest_kernel<T, EXACT>, dim3(unsigned(blocks)), kMatchThreads, shared, stream, a,
+    const cudaError_t error = launch(nearest_kernel<T, EXACT>, grid, kMatchThreads, shared, stream, a,
                                      features_of<T>(a.metric, a.D), tiles, select);
     if (error != cudaSuccess || select) return error;
-    return launch(select_kernel<kSelectThreads>, dim3(unsigned(a.B)), kSelectThreads, Select<kSelectThreads>::kShared,
-                  stream, a);
+    return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared, stream, a);
 }
 
 }  // namespace sttm

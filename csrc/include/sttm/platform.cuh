@@ -4,6 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -27,9 +30,9 @@ __host__ __device__ constexpr int64_t ceil_div64(int64_t a, int64_t b) { return 
 
 // STTM_SHARED(float, tile, [16][17]) declares `__shared__ float tile[16][17]`.
 #if defined(STTM_HOST)
-#define STTM_SHARED(type, name, ...)                           \
-    typedef type name##_type __VA_ARGS__;                      \
-    static ::sttm::host::Shared<name##_type> name##_storage;   \
+#define STTM_SHARED(type, name, ...)                         \
+    typedef type name##_type __VA_ARGS__;                    \
+    static ::sttm::host::Shared<name##_type> name##_storage; \
     name##_type& name = name##_storage.get()
 #define STTM_UNROLL
 #define STTM_NO_UNROLL
@@ -50,31 +53,70 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Runs `kernel` on the stream. An empty grid runs nothing. Kernels that ask for more than 48 KiB of dynamic shared
-// memory are allowed it here.
+// a * b of counts, as far as it fits.
+constexpr int64_t times(int64_t a, int64_t b) { return a > 0 && b > INT64_MAX / a ? INT64_MAX : a * b; }
+
+// Blocks of a launch, counted in 64 bits so that too many are seen.
+struct Grid {
+    static constexpr int64_t kMostX = INT32_MAX, kMostY = 65535;
+    int64_t x, y = 1;
+
+    // Throws std::length_error if CUDA has no grids of that size.
+    dim3 checked() const {
+        if (x > kMostX || y > kMostY)
+            throw std::length_error("a grid of " + std::to_string(x) + " x " + std::to_string(y) +
+                                    " blocks is needed, and " + std::to_string(kMostX) + " x " +
+                                    std::to_string(kMostY) + " is the largest");
+        return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+    }
+};
+
+// Held from a request for shared memory to the launch that needs it: requests replace each other.
+inline std::mutex& shared_memory_mutex() {
+    static std::mutex mutex;
+    return mutex;
+}
+
+// Whoever calls holds the mutex.
+template <class... Parameters>
+cudaError_t request_shared_memory(void (*kernel)(Parameters...), size_t bytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) cudaGetLastError();  // leaves no error behind for whoever asks next
+    return error;
+}
+
+// cudaErrorInvalidValue if the GPU has less than `bytes` of dynamic shared memory for a block of `kernel`.
+template <class... Parameters>
+cudaError_t can_have_shared_memory(void (*kernel)(Parameters...), size_t bytes) {
+    const std::lock_guard<std::mutex> lock(shared_memory_mutex());
+    return request_shared_memory(kernel, bytes);
+}
+
+// Runs `kernel` on the stream. An empty grid runs nothing. Dynamic shared memory is always asked for: what a kernel
+// may have unasked depends on its static shared memory.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), Grid blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+    if (blocks.x == 0 || blocks.y == 0) return cudaSuccess;
+    const dim3 grid = blocks.checked(), block(static_cast<unsigned>(threads));
+    std::unique_lock<std::mutex> lock(shared_memory_mutex(), std::defer_lock);
+    if (shared_bytes > 0) {
+        lock.lock();
+        const cudaError_t error = request_shared_memory(kernel, shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
 #if defined(STTM_HOST)
     (void)stream;
-    return host::run(grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
+    return host::run(kernel, grid, block, shared_bytes, [&] { kernel(Parameters(arguments)...); });
 #else
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) {
-            cudaGetLastError();
-            return error;
-        }
-    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-    if (error != cudaSuccess) cudaGetLastError();  // leaves no error behind for whoever asks next
+    if (error != cudaSuccess) cudaGetLastError();
     return error;
 #endif
 }
@@ -135,12 +177,6 @@ inline T shuffle_up(T value, int delta, STTM_HOST_SITE) {
     const int lane = lane_index();
     return host::from_bits<T>(all[lane < delta ? lane : lane - delta]);
 }
-template <class T>
-inline T shuffle_down(T value, int delta, STTM_HOST_SITE) {
-    const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_down", file, line});
-    const int lane = lane_index();
-    return host::from_bits<T>(all[lane + delta > 31 ? lane : lane + delta]);
-}
 inline unsigned ballot(bool predicate, STTM_HOST_SITE) {
     const uint64_t* all = host::exchange(predicate, {"ballot", file, line});
     unsigned votes = 0;
@@ -168,57 +204,21 @@ template <class T>
 __device__ __forceinline__ T shuffle_up(T value, int delta) {
     return __shfl_up_sync(kAllLanes, value, delta);
 }
-template <class T>
-__device__ __forceinline__ T shuffle_down(T value, int delta) {
-    return __shfl_down_sync(kAllLanes, value, delta);
-}
 __device__ __forceinline__ unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
 __device__ __forceinline__ unsigned match_any(int value) { return __match_any_sync(kAllLanes, value); }
 
 #endif
 
-// Every lane gets the result, the same bits: a butterfly adds the same pairs whatever the lane.
-template <class T, class Combine>
-__device__ __forceinline__ T warp_reduce(T value, Combine combine) {
-    STTM_UNROLL
-    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
-    return value;
-}
+// Every lane gets the sum, the same bits: a butterfly adds the same pairs whatever the lane.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-    return warp_reduce(value, [](T a, T b) { return a + b; });
-}
-template <class T>
-__device__ __forceinline__ T warp_max(T value) {
-    return warp_reduce(value, [](T a, T b) { return a < b ? b : a; });
+    STTM_UNROLL
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = value + shuffle_xor(value, mask);
+    return value;
 }
 
 // Blocks of `Threads` threads in one dimension. Every thread must call and gets the result; the shared memory that
-// these use is free again when they return.
-
-template <int Threads, class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, Combine combine) {
-    static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "a block is whole warps");
-    constexpr int kWarps = Threads / kWarpSize;
-    value = warp_reduce(value, combine);
-    if constexpr (kWarps > 1) {
-        STTM_SHARED(T, parts, [kWarps]);
-        if (lane_index() == 0) parts[warp_index()] = value;
-        __syncthreads();
-        value = parts[0];
-        for (int warp = 1; warp < kWarps; ++warp) value = combine(value, parts[warp]);
-        __syncthreads();
-    }
-    return value;
-}
-template <int Threads, class T>
-__device__ __forceinline__ T block_sum(T value) {
-    return block_reduce<Threads>(value, [](T a, T b) { return a + b; });
-}
-template <int Threads, class T>
-__device__ __forceinline__ T block_max(T value) {
-    return block_reduce<Threads>(value, [](T a, T b) { return a < b ? b : a; });
-}
+// this uses is free again when it returns.
 
 // The sum of the values of all threads before this one; `total` becomes that of all.
 template <int Threads>

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "sttm/platform.cuh"
+#include "platform.cuh"
 
 namespace sttm {
 
@@ -72,8 +72,8 @@ __device__ __forceinline__ void four(const T* at, float (&values)[4]) {
 
 // Every lane multiplies what belongs to its own elements.
 template <bool DEPTH_MAJOR, int PAIR, int MT, int NT, typename A, typename B>
-__device__ __forceinline__ void product_by_fma(
-    float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b, int pitch_b, int depth, int columns) {
+__device__ __forceinline__ void product_by_fma(float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b,
+                                               int pitch_b, int depth, int columns) {
     const int lane = anew(lane_index());
     STTM_NO_UNROLL
     for (int k = 0; k < depth; k += 4) {
@@ -131,9 +131,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define STTM_MMA(shape_and_types)                                                           \
+#define STTM_MMA(shape_and_types)                                                                    \
     asm("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                            \
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                     \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
     if constexpr (std::is_same<T, float>::value) {
         STTM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
@@ -146,8 +146,8 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
 }
 
 template <bool DEPTH_MAJOR, int PAIR, int MT, int NT, typename T>
-__device__ __forceinline__ void product_of_halves(
-    float (&acc)[MT][NT][4], const T* a, int pitch_a, const T* b, int pitch_b, int depth, int columns) {
+__device__ __forceinline__ void product_of_halves(float (&acc)[MT][NT][4], const T* a, int pitch_a, const T* b,
+                                                  int pitch_b, int depth, int columns) {
     const int lane = anew(lane_index());
     a += lane % 16 * pitch_a + lane / 16 * 8;
     b += DEPTH_MAJOR ? lane % 16 * pitch_b + lane / 16 * 8 : (lane % 8 + lane / 16 * 8) * pitch_b + lane / 8 % 2 * 8;
@@ -177,8 +177,8 @@ __device__ __forceinline__ uint32_t tf32_bits(T value) {
 }
 
 template <bool DEPTH_MAJOR, int PAIR, int MT, int NT, typename A, typename B>
-__device__ __forceinline__ void product_in_tf32(
-    float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b, int pitch_b, int depth, int columns) {
+__device__ __forceinline__ void product_in_tf32(float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b,
+                                                int pitch_b, int depth, int columns) {
     const int lane = anew(lane_index()), g = lane / 4, t = lane % 4;
     a += g * pitch_a + t;
     b += DEPTH_MAJOR ? t * pitch_b + g : g * pitch_b + t;
@@ -209,8 +209,8 @@ __device__ __forceinline__ void product_in_tf32(
 // adjacent along the columns if DEPTH_MAJOR and along the depth if not. Depth is a multiple of 16, rows start at
 // multiples of 16 bytes, NT is even; pairs of column tiles that start at or beyond `columns` are left out.
 template <bool EXACT, bool DEPTH_MAJOR, int PAIR = 16, int MT, int NT, typename A, typename B>
-__device__ __forceinline__ void warp_product(
-    float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b, int pitch_b, int depth, int columns = NT / 2 * PAIR) {
+__device__ __forceinline__ void warp_product(float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b, int pitch_b,
+                                             int depth, int columns = NT / 2 * PAIR) {
     static_assert(NT % 2 == 0, "column tiles come in pairs");
 #ifdef STTM_HOST
     product_by_fma<DEPTH_MAJOR, PAIR>(acc, a, pitch_a, b, pitch_b, depth, columns);

@@ -1,7 +1,7 @@
 // From the best partner of every src token to the groups of all tokens: top-r, index map and CSR, by one block.
 #pragma once
 
-#include "sttm/csr.cuh"
+#include "csr.cuh"
 
 namespace sttm {
 

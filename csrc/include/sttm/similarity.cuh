@@ -7,10 +7,10 @@
 
 #include <cmath>
 
-#include "sttm/arguments.hpp"
-#include "sttm/platform.cuh"
-#include "sttm/product.cuh"
-#include "sttm/view.cuh"
+#include "arguments.hpp"
+#include "platform.cuh"
+#include "product.cuh"
+#include "view.cuh"
 
 namespace sttm {
 
@@ -156,8 +156,8 @@ __device__ __forceinline__ float norm_term(float square, Similarity kind) {
 }
 
 // S from <q, m> and the terms of both rows; the same bits whichever side owns the tile.
-__device__ __forceinline__ float similarity_of(
-    float dot, float own_term, float other_term, float inverse_temperature, Similarity kind) {
+__device__ __forceinline__ float similarity_of(float dot, float own_term, float other_term, float inverse_temperature,
+                                               Similarity kind) {
     if (kind == Similarity::cosine) return dot * inverse_temperature * (own_term * other_term);
     if (kind == Similarity::l2) return ((dot - own_term) + (dot - other_term)) * inverse_temperature;
     return dot * inverse_temperature;

@@ -39,9 +39,9 @@ template <class T>
 cudaError_t launch_unmerge(const UnmergeArguments& a, cudaStream_t stream) {
     const bool vectorized = is_vectorizable<T>(a.x, a.C) && is_aligned(a.y);
     const int share = threads_per_row(vectorized ? a.C / Vec<T>::size : a.C, kUnmergeThreads);
-    const dim3 grid(a.C == 0 ? 0 : a.B * ceil_div(a.N, kUnmergeThreads / share));
-    return launch(vectorized ? unmerge_kernel<T, true> : unmerge_kernel<T, false>, grid, dim3(kUnmergeThreads), 0,
-                  stream, a, share);
+    const Grid grid{a.C == 0 ? 0 : times(a.B, ceil_div(a.N, kUnmergeThreads / share))};
+    return launch(vectorized ? unmerge_kernel<T, true> : unmerge_kernel<T, false>, grid, kUnmergeThreads, 0, stream, a,
+                  share);
 }
 
 template <int Threads>
@@ -55,9 +55,8 @@ __global__ void __launch_bounds__(Threads) compose_kernel(ComposeArguments a) {
 }
 
 inline cudaError_t launch_compose(const ComposeArguments& a, cudaStream_t stream) {
-    const int64_t blocks = ceil_div64(int64_t(a.B) * a.N, kUnmergeThreads);
-    const dim3 grid(static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid));
-    return launch(compose_kernel<kUnmergeThreads>, grid, dim3(kUnmergeThreads), 0, stream, a);
+    const int64_t blocks = min(ceil_div64(int64_t(a.B) * a.N, kUnmergeThreads), kMostWalkers);
+    return launch(compose_kernel<kUnmergeThreads>, Grid{blocks}, kUnmergeThreads, 0, stream, a);
 }
 
 }  // namespace sttm

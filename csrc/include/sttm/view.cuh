@@ -6,8 +6,8 @@
 
 namespace sttm {
 
-// The extent of a grid dimension that blocks walk through in steps of the grid.
-constexpr int kMaxGrid = 1 << 30;
+// The most blocks where each walks through its share in steps of the grid.
+constexpr int64_t kMostWalkers = 1 << 30;
 
 template <class T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t b, int64_t n) {
@@ -33,6 +33,17 @@ inline cudaError_t with_type(DType dtype, Run run) {
         case DType::bfloat16: return run(__nv_bfloat16());
     }
     return cudaErrorInvalidValue;
+}
+
+// Calls run with std::true_type or std::false_type for each of `flags`.
+template <class Run>
+inline cudaError_t with_flags(const Run& run) {
+    return run();
+}
+template <class Run, class... Flags>
+inline cudaError_t with_flags(const Run& run, bool flag, Flags... flags) {
+    if (flag) return with_flags([&](auto... others) { return run(std::true_type(), others...); }, flags...);
+    return with_flags([&](auto... others) { return run(std::false_type(), others...); }, flags...);
 }
 
 }  // namespace sttm

@@ -10,10 +10,10 @@ namespace py = pybind11;
 namespace sttm {
 
 void bind_assign(py::module_& m);
+void bind_assign_merge(py::module_& m);
 void bind_match(py::module_& m);
 void bind_merge(py::module_& m);
 void bind_soft_merge(py::module_& m);
-void bind_spatial(py::module_& m);
 void bind_unmerge(py::module_& m);
 
 static py::dict build_info() {
@@ -36,9 +36,9 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CUDA kernels of sttm_kernels. Arrays are anything that speaks DLPack; `stream` is a cudaStream_t.";
     m.def("build_info", &sttm::build_info, "nvcc's version, the architectures, and whether this runs on the host");
     sttm::bind_assign(m);
+    sttm::bind_assign_merge(m);
     sttm::bind_match(m);
     sttm::bind_merge(m);
     sttm::bind_soft_merge(m);
-    sttm::bind_spatial(m);
     sttm::bind_unmerge(m);
 }

@@ -1,17 +1,17 @@
-#include "bind_metric.hpp"
+#include "validate.hpp"
 
 namespace sttm {
 
 static void match_arrays(const Array& metric, const MaybeArray& src, const MaybeArray& dst, int r, int num_prefix,
                          bool tf32, const Array& index, const Array& score, const Array& order, const Array& offsets,
                          const Array& scratch, const MaybeArray& mean, uint64_t stream) {
-    Checks checks("match");
+    Validate validate("match");
     MatchArguments a{};
-    a.B = checks.extent(metric, "metric", metric.dims() == 4 ? 4 : 3, 0);
-    a.N = metric_extent(checks, metric, "metric", 0);
-    a.D = metric_extent(checks, metric, "metric", 1);
-    a.dtype = checks.dtype(metric, "metric");
-    a.metric = metric_of(checks, metric, "metric", a.dtype, a.B, a.N, a.D);
+    a.B = validate.extent(metric, "metric", metric.dims() == 4 ? 4 : 3, 0);
+    a.N = validate.metric_extent(metric, "metric", 0);
+    a.D = validate.metric_extent(metric, "metric", 1);
+    a.dtype = validate.dtype(metric, "metric");
+    a.metric = validate.metric(metric, "metric", a.dtype, a.B, a.N, a.D);
     a.tf32 = tf32;
     if (num_prefix < 0 || num_prefix > a.N)
         throw py::value_error("num_prefix must be in [0, N], got " + std::to_string(num_prefix));
@@ -22,13 +22,13 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     if (src.has_value() != dst.has_value()) throw py::value_error("src and dst must both be arrays or both be None");
     a.listed = src.has_value();
     if (src) {
-        a.windows = checks.extent(*src, "src", 3, 1);
+        a.windows = validate.extent(*src, "src", 3, 1);
         if (a.windows < 1) throw py::value_error("src must have at least one window, got " + src->shape_text());
-        a.num_src = checks.extent(*src, "src", 3, 2);
-        a.num_dst = checks.extent(*dst, "dst", 3, 2);
+        a.num_src = validate.extent(*src, "src", 3, 2);
+        a.num_dst = validate.extent(*dst, "dst", 3, 2);
         const int src_items = src->size(0) == 1 ? 1 : a.B, dst_items = dst->size(0) == 1 ? 1 : a.B;
-        a.src = checks.dense<int32_t>(*src, "src", {src_items, a.windows, a.num_src});
-        a.dst = checks.dense<int32_t>(*dst, "dst", {dst_items, a.windows, a.num_dst});
+        a.src = validate.dense<int32_t>(*src, "src", {src_items, a.windows, a.num_src});
+        a.dst = validate.dense<int32_t>(*dst, "dst", {dst_items, a.windows, a.num_dst});
         a.stride_src = src_items == 1 ? 0 : int64_t(a.windows) * a.num_src;
         a.stride_dst = dst_items == 1 ? 0 : int64_t(a.windows) * a.num_dst;
     } else {
@@ -37,29 +37,30 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
         a.num_src = (tokens + 1 - odd) / 2;
         a.num_dst = (tokens + odd) / 2;
     }
-    a.index = checks.dense<int32_t>(index, "index", {a.B, a.N});
-    a.score = checks.dense<float>(score, "score", {a.B, a.N});
-    a.order = checks.dense<int32_t>(order, "order", {a.B, a.N});
-    a.offsets = checks.dense<int32_t>(offsets, "offsets", {a.B, int64_t(a.N) - r + 1});
-    a.partner = checks.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(a.N) + 1)});
+    a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
+    a.score = validate.dense<float>(score, "score", {a.B, a.N});
+    a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
+    a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(a.N) - r + 1});
+    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(a.N) + 1)});
     a.arrived = a.partner + int64_t(a.B) * a.N;
-    a.mean = checks.dense_features(mean, "mean", a.dtype, {a.B, a.N, a.D});
-    checks.run(stream, [&](cudaStream_t s) { return match(a, s); });
+    a.mean = validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, a.D});
+    validate.run(match, a, stream);
 }
 
-static void csr_arrays(const Array& index, int num_groups, const Array& order, const Array& offsets,
-                       const Array& other, uint64_t stream) {
-    Checks checks("csr");
-    const int B = checks.extent(index, "index", 2, 0), N = checks.extent(index, "index", 2, 1);
-    if (num_groups < 0) throw py::value_error("num_groups must be at least 0, got " + std::to_string(num_groups));
+static void csr_arrays(const Array& index, int num_groups, const Array& order, const Array& offsets, const Array& other,
+                       uint64_t stream) {
+    Validate validate("csr");
+    const int B = validate.extent(index, "index", 2, 0), N = validate.extent(index, "index", 2, 1);
+    if (num_groups < 0 || num_groups > INT_MAX / 2)
+        throw py::value_error("num_groups must be at least 0 and below 2^30, got " + std::to_string(num_groups));
     const CsrArguments a{B,
                          N,
                          num_groups,
-                         checks.dense<int32_t>(index, "index", {B, N}),
-                         checks.dense<int32_t>(order, "order", {B, N}),
-                         checks.dense<int32_t>(offsets, "offsets", {B, int64_t(num_groups) + 1}),
-                         checks.dense<int32_t>(other, "other", {B, N})};
-    checks.run(stream, [&](cudaStream_t s) { return csr(a, s); });
+                         validate.dense<int32_t>(index, "index", {B, N}),
+                         validate.dense<int32_t>(order, "order", {B, N}),
+                         validate.dense<int32_t>(offsets, "offsets", {B, int64_t(num_groups) + 1}),
+                         validate.dense<int32_t>(other, "other", {B, N})};
+    validate.run(csr, a, stream);
 }
 
 void bind_match(py::module_& m) {

@@ -1,33 +1,33 @@
-#include "array.hpp"
+#include "validate.hpp"
 
 namespace sttm {
 
 static void unmerge_arrays(const Array& x, const Array& index, const Array& y, uint64_t stream) {
-    Checks checks("unmerge");
+    Validate validate("unmerge");
     UnmergeArguments a{};
-    a.B = checks.extent(x, "x", 3, 0);
-    a.K = checks.extent(x, "x", 3, 1);
-    a.C = checks.extent(x, "x", 3, 2);
-    a.N = checks.extent(index, "index", 2, 1);
-    a.dtype = checks.dtype(x, "x");
-    a.x = checks.rows(x, "x", a.dtype, {a.B, a.K, a.C});
-    a.index = checks.dense<int32_t>(index, "index", {a.B, a.N});
-    a.y = checks.dense_features(y, "y", a.dtype, {a.B, a.N, a.C});
-    checks.run(stream, [&](cudaStream_t s) { return unmerge(a, s); });
+    a.B = validate.extent(x, "x", 3, 0);
+    a.K = validate.extent(x, "x", 3, 1);
+    a.C = validate.extent(x, "x", 3, 2);
+    a.N = validate.extent(index, "index", 2, 1);
+    a.dtype = validate.dtype(x, "x");
+    a.x = validate.rows(x, "x", a.dtype, {a.B, a.K, a.C});
+    a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
+    a.y = validate.dense_features(y, "y", a.dtype, {a.B, a.N, a.C});
+    validate.run(unmerge, a, stream);
 }
 
 static void compose_arrays(const Array& index1, const Array& index2, int64_t num_groups, const Array& out,
                            uint64_t stream) {
-    Checks checks("compose");
+    Validate validate("compose");
     ComposeArguments a{};
-    a.B = checks.extent(index1, "index1", 2, 0);
-    a.N = checks.extent(index1, "index1", 2, 1);
-    a.K = checks.extent(index2, "index2", 2, 1);
-    a.num_groups = checks.groups(num_groups, "num_groups");
-    a.index1 = checks.dense<int32_t>(index1, "index1", {a.B, a.N});
-    a.index2 = checks.dense<int32_t>(index2, "index2", {a.B, a.K});
-    a.out = checks.dense<int32_t>(out, "out", {a.B, a.N});
-    checks.run(stream, [&](cudaStream_t s) { return compose(a, s); });
+    a.B = validate.extent(index1, "index1", 2, 0);
+    a.N = validate.extent(index1, "index1", 2, 1);
+    a.K = validate.extent(index2, "index2", 2, 1);
+    a.num_groups = validate.groups(num_groups, "num_groups");
+    a.index1 = validate.dense<int32_t>(index1, "index1", {a.B, a.N});
+    a.index2 = validate.dense<int32_t>(index2, "index2", {a.B, a.K});
+    a.out = validate.dense<int32_t>(out, "out", {a.B, a.N});
+    validate.run(compose, a, stream);
 }
 
 static std::optional<std::string> problem() {

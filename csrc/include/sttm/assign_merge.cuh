@@ -1,31 +1,30 @@
-// assign and merge of short sequences in one launch: the spatial stage of STTM, one frame per block.
+// assign and merge of short sequences, such as the tokens of a frame, in one launch: one batch item per block.
 //
-// All meta tokens of a frame make one tile, so its features are read once for the similarities. They end in an index
+// All meta tokens of an item make one tile, so its features are read once for the similarities. They end in an index
 // and a weight per token on chip, the tokens are sorted by group, and the features are added up group by group: threads
 // own channels and go through the sorted tokens, so it does not matter how long a group is, and a token that is not a
 // number spoils only its own. Features that are their own metric and fit in shared memory stay there in between; others
-// are read again, from the L2 cache as long as that holds the frames in flight.
+// are read again, from the L2 cache as long as that holds the sequences in flight.
 #pragma once
 
-#include "sttm/assign.cuh"
-#include "sttm/csr.cuh"
-#include "sttm/similarity.cuh"
-#include "sttm/view.cuh"
+#include "csr.cuh"
+#include "similarity.cuh"
+#include "view.cuh"
 
 namespace sttm {
 
-constexpr int kSpatialThreads = 256;
-constexpr int kSpatialAhead = 4;  // rows that a thread reads at a time
+constexpr int kAssignMergeThreads = 256;
+constexpr int kRowsAhead = 4;           // rows that a thread reads at a time
 constexpr int kMostShared = 216 << 10;  // of a block: the most of any GPU, less what the kernel has besides
 
 // 128 tokens by 64 or 128 meta tokens.
 template <typename T, bool EXACT, int NT>
-using SpatialTiles = DotTiles<T, EXACT, 4, 2, 2, NT>;
+using AssignMergeTiles = DotTiles<T, EXACT, 4, 2, 2, NT>;
 
 // The same, each time from the start, of all meta tokens.
 template <typename T, bool EXACT, int NT>
 struct StreamedTiles {
-    using Tiles = SpatialTiles<T, EXACT, NT>;
+    using Tiles = AssignMergeTiles<T, EXACT, NT>;
     static constexpr int OWN = Tiles::OWN;
     unsigned char* shared;
     float* own_term = nullptr;
@@ -44,13 +43,13 @@ struct StreamedTiles {
     }
 };
 
-// As SpatialTiles, of own rows that come to stay: what is read for the similarities is there for the merge too.
+// As AssignMergeTiles, of own rows that come to stay: what is read for the similarities is there for the merge too.
 template <typename T, bool EXACT, int NT>
 struct ResidentTiles {
-    using Tiles = SpatialTiles<T, EXACT, NT>;
+    using Tiles = AssignMergeTiles<T, EXACT, NT>;
     static constexpr int OWN = Tiles::OWN, OTHER = Tiles::OTHER, CHUNK = Tiles::CHUNK, PITCH = Tiles::PITCH;
     static constexpr int kBuffers = 2 * OTHER * PITCH * int(sizeof(T));
-    static constexpr int kTable = Sort<kSpatialThreads>::kShared;
+    static constexpr int kTable = Sort<kAssignMergeThreads>::kShared;
     static constexpr int kBefore = Tiles::TERMS + (kBuffers < kTable ? kTable : kBuffers);  // bytes before the rows
 
     float *own_term, *other_term;
@@ -79,7 +78,7 @@ struct ResidentTiles {
                                              Similarity kind) {
         constexpr int kSize = Vec<T>::size, kPieces = CHUNK / kSize;
         const int D = own_f.D, chunks = ceil_div(D, CHUNK), here = min(OWN, rows - first);
-        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (kSpatialThreads - OTHER);
+        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (kAssignMergeThreads - OTHER);
         const int warp_row = warp_index() / 2 * 32, warp_column = warp_index() % 2 * (OTHER / 2);
         T* const mine = own + first * pitch;
         float own_square = 0, other_square = 0;
@@ -92,7 +91,7 @@ struct ResidentTiles {
             const int next = (chunk + 1) * CHUNK;
             if (next < D) {
                 STTM_NO_UNROLL
-                for (int i = thread; i < here * kPieces; i += kSpatialThreads) {
+                for (int i = thread; i < here * kPieces; i += kAssignMergeThreads) {
                     const int row = i / kPieces, d = next + i % kPieces * kSize;
                     if (d >= pitch - Tiles::PAD) continue;
                     const T* from = own_rows(first + row);
@@ -103,8 +102,8 @@ struct ResidentTiles {
                         copy_async(to, from + d, min(D - d, kSize) * static_cast<int>(sizeof(T)));
                     }
                 }
-                load_tile<kSpatialThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows, 0,
-                                                         other_f, next);
+                load_tile<kAssignMergeThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows,
+                                                             0, other_f, next);
             }
             if (chunk < 0) continue;
             const int depth = min(CHUNK, (D - chunk * CHUNK + 15) / 16 * 16);
@@ -122,21 +121,21 @@ struct ResidentTiles {
     }
 };
 
-// What the block knows about the tokens and groups of its frame.
-struct Frame {
-    int index[kSpatialTokens], order[kSpatialTokens], other[kSpatialTokens];
-    float w[kSpatialTokens], size[kSpatialTokens];
-    int offsets[kSpatialGroups + 1];
-    float mass[kSpatialGroups];
+// What the block knows about the tokens and groups of its sequence.
+struct Sequence {
+    int index[kAssignMergeTokens], order[kAssignMergeTokens], other[kAssignMergeTokens];
+    float w[kAssignMergeTokens], size[kAssignMergeTokens];
+    int offsets[kAssignMergeGroups + 1];
+    float mass[kAssignMergeGroups];
     // Of every row of a tile, what the two warps that share it found.
     float best[2][128], total[2][128];
     int at[2][128];
 };
 
-// Index, score, lse and weight of the tokens first .. first + OWN, as assign has them; their weights into the frame.
+// Index, score, lse and weight of the tokens first .. first + OWN, as assign has them; their weights into `sequence`.
 template <typename T, int NT, typename Tiles>
-__device__ __forceinline__ void assign_tokens(const SpatialArguments& args, const Features& q_features,
-                                              const Features& m_features, int64_t item, int first, Frame& frame,
+__device__ __forceinline__ void assign_tokens(const AssignMergeArguments& args, const Features& q_features,
+                                              const Features& m_features, int64_t item, int first, Sequence& sequence,
                                               Tiles& tiles) {
     const AssignArguments& a = args.assign;
     const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
@@ -176,59 +175,59 @@ __device__ __forceinline__ void assign_tokens(const SpatialArguments& args, cons
             total += shuffle_xor(total, 2);
             if (lane_index() % 4 != 0) continue;
             const int part = warp_index() % 2, row = tiles.row(i, 2 * r);
-            frame.best[part][row] = best.value[i][r];
-            frame.at[part][row] = best.at[i][r];
-            frame.total[part][row] = total;
+            sequence.best[part][row] = best.value[i][r];
+            sequence.at[part][row] = best.at[i][r];
+            sequence.total[part][row] = total;
         }
     }
     __syncthreads();
 
     const int row = static_cast<int>(threadIdx.x), n = first + row;
     if (row >= Tiles::OWN || n >= a.N) return;
-    const bool real = tokens(n) != nullptr, second = frame.best[1][row] > frame.best[0][row];
-    const float score = frame.best[second][row], level = score == -INFINITY ? 0.0f : score;
+    const bool real = tokens(n) != nullptr, second = sequence.best[1][row] > sequence.best[0][row];
+    const float score = sequence.best[second][row], level = score == -INFINITY ? 0.0f : score;
     const int64_t out = item * a.N + n;
-    frame.index[n] = real ? frame.at[second][row] : -1;
-    a.index[out] = frame.index[n];
+    sequence.index[n] = real ? sequence.at[second][row] : -1;
+    a.index[out] = sequence.index[n];
     a.score[out] = real ? score : 0.0f;
     const float size = !real ? 0.0f : args.merge.size == nullptr ? 1.0f : args.merge.size[out];
     float weight = 1.0f;
     if (soft) {
         float total = 0;
         for (int part = 0; part < 2; ++part) {
-            const float best = frame.best[part][row];  // -inf without meta tokens: nothing to add, or NaN
-            total += frame.total[part][row] * (best == -INFINITY ? 1.0f : expf(best - level));
+            const float best = sequence.best[part][row];  // -inf without meta tokens: nothing to add, or NaN
+            total += sequence.total[part][row] * (best == -INFINITY ? 1.0f : expf(best - level));
         }
         weight = real ? 1.0f / total : 0.0f;
         a.lse[out] = real && total != 0 ? level + logf(total) : 0.0f;
         a.weight[out] = weight;
     }
-    frame.size[n] = size;
-    frame.w[n] = size * weight;
+    sequence.size[n] = size;
+    sequence.w[n] = size * weight;
 }
 
 // Mass, count and mean position of the groups.
-__device__ inline void merge_positions(const MergeArguments& a, int64_t item, Frame& frame) {
+__device__ inline void merge_positions(const MergeArguments& a, int64_t item, Sequence& sequence) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < a.K) {
         float mass = 0, count = 0;
-        for (int i = frame.offsets[thread]; i < frame.offsets[thread + 1]; ++i) {
-            mass += frame.w[frame.order[i]];
-            count += frame.size[frame.order[i]];
+        for (int i = sequence.offsets[thread]; i < sequence.offsets[thread + 1]; ++i) {
+            mass += sequence.w[sequence.order[i]];
+            count += sequence.size[sequence.order[i]];
         }
-        frame.mass[thread] = mass;
+        sequence.mass[thread] = mass;
         a.mass_out[item * a.K + thread] = mass;
         a.size_out[item * a.K + thread] = count;
     }
     __syncthreads();
-    for (int at = thread; at < a.K * a.P; at += kSpatialThreads) {
-        const int k = at / a.P, p = at % a.P;
+    for (int64_t at = thread; at < int64_t(a.K) * a.P; at += kAssignMergeThreads) {
+        const int k = static_cast<int>(at / a.P), p = static_cast<int>(at % a.P);
         float total = 0;
-        for (int i = frame.offsets[k]; i < frame.offsets[k + 1]; ++i) {
-            const int n = frame.order[i];
-            total = fmaf(frame.w[n], a.positions[item * a.stride_pb + n * a.P + p], total);
+        for (int i = sequence.offsets[k]; i < sequence.offsets[k + 1]; ++i) {
+            const int n = sequence.order[i];
+            total = fmaf(sequence.w[n], a.positions[item * a.stride_pb + int64_t(n) * a.P + p], total);
         }
-        a.positions_out[item * a.K * a.P + at] = frame.mass[k] == 0 ? 0.0f : total / frame.mass[k];
+        a.positions_out[item * a.K * a.P + at] = sequence.mass[k] == 0 ? 0.0f : total / sequence.mass[k];
     }
 }
 
@@ -252,18 +251,18 @@ __device__ __forceinline__ void store_channels(T* row, int c, int C, bool vector
 // cut where a group starts.
 template <typename T>
 __device__ __forceinline__ void merge_features(const MergeArguments& a, const T* x, int64_t stride, const Features& f,
-                                               int64_t item, const Frame& frame) {
+                                               int64_t item, const Sequence& sequence) {
     constexpr int kSize = Vec<T>::size;
-    const int pieces = ceil_div(a.C, kSize), lanes = min(pieces, kSpatialThreads);
-    const int thread = static_cast<int>(threadIdx.x), parts = kSpatialThreads / lanes, part = thread / lanes;
-    const int members = frame.offsets[a.K];
+    const int pieces = ceil_div(a.C, kSize), lanes = min(pieces, kAssignMergeThreads);
+    const int thread = static_cast<int>(threadIdx.x), parts = kAssignMergeThreads / lanes, part = thread / lanes;
+    const int members = sequence.offsets[a.K];
     const bool vectors = a.C % kSize == 0 && reinterpret_cast<uintptr_t>(a.y) % 16 == 0;
     T* y = static_cast<T*>(a.y) + item * a.K * a.C;
     const auto start_of = [&](int part) {
         const int at = members * part / parts;
         if (at >= members) return members;
-        const int k = frame.index[frame.order[at]];
-        return frame.offsets[k] == at ? at : frame.offsets[k + 1];
+        const int k = sequence.index[sequence.order[at]];
+        return sequence.offsets[k] == at ? at : sequence.offsets[k + 1];
     };
     if (part < parts) {
         const int begin = start_of(part), end = start_of(part + 1);
@@ -272,30 +271,30 @@ __device__ __forceinline__ void merge_features(const MergeArguments& a, const T*
             float total[kSize];
             int k = -1;
             const auto finish = [&] {
-                if (k < 0 || frame.mass[k] == 0) return;
+                if (k < 0 || sequence.mass[k] == 0) return;
                 Vec<T> v;
                 STTM_UNROLL
-                for (int e = 0; e < kSize; ++e) v.value[e] = from_float<T>(total[e] / frame.mass[k]);
+                for (int e = 0; e < kSize; ++e) v.value[e] = from_float<T>(total[e] / sequence.mass[k]);
                 store_channels(y + int64_t(k) * a.C, c, a.C, vectors, v);
             };
 #pragma unroll 1
-            for (int start = begin; start < end; start += kSpatialAhead) {
-                Vec<T> v[kSpatialAhead];
+            for (int start = begin; start < end; start += kRowsAhead) {
+                Vec<T> v[kRowsAhead];
                 STTM_UNROLL
-                for (int i = 0; i < kSpatialAhead; ++i)
-                    v[i] = channels(x + frame.order[min(start + i, end - 1)] * stride, f, c);
+                for (int i = 0; i < kRowsAhead; ++i)
+                    v[i] = channels(x + sequence.order[min(start + i, end - 1)] * stride, f, c);
                 STTM_UNROLL
-                for (int i = 0; i < kSpatialAhead; ++i) {
+                for (int i = 0; i < kRowsAhead; ++i) {
                     if (start + i >= end) continue;
-                    const int n = frame.order[start + i];
-                    if (frame.index[n] != k) {
+                    const int n = sequence.order[start + i];
+                    if (sequence.index[n] != k) {
                         finish();
-                        k = frame.index[n];
+                        k = sequence.index[n];
                         STTM_UNROLL
                         for (float& value : total) value = 0;
                     }
                     STTM_UNROLL
-                    for (int e = 0; e < kSize; ++e) total[e] = fmaf(frame.w[n], to_float(v[i].value[e]), total[e]);
+                    for (int e = 0; e < kSize; ++e) total[e] = fmaf(sequence.w[n], to_float(v[i].value[e]), total[e]);
                 }
             }
             finish();
@@ -303,20 +302,20 @@ __device__ __forceinline__ void merge_features(const MergeArguments& a, const T*
     }
     const T* fill = static_cast<const T*>(a.fill) + item * a.stride_fb;
     for (int k = 0; k < a.K; ++k) {
-        if (frame.mass[k] != 0) continue;
-        for (int c = thread; c < a.C; c += kSpatialThreads)
+        if (sequence.mass[k] != 0) continue;
+        for (int c = thread; c < a.C; c += kAssignMergeThreads)
             y[int64_t(k) * a.C + c] = a.fill == nullptr ? from_float<T>(0) : fill[int64_t(k) * a.C + c];
     }
 }
 
 template <typename T, bool EXACT, int NT, bool RESIDENT>
-__global__ void __launch_bounds__(kSpatialThreads, NT == 4 ? 2 : 1)
-    spatial_kernel(const SpatialArguments a, const Features q_features, const Features m_features,
-                   const Features x_features) {
+__global__ void __launch_bounds__(kAssignMergeThreads, NT == 4 ? 2 : 1)
+    assign_merge_kernel(const AssignMergeArguments a, const Features q_features, const Features m_features,
+                        const Features x_features) {
     using Resident = ResidentTiles<T, EXACT, NT>;
     using Streamed = StreamedTiles<T, EXACT, NT>;
-    STTM_SHARED(Frame, frames, [1]);
-    Frame& frame = frames[0];
+    STTM_SHARED(Sequence, sequences, [1]);
+    Sequence& sequence = sequences[0];
     unsigned char* const shared = shared_memory<unsigned char>();
     const int64_t item = blockIdx.x;
     const auto tiles_of = [&] {
@@ -328,16 +327,16 @@ __global__ void __launch_bounds__(kSpatialThreads, NT == 4 ? 2 : 1)
     };
     auto tiles = tiles_of();
     for (int first = 0; first < a.assign.N; first += Resident::OWN)
-        assign_tokens<T, NT>(a, q_features, m_features, item, first, frame, tiles);
+        assign_tokens<T, NT>(a, q_features, m_features, item, first, sequence, tiles);
     __syncthreads();
-    Sort<kSpatialThreads>::run(frame.index, a.assign.N, a.assign.K, frame.order, frame.offsets, frame.other,
-                               reinterpret_cast<int*>(shared));
-    merge_positions(a.merge, item, frame);
+    Sort<kAssignMergeThreads>::run(sequence.index, a.assign.N, a.assign.K, sequence.order, sequence.offsets,
+                                   sequence.other, reinterpret_cast<int*>(shared));
+    merge_positions(a.merge, item, sequence);
     if constexpr (RESIDENT) {
-        merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, frame);
+        merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, sequence);
     } else {
         const T* const x = static_cast<const T*>(a.merge.x.data) + item * a.merge.x.stride_b;
-        merge_features(a.merge, x, a.merge.x.stride_n, x_features, item, frame);
+        merge_features(a.merge, x, a.merge.x.stride_n, x_features, item, sequence);
     }
 }
 
@@ -346,33 +345,34 @@ inline bool is_same(const Metric& a, const Metric& b) {
            a.stride_d == b.stride_d;
 }
 
-template <typename T, bool EXACT, int NT>
-cudaError_t launch_spatial_kernel(const SpatialArguments& a, cudaStream_t stream) {
-    using Resident = ResidentTiles<T, EXACT, NT>;
-    using Tiles = SpatialTiles<T, EXACT, NT>;
-    static_assert(Tiles::THREADS == kSpatialThreads && Tiles::BYTES >= Resident::kTable);
+template <typename T, bool EXACT>
+cudaError_t launch_assign_merge(const AssignMergeArguments& a, cudaStream_t stream) {
     const AssignArguments& given = a.assign;
+    if (given.N > kAssignMergeTokens || given.K > kAssignMergeGroups) return cudaErrorInvalidValue;
     const Metric x{a.merge.x.data, 1, a.merge.x.stride_b, 0, a.merge.x.stride_n, a.merge.x.stride_c};
     const Features q_features = features_of<T>(given.q, given.D), m_features = features_of<T>(given.meta, given.D);
     const Features x_features = features_of<T>(x, a.merge.C);
-    const dim3 grid(static_cast<unsigned>(given.B));
-    if constexpr (sizeof(T) == 2) {  // float32 frames seldom fit, and kernels take their time to compile
-        const int64_t bytes = Resident::bytes(given.N, given.D);
-        if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= kMostShared) {
-            const cudaError_t error = launch(spatial_kernel<T, EXACT, NT, true>, grid, kSpatialThreads,
-                                             static_cast<size_t>(bytes), stream, a, q_features, m_features, x_features);
-            if (error == cudaSuccess) return error;  // else it is more than this GPU has
+    const auto run = [&](auto few_groups) {
+        constexpr int NT = decltype(few_groups)::value ? 4 : 8;
+        using Resident = ResidentTiles<T, EXACT, NT>;
+        using Tiles = AssignMergeTiles<T, EXACT, NT>;
+        static_assert(Tiles::THREADS == kAssignMergeThreads && Tiles::BYTES >= Resident::kTable);
+        const auto run_kernel = [&](auto kernel, int64_t bytes) {
+            return launch(kernel, Grid{given.B}, kAssignMergeThreads, static_cast<size_t>(bytes), stream, a, q_features,
+                          m_features, x_features);
+        };
+        if constexpr (sizeof(T) == 2) {  // float32 features seldom fit, and kernels take their time to compile
+            const int64_t bytes = Resident::bytes(given.N, given.D);
+            if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= kMostShared) {
+                const auto kernel = assign_merge_kernel<T, EXACT, NT, true>;
+                const cudaError_t fits = can_have_shared_memory(kernel, static_cast<size_t>(bytes));
+                if (fits == cudaSuccess) return run_kernel(kernel, bytes);
+                if (fits != cudaErrorInvalidValue) return fits;
+            }
         }
-    }
-    return launch(spatial_kernel<T, EXACT, NT, false>, grid, kSpatialThreads, Tiles::BYTES, stream, a, q_features,
-                  m_features, x_features);
-}
-
-template <typename T, bool EXACT>
-cudaError_t launch_spatial(const SpatialArguments& a, cudaStream_t stream) {
-    if (a.assign.N > kSpatialTokens || a.assign.K > kSpatialGroups) return cudaErrorInvalidValue;
-    return a.assign.K <= 64 ? launch_spatial_kernel<T, EXACT, 4>(a, stream)
-                            : launch_spatial_kernel<T, EXACT, 8>(a, stream);
+        return run_kernel(assign_merge_kernel<T, EXACT, NT, false>, Tiles::BYTES);
+    };
+    return with_flags(run, given.K <= 64);
 }
 
 }  // namespace sttm

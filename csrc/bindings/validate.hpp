@@ -1,67 +1,29 @@
-// Arguments of the bindings: any array that speaks DLPack (PyTorch, CuPy, NumPy, JAX), read in place, and the checks
-// on them, whose messages name the argument.
+// Checks of the arguments of the bindings, whose messages name the argument.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
 #include <climits>
 #include <initializer_list>
-#include <optional>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <utility>
 
-#include "dlpack.hpp"
+#include "array.hpp"
 #include "sttm/arguments.hpp"
 
 namespace sttm {
 
-namespace py = pybind11;
-
-// A view of an array. Valid as long as the Python object that it was made of, which the caller's frame holds.
-class Array {
-public:
-    Array() = default;
-    // False if the object is no array; throws what an array's own export raises.
-    bool from(py::handle object);
-
-    int dims() const { return tensor_.dims; }
-    int64_t size(int i) const { return tensor_.shape[i]; }
-    int64_t stride(int i) const { return strides_[i]; }
-    const dlpack::Device& device() const { return tensor_.device; }
-    const dlpack::Type& type() const { return tensor_.type; }
-    bool is_empty() const;
-    bool is_dense() const;
-    void* data() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
-    std::string shape_text() const;
-    std::string type_text() const;
-
-private:
-    bool finish();
-
-    static constexpr int kMaxDims = 8;
-    dlpack::Tensor tensor_{};
-    std::array<int64_t, kMaxDims> strides_{};
-    py::object capsule_;  // keeps the exported view alive where it is not borrowed
-};
-
-using MaybeArray = std::optional<Array>;
-
 // Checks the arguments of one call, then runs its kernels: on the device of the arrays, without the GIL.
 //
-//     Checks checks("unmerge");
-//     arguments.x = checks.rows(x, "x", {B, K, C}, arguments.dtype);
-//     arguments.index = checks.dense<int32_t>(index, "index", {B, N});
-//     checks.run(stream, [&](cudaStream_t s) { return unmerge(arguments, s); });
-class Checks {
+//     Validate validate("unmerge");
+//     arguments.x = validate.rows(x, "x", {B, K, C}, arguments.dtype);
+//     arguments.index = validate.dense<int32_t>(index, "index", {B, N});
+//     validate.run(unmerge, arguments, stream);
+class Validate {
 public:
     static constexpr int64_t kAny = -1;
     using Shape = std::initializer_list<int64_t>;
 
-    explicit Checks(const char* verb) : verb_(verb) {}
+    explicit Validate(const char* verb) : verb_(verb) {}
 
     // An extent of `array` that fits an int.
     int extent(const Array& array, const char* name, int dims, int i);
@@ -110,13 +72,25 @@ public:
     }
     const void* item_features(const MaybeArray& array, const char* name, DType dtype, Shape shape, int64_t& stride_b);
 
-    template <class Launch>
-    void run(uint64_t stream, Launch launch) {
+    // What similarity is measured on: (B, N, D), or (B, heads, N, D) for the mean over heads.
+    Metric metric(const Array& array, const char* name, DType dtype, int64_t B, int64_t N, int64_t D);
+    // Extent i of (N, D), the last dimensions of a metric.
+    int metric_extent(const Array& array, const char* name, int i);
+
+    // (B, N) and (B, N, P) in any strides; none if there is no array.
+    Column column(const MaybeArray& array, const char* name, int64_t B, int64_t N);
+    Mask mask(const MaybeArray& array, int64_t B, int64_t N);
+    Rows float_rows(const MaybeArray& array, const char* name, int64_t B, int64_t N, int64_t P);
+
+    template <class Arguments>
+    void run(cudaError_t (*verb)(const Arguments&, cudaStream_t), const Arguments& arguments, uint64_t stream) {
         cudaError_t error;
-        {
+        try {
             const py::gil_scoped_release release;
             const OnDevice guard(device_.id);
-            error = guard.error != cudaSuccess ? guard.error : launch(reinterpret_cast<cudaStream_t>(stream));
+            error = guard.error != cudaSuccess ? guard.error : verb(arguments, reinterpret_cast<cudaStream_t>(stream));
+        } catch (const std::length_error& too_large) {
+            fail(too_large);
         }
         if (error != cudaSuccess) fail(error);
     }
@@ -142,6 +116,8 @@ private:
     void check_dense(const Array& array, const char* name);
     int64_t item_stride(const Array& array, const char* name);
     [[noreturn]] void fail(cudaError_t error) const;
+    [[noreturn]] void fail(const std::length_error& too_large) const;
+    std::string shapes_text() const;
 
     const char* verb_;
     dlpack::Device device_{-1, 0};
@@ -154,13 +130,3 @@ Reduce reduce_from(const std::string& name);
 Similarity similarity_from(const std::string& name);
 
 }  // namespace sttm
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<sttm::Array> {
-    PYBIND11_TYPE_CASTER(sttm::Array, const_name("array"));
-    bool load(handle object, bool) { return value.from(object); }
-};
-
-}  // namespace pybind11::detail

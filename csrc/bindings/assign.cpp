@@ -1,0 +1,51 @@
+#include "metric.hpp"
+
+namespace sttm {
+
+static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& mask, const std::string& similarity,
+                          double temperature, bool tf32, const MaybeArray& index, const MaybeArray& score,
+                          const MaybeArray& lse, const MaybeArray& weight, uint64_t stream) {
+    Validate validate("assign");
+    AssignArguments a{};
+    a.B = validate.extent(meta, "meta", 3, 0);
+    a.N = validate.metric_extent(q, "q", 0);
+    a.dtype = validate.dtype(q, "q");
+    read_similarity(validate, a, q, meta, similarity, temperature, tf32);
+    a.mask = validate.mask(mask, a.B, a.N);
+    read_assignment(validate, a, index, score, lse, weight);
+    if (a.weight != nullptr && a.lse == nullptr) throw py::value_error("weight needs lse");
+    validate.run(assign, a, stream);
+}
+
+static void assign_backward_arrays(const Array& grad_score, const MaybeArray& grad_lse, const Array& q,
+                                   const Array& meta, const Array& index, const Array& score, const MaybeArray& lse,
+                                   const std::string& similarity, double temperature, bool tf32,
+                                   const MaybeArray& grad_q, const MaybeArray& grad_meta, uint64_t stream) {
+    Validate validate("assign_backward");
+    AssignBackwardArguments a{};
+    a.B = validate.extent(meta, "meta", 3, 0);
+    a.N = validate.metric_extent(q, "q", 0);
+    a.dtype = validate.dtype(q, "q");
+    read_similarity(validate, a, q, meta, similarity, temperature, tf32);
+    a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
+    a.score = validate.dense<float>(score, "score", {a.B, a.N});
+    a.lse = validate.dense<float>(lse, "lse", {a.B, a.N});
+    a.grad_score = validate.column(grad_score, "grad_score", a.B, a.N);
+    a.grad_lse = validate.column(grad_lse, "grad_lse", a.B, a.N);
+    if (grad_lse && a.lse == nullptr) throw py::value_error("grad_lse needs lse");
+    read_metric_gradients(validate, a, q, grad_q, grad_meta);
+    validate.run(assign_backward, a, stream);
+}
+
+void bind_assign(py::module_& m) {
+    m.def("assign", &assign_arrays, py::arg("q"), py::arg("meta"), py::arg("mask"), py::arg("similarity"),
+          py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"), py::arg("lse"),
+          py::arg("weight"), py::arg("stream"),
+          "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q");
+    m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"), py::arg("q"),
+          py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"), py::arg("similarity"),
+          py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"), py::arg("stream"),
+          "Gradients of score and lse with respect to q and meta, each or None");
+}
+
+}  // namespace sttm

@@ -1,0 +1,234 @@
+// Gradients of assign: every row of a gradient has one owner, which works the similarities out again.
+#pragma once
+
+#include "similarity.cuh"
+
+namespace sttm {
+
+constexpr int kAssignBackwardThreads = 256;
+
+__device__ __forceinline__ float at(const Column& column, int64_t item, int n) {
+    return column.data[item * column.stride_b + n * column.stride_n];
+}
+
+// Tokens that have a group; the others are not read.
+template <typename T>
+struct AssignedRows {
+    const T* data;
+    int64_t stride;
+    int count;
+    const int32_t* index;
+    int K;
+
+    __device__ __forceinline__ const T* operator()(int row) const {
+        const bool real = row < count && index[row] >= 0 && index[row] < K;
+        return real ? data + row * stride : nullptr;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ AssignedRows<T> assigned_rows(const AssignBackwardArguments& a, int64_t item) {
+    return {static_cast<const T*>(a.q.data) + item * a.q.stride_b, a.q.stride_n, a.N, a.index + item * a.N, a.K};
+}
+
+// Of a token: index, dL/dscore, dL/dlse, lse; index -1 if it has no group.
+struct TokenTerm {
+    int chosen;
+    float score_grad, lse_grad, level;
+};
+
+__device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a, int64_t item, int n) {
+    TokenTerm term{-1, 0, 0, 0};
+    if (n >= a.N) return term;
+    const int chosen = a.index[item * a.N + n];
+    if (chosen < 0 || chosen >= a.K) return term;
+    return {chosen, at(a.grad_score, item, n), at(a.grad_lse, item, n), a.lse[item * a.N + n]};
+}
+
+// dL/dq by tiles of tokens (TOKENS) or dL/dmeta by tiles of meta tokens, one block per tile and slice of D:
+// dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n) times the other side's features.
+template <typename T, bool EXACT, bool TOKENS>
+__global__ void __launch_bounds__(kAssignBackwardThreads, 2)
+    assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
+    using Sum = WeightedSum<T, EXACT, kSlice<T>>;
+    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
+    const int num_tiles = ceil_div(num_own, Sum::OWN), slices = ceil_div(a.D, Sum::SLICE);
+    const int part = blockIdx.x % slices * Sum::SLICE, first = blockIdx.x / slices % num_tiles * Sum::OWN;
+    const int64_t item = blockIdx.x / (int64_t(slices) * num_tiles);
+    const AssignedRows<T> tokens = assigned_rows<T>(a, item);
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
+    const auto& own = either<TOKENS>(tokens, metas);
+    const auto& other = either<TOKENS>(metas, tokens);
+    const Features& own_features = TOKENS ? q_features : m_features;
+    const Features& other_features = TOKENS ? m_features : q_features;
+
+    STTM_SHARED(TokenTerm, terms, [Sum::OTHER]);  // of the tokens, own or other
+    const int thread = static_cast<int>(threadIdx.x);
+    Sum sum(shared_memory<unsigned char>());
+    auto& tiles = sum.tiles;
+    if (TOKENS && thread < Sum::OWN) terms[thread] = token_term(a, item, first + thread);
+    for (int start = 0; start < num_other; start += Sum::OTHER) {
+        float dot[1][4][4];
+        clear(dot);
+        tiles.multiply(dot, own, own_features, first, other, other_features, start, a.similarity,
+                       start + Sum::OTHER < num_other, [&] {
+                           sum.load_values(other, other_features, start, part);
+                           if (!TOKENS && thread < Sum::OTHER) terms[thread] = token_term(a, item, start + thread);
+                       });
+        sum.pull_back(dot, a.similarity, [&](int j, int e, int row, int column) {
+            const TokenTerm& term = terms[TOKENS ? row : column];
+            const int k = TOKENS ? start + column : first + row;
+            float dS = 0;
+            if (term.chosen >= 0 && k < a.K) {
+                const float S = similarity_of(dot[0][j][e], tiles.own_term[row], tiles.other_term[column],
+                                              a.inverse_temperature, a.similarity);
+                dS = term.lse_grad * expf(S - term.level);
+                if (k == term.chosen) dS += term.score_grad;
+            }
+            return dS * a.inverse_temperature;
+        });
+        sum.add(num_other - start, a.D - part);
+    }
+    sum.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own, own_features, first, part,
+                       a.similarity);
+}
+
+constexpr int kAssignWarps = 4;
+constexpr int kMemberPieces = 2;  // of 16 bytes a lane
+
+template <typename T>
+__device__ __forceinline__ float sum_of_squares(const T* row, const Features& f) {
+    float total = 0;
+    for (int d = lane_index() * Vec<T>::size; d < f.D; d += kWarpSize * Vec<T>::size) {
+        const Vec<T> v = features(row, f, d);
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) total += to_float(v.value[e]) * to_float(v.value[e]);
+    }
+    return warp_sum(total);
+}
+
+// dL/dq where only score has a gradient, a warp per token: dS is g at the chosen meta token alone.
+template <typename T>
+__global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
+    assign_gather_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
+    constexpr int kSize = Vec<T>::size;
+    const int64_t token = int64_t(blockIdx.x) * kAssignWarps + warp_index(), item = token / a.N;
+    if (item >= a.B) return;
+    const int n = static_cast<int>(token % a.N), chosen = a.index[token], heads = q_features.heads;
+    const T* q = assigned_rows<T>(a, item)(n);
+    const T* m = q == nullptr ? q : rows_of<T>(a.meta, Mask{}, item, a.K)(chosen);
+    float of_q = 0, of_m = 0;  // the gradient is of_m * m - of_q * q
+    if (q != nullptr) {
+        of_m = of_q = at(a.grad_score, item, n) * a.inverse_temperature;
+        if (a.similarity == Similarity::cosine) {
+            const float inverse = inverse_norm(sum_of_squares(q, q_features));
+            of_m *= inverse * inverse_norm(sum_of_squares(m, m_features));
+            of_q *= is_normalised(inverse) ? inverse * inverse * (a.score[token] / a.inverse_temperature) : 0.0f;
+        } else if (a.similarity == Similarity::l2) {
+            of_m *= 2, of_q *= 2;
+        } else {
+            of_q = 0;
+        }
+    }
+    T* grad = static_cast<T*>(a.grad_q) + (item * heads * a.N + n) * a.D;
+    for (int d = lane_index() * kSize; d < a.D; d += kWarpSize * kSize) {
+        float value[kSize] = {};
+        if (q != nullptr) {
+            const Vec<T> q_part = features(q, q_features, d), m_part = features(m, m_features, d);
+            STTM_UNROLL
+            for (int e = 0; e < kSize; ++e) {
+                value[e] = of_m * to_float(m_part.value[e]);
+                if (of_q != 0) value[e] -= of_q * to_float(q_part.value[e]);
+            }
+        }
+        for (int h = 0; h < heads; ++h) {
+            store_features(grad + h * int64_t(a.N) * a.D + d, value, a.D - d, 1.0f / heads);
+        }
+    }
+}
+
+// dL/dmeta where only score has a gradient, a warp per meta token and slice of D: it looks for its tokens and adds
+// them up in their order. A token's features reach its own meta token alone, whatever they are.
+template <typename T>
+__global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
+    assign_members_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
+    constexpr int kSize = Vec<T>::size, kPieces = kMemberPieces, kSlice = kPieces * kSize * kWarpSize;
+    const int slices = ceil_div(a.D, kSlice);
+    const int64_t task = int64_t(blockIdx.x) * kAssignWarps + warp_index(), row = task / slices, item = row / a.K;
+    if (item >= a.B) return;
+    const int k = static_cast<int>(row % a.K), part = static_cast<int>(task % slices) * kSlice;
+    const AssignedRows<T> tokens = assigned_rows<T>(a, item);
+    const T* m = rows_of<T>(a.meta, Mask{}, item, a.K)(k);
+    const bool cosine = a.similarity == Similarity::cosine;
+
+    float acc[kPieces][kSize] = {}, along = 0;
+    for (int start = 0; start < a.N; start += kWarpSize) {
+        const int lane_n = start + lane_index();
+        unsigned members = ballot(lane_n < a.N && tokens.index[min(lane_n, a.N - 1)] == k);
+        for (; members != 0; members &= members - 1) {
+            const int n = start + __ffs(static_cast<int>(members)) - 1;
+            const T* q = tokens(n);
+            float weight = at(a.grad_score, item, n) * a.inverse_temperature;
+            if (cosine) {
+                along += weight * (a.score[item * a.N + n] / a.inverse_temperature);
+                weight *= inverse_norm(sum_of_squares(q, q_features));
+            } else {
+                along += weight;
+            }
+            STTM_UNROLL
+            for (int p = 0; p < kPieces; ++p) {
+                const int d = part + (p * kWarpSize + lane_index()) * kSize;
+                if (d >= a.D) continue;
+                const Vec<T> v = features(q, q_features, d);
+                STTM_UNROLL
+                for (int e = 0; e < kSize; ++e) acc[p][e] += weight * to_float(v.value[e]);
+            }
+        }
+    }
+
+    const float inverse = cosine ? inverse_norm(sum_of_squares(m, m_features)) : 1.0f;
+    STTM_UNROLL
+    for (int p = 0; p < kPieces; ++p) {
+        const int d = part + (p * kWarpSize + lane_index()) * kSize;
+        if (d >= a.D) continue;
+        const Vec<T> v = features(m, m_features, d);
+        STTM_UNROLL
+        for (int e = 0; e < kSize; ++e) {
+            const float own = to_float(v.value[e]);
+            if (cosine) {
+                if (is_normalised(inverse)) acc[p][e] -= along * inverse * own;
+                acc[p][e] *= inverse;
+            } else if (a.similarity == Similarity::l2) {
+                acc[p][e] = 2 * (acc[p][e] - along * own);
+            }
+        }
+        store_features(static_cast<T*>(a.grad_meta) + row * a.D + d, acc[p], a.D - d, 1.0f);
+    }
+}
+
+template <typename T, bool EXACT>
+cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_t stream) {
+    const Features q_features = features_of<T>(a.q, a.D), m_features = features_of<T>(a.meta, a.D);
+    const bool soft = a.grad_lse.data != nullptr;
+    const auto by_tiles = [&](auto tokens) {
+        using Sum = WeightedSum<T, EXACT, kSlice<T>>;
+        constexpr bool kTokens = decltype(tokens)::value;
+        const int tiles = ceil_div(kTokens ? a.N : a.K, Sum::OWN);
+        return launch(assign_backward_kernel<T, EXACT, kTokens>,
+                      Grid{times(int64_t(a.B) * tiles, ceil_div(a.D, Sum::SLICE))}, kAssignBackwardThreads, Sum::BYTES,
+                      stream, a, q_features, m_features);
+    };
+    const auto by_warps = [&](auto kernel, int64_t tasks) {
+        return launch(kernel, Grid{ceil_div64(tasks, kAssignWarps)}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
+                      m_features);
+    };
+    cudaError_t error = cudaSuccess;
+    if (a.grad_q != nullptr)
+        error = soft ? by_tiles(std::true_type()) : by_warps(assign_gather_kernel<T>, int64_t(a.B) * a.N);
+    if (error != cudaSuccess || a.grad_meta == nullptr) return error;
+    if (soft) return by_tiles(std::false_type());
+    const int slices = ceil_div(a.D, kMemberPieces * Vec<T>::size * kWarpSize);
+    return by_warps(assign_members_kernel<T>, times(int64_t(a.B) * a.K, slices));
+}
+
+}  // namespace sttm
