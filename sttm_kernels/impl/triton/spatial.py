@@ -129,14 +129,15 @@ def assign_merge_kernel(
         chosen, share = _shares(index, weight, size, mass_out, item, first + rows, N, K, SOFT)
         share = share.to(x.dtype.element_ty).to(tl.float32)
         rounded += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
-    for p in range(P):
-        mean = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, N, BLOCK_R):
-            n = first + rows
-            chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
-            share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
-            mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
-        tl.store(positions_out + group * P + p, mean, mask=k < K)
+    if positions is not None:
+        for p in range(P):
+            mean = tl.zeros([BLOCK_K], tl.float32)
+            for first in range(0, N, BLOCK_R):
+                n = first + rows
+                chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
+                share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
+                mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+            tl.store(positions_out + group * P + p, mean, mask=k < K)
 
     # Shares are rounded to the dtype of x, so the sum of the rounded ones divides: equal tokens keep their value.
     n = tl.arange(0, BLOCK_N)
