@@ -51,6 +51,18 @@ def _shares(index, weight, size, mass, item, n, N, K, SOFT: tl.constexpr):
     return chosen, w / tl.where(whole == 0, 1.0, whole)
 
 
+@triton.jit
+def _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels [start, start + BLOCK_C) of all groups from sums of shares; groups without mass are filled."""
+    c = (start + tl.arange(0, BLOCK_C))[None, :]
+    inside = (k < K)[:, None] & (c < C)
+    mean = total / rounded[:, None]
+    if fill is not None:
+        instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
+        mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
+    tl.store(y + (item * K + k)[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+
+
 @triton.jit(
     do_not_specialize=[
         "N", "K", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk",
@@ -145,27 +157,28 @@ def assign_merge_kernel(
     real = chosen >= 0
     shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
     rounded = tl.where(rounded == 0, 1.0, rounded)
-    x_at = rows_at(x + item * aligned(stride_xb, ALIGN_X), 0, n, stride_xn, ALIGN_X)
+    x_item = x + item * aligned(stride_xb, ALIGN_X)
+    x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
+    spoiled = tl.zeros([BLOCK_K], tl.int32)
     for back in range(0, C, BLOCK_C):
         start = (C - 1) // BLOCK_C * BLOCK_C - back
-        c = (start + tl.arange(0, BLOCK_C))[None, :]
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
         total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
-        if tl.sum(tl.sum((tile - tile != 0).to(tl.int32), 1), 0) > 0:
-            # 0 times what is not finite spoils groups that the token is not in: add up token by token.
+        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
+        _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
+    if tl.sum(spoiled, 0) > 0:
+        # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
+        tl.debug_barrier()
+        for start in range(0, C, BLOCK_C):
+            c = (start + tl.arange(0, BLOCK_C))[None, :]
             total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for one in range(N):
                 group_of_one, its_share = _shares(index, weight, size, mass_out, item, one, N, K, SOFT)
                 its_share = its_share.to(x.dtype.element_ty).to(tl.float32)
-                row = x + item * aligned(stride_xb, ALIGN_X) + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
+                row = x_item + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
                 value = tl.load(row + c * stride_xc, mask=c < C, other=0.0).to(tl.float32)
                 total = tl.where((k == group_of_one)[:, None], total + its_share * value, total)
-        mean = total / rounded[:, None]
-        inside = is_group & (c < C)
-        if fill is not None:
-            instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
-            mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
-        tl.store(y + group[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+            _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
 
 
 def assign_merge(
