@@ -16,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import MAX_INT32, Config, Specialization, forced_architecture
+from sttm_kernels.impl.triton.config import INTERPRET, MAX_INT32, Config, Specialization, forced_architecture
+
+if INTERPRET:
+    from sttm_kernels.impl.triton import interpreter
+
+    interpreter.mend()
 
 _instead: list[Callable[..., None]] = []
 
