@@ -19,10 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import forward
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
-    KINDS,
     alignment,
     as_operand,
     features,
@@ -33,7 +32,6 @@ from sttm_kernels.impl.triton.similarity import (
     product,
     products,
     pull_back,
-    recorded_everywhere,
     rows_at,
     similarity_of,
     store_to_heads,
@@ -575,44 +573,3 @@ def soft_merge_backward(
 
 
 SHIFT = Config(4, 1, {"BLOCK_K": 8, "BLOCK_C": 256})
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for dtype, tf32 in KINDS:
-        for C, D in ((768, 64), (1024, 1024), (1408, 88)):
-            found += recorded_everywhere(f"soft_merge C={C} D={D}", partial(_example, dtype, C, D), dtype, tf32, _DOTS)
-    return found
-
-
-_DOTS = ("assign_kernel", "soft_merge_kernel", "soft_merge_grad_x_kernel", "soft_merge_grad_metric_kernel")
-
-
-def _example(dtype: torch.dtype, C: int, D: int) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    B, N, K, P = 2, 197, 49, 3
-    x, q, meta = empty(B, N, C, dtype=dtype), empty(B, N, D, dtype=dtype), empty(B, K, D, dtype=dtype)
-    size, positions, mask = empty(B, N), empty(B, N, P), empty(B, N, dtype=torch.bool)
-    for normalize in ("meta", "tokens"):
-        settings = ("cosine", 0.1, normalize)
-        y, mass, positions_out, lse = soft_merge(x, q, meta, size, positions, mask, *settings)
-        soft_merge_backward(
-            y,
-            mass,
-            positions_out,
-            x,
-            q,
-            meta,
-            size,
-            positions,
-            mask,
-            y,
-            mass,
-            positions_out,
-            lse,
-            *settings,
-            (True,) * 5,
-        )

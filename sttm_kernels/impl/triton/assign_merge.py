@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.merge import dense, items, merge
 from sttm_kernels.impl.triton.similarity import (
     alignment,
@@ -244,36 +244,3 @@ def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Confi
         widths = widths[1:]  # a third stage spills there
     blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None
-
-
-def specializations() -> list[Specialization]:
-    """What the ahead-of-time tests compile: the canonical frames, and the other branches in one dtype."""
-    found = []
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        for arch in ARCHITECTURES:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for N, K in ((196, 98), (196, 49), (196, 16), (49, 25)):
-                    found += _specialize(arch, dtype, N, K)
-            found += _specialize(arch, torch.bfloat16, 196, 98, extras=True)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    return found
-
-
-def _specialize(arch: int, dtype: torch.dtype, N: int, K: int, extras: bool = False) -> list[Specialization]:
-    """x of 1024 channels as its own metric, with positions; or, with extras, a mean over heads and everything else."""
-    x = torch.empty(2, N, 1024, dtype=dtype, device="meta")
-    q = x.new_empty(2, 16, N, 64) if extras else None
-    m = x.new_empty(2, K, 64 if extras else 1024)
-    positions = torch.empty(N, 3, device="meta").expand(2, N, 3)
-    mask = x.new_empty(2, N, dtype=torch.bool) if extras else None
-    size = torch.empty(2, N, device="meta") if extras else None
-    fill = x.new_empty(2, K, 1024) if extras else None
-    return recorded(
-        f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
-        lambda: assign_merge(x, q, m, mask, size, positions, fill, "l2" if extras else "cosine", 1.0, True),
-        arch,
-        ("assign_merge_kernel",),
-    )
