@@ -157,8 +157,8 @@ class Operator:
     def _autograd(self, *args: Any) -> Any:
         if transforming():
             raise RuntimeError(
-                f"torch.ops.{NAMESPACE}.{self.name} cannot be transformed by torch.func, as it would be in a compiled or"
-                f" exported program; call sttm_kernels.{self.name} in a function that is not compiled"
+                f"torch.ops.{NAMESPACE}.{self.name} cannot be transformed by torch.func, as it would be in a"
+                f" compiled or exported program; call sttm_kernels.{self.name} in a function that is not compiled"
             )
         if forward_differentiating() or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
             return self._differentiable.apply(*args)

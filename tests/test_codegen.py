@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import codegen_cuda
+from benchmarks.codegen import cuda as codegen_cuda
 
 HEADERS = "".join(path.read_text() for path in sorted((codegen_cuda.CSRC / "include" / "sttm").glob("*.cuh")))
 
@@ -37,7 +37,7 @@ def test_memory_of_threads_is_a_fault():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_table(monkeypatch, capsys):
     """CUDA kernels are rows of the table of the Triton kernels; a fault is marked, and makes the command fail."""
-    from benchmarks import codegen
+    from benchmarks.codegen import table as codegen
 
     made = [report("nearest_kernel<__half, false>", HMMA=8, LDG=2), report("csr_kernel<256>", LDG=7)]
     monkeypatch.setattr(codegen_cuda, "nvcc", lambda: "nvcc")
@@ -54,7 +54,7 @@ def test_the_table(monkeypatch, capsys):
 
 def test_the_table_needs_a_compiler(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import codegen
+    from benchmarks.codegen import table as codegen
 
     monkeypatch.setattr(codegen_cuda, "nvcc", lambda: None)
     with pytest.raises(SystemExit, match="there is no nvcc"):

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled by nvcc, no GPU needed: nothing spills. `benchmarks.codegen_cuda` prints the table."""
+"""The CUDA kernels compiled by nvcc, no GPU needed: nothing spills. `benchmarks.codegen.cuda` prints the table."""
 
 import shutil
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import codegen_cuda
+from benchmarks.codegen import cuda as codegen_cuda
 from sttm_kernels import dispatch
 
 if dispatch.on_host() or dispatch.interpreting():

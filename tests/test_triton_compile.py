@@ -18,7 +18,7 @@ if dispatch.interpreting():
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from benchmarks import codegen
+from benchmarks.codegen import table as codegen
 from sttm_kernels.impl.triton import config
 
 WORK = codegen.specializations(config.ARCHITECTURES)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured
 from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
-    KINDS,
     Pair,
     features,
     finish,
@@ -23,7 +20,6 @@ from sttm_kernels.impl.triton.similarity import (
     precision,
     products,
     pull_back,
-    recorded_everywhere,
     rows_at,
     similarity_of,
     store_to_heads,
@@ -385,26 +381,3 @@ GATHERED = 4096
 def _gather_config(arch: int, D: int) -> tuple[Config, ...]:
     block_d = min(power_of_two(D), 1024)
     return (Config(4, 1, {"BLOCK_N": GATHERED // block_d, "BLOCK_D": block_d}),)
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for dtype, tf32 in KINDS:
-        for D, H in ((64, 1), (64, 16), (88, 1), (1408, 1)):
-            found += recorded_everywhere(f"assign D={D} H={H}", partial(_example, dtype, D, H), dtype, tf32, _DOTS)
-    return found
-
-
-_DOTS = ("assign_kernel", "assign_backward_kernel")
-
-
-def _example(dtype: torch.dtype, D: int, H: int) -> None:
-    q = torch.empty((2, H, 197, D) if H > 1 else (2, 197, D), dtype=dtype, device="meta")
-    meta = torch.empty((2, 49, D), dtype=dtype, device="meta")
-    mask = torch.empty((2, 197), dtype=torch.bool, device="meta")
-    for similarity in ("cosine", "l2", "dot") if D == 64 and H == 1 else ("cosine",):
-        for soft in (True, False):
-            index, score, lse, _ = assign(q, meta, mask if soft else None, similarity, 0.1, soft)
-            grad_lse = score if soft else None
-            assign_backward(score, grad_lse, q, meta, index, score, lse, similarity, 0.1, (True, True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -48,31 +48,6 @@ class Config:
         """
         maxnreg = min(255, REGISTERS // (WARP * self.num_warps))
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": maxnreg}
-
-
-@dataclass(frozen=True)
-class Specialization:
-    """One way in which a kernel is compiled, with everything that the compiler must know and nothing else.
-
-    Attributes:
-        name: verb, dtype and case, for tables and test names.
-        kernel: the `triton.jit` function.
-        signature: type of every argument by name, as Triton writes it: "*bf16", "i32", "fp32", "constexpr".
-        constexprs: value of every argument of type "constexpr", None included.
-        divisible: names of the pointers and integers known to be multiples of 16.
-        options: warps, stages and registers, as `Config.options`.
-        expect_dot: tensor-core instructions must appear in its code.
-        archs: the architectures that launch it.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    divisible: frozenset[str] = field(default_factory=frozenset)
-    options: Mapping[str, int] = field(default_factory=dict)
-    expect_dot: bool = False
-    archs: tuple[int, ...] = ARCHITECTURES
 
 
 _forced: dict[str, Config] = {}

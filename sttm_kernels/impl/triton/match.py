@@ -8,16 +8,14 @@ launch of its own when several programs would read it again, and longer sequence
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
     alignment,
     by_heads,
@@ -298,29 +296,3 @@ def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tens
     if not sorting:
         sort_chunks(index, order, offsets)
     return MergePlan(index, N - r, score, order=order, offsets=offsets)
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for arch in ARCHITECTURES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            dots = () if precision(dtype) == "ieee" else ("nearest_kernel",)
-            for D in (64, 80, 88, 128, 1024):
-                found += recorded(
-                    f"match {dtype} D={D}".replace("torch.", ""),
-                    partial(_example, dtype, D),
-                    arch,
-                    dots,
-                )
-    return found
-
-
-def _example(dtype: torch.dtype, D: int) -> None:
-    lists = [torch.empty((1, 4, count), dtype=torch.int32, device="meta") for count in (32, 17)]
-    match(torch.empty((2, 197, D), dtype=dtype, device="meta"), None, None, 8, 1)
-    match(torch.empty((2, 197, D), dtype=dtype, device="meta"), lists[0], lists[1], 8, 1)
-    if D == 64:
-        match(torch.empty((2, 16, 197, D), dtype=dtype, device="meta"), None, None, 8, 1)
-        match(torch.empty((2, 16, 784, D), dtype=dtype, device="meta"), None, None, 8, 1)
-        match(torch.empty((2, 8192, D), dtype=dtype, device="meta"), None, None, 8, 1)

@@ -11,16 +11,14 @@ tensor cores, one launch. The way back is a gather by `merge_backward_kernel`.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.csr import csr, parts
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import alignment, power_of_two, product
 from sttm_kernels.plan import Merged, MergedGrads, MergePlan, OfMerge
 
@@ -613,37 +611,3 @@ def merge_backward(
             config=config, REDUCE=reduce,
         )  # fmt: skip
     return OfMerge(grad_x, grad_weight, grad_size_in, grad_positions_in)
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for arch in ARCHITECTURES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for C in (768, 1408):
-                found += recorded(
-                    f"merge {dtype} C={C}".replace("torch.", ""),
-                    partial(_example, dtype, C),
-                    arch,
-                    ("merge_few_kernel",),
-                )
-    return found
-
-
-def _example(dtype: torch.dtype, C: int) -> None:
-    x = torch.empty((2, 1568, C), dtype=dtype, device="meta")
-    index = torch.empty((2, 1568), dtype=torch.int32, device="meta")
-    weight = torch.empty((2, 1568), dtype=torch.float32, device="meta")
-    positions = torch.empty((2, 1568, 3), dtype=torch.float32, device="meta")
-    for reduce in ("mean", "sum", "max", "first") if C == 768 else ("mean",):
-        for K in (784, 64):
-            fill = x.new_empty(2, K, C) if reduce == "mean" else None
-            order, offsets = index, index.new_empty(2, K + 1)
-            for w, size, p in ((weight, weight, positions), (None, None, None)):
-                y, size_out, positions_out, mass = merge(x, index, K, w, size, p, fill, order, offsets, reduce)
-                merge(x, index, K, w, size, p, fill, None, None, reduce)
-                needs = (True, w is not None, size is not None, p is not None)
-                merge_backward(
-                    y, size_out, positions_out, x, index, K, w, size, p, y, positions_out, mass, order, offsets,
-                    reduce, needs,
-                )  # fmt: skip

@@ -9,7 +9,6 @@ features are widened, because a softmax over many tokens falls below the range o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels import dispatch
-from sttm_kernels.impl.triton.config import ARCHITECTURES, Specialization
-from sttm_kernels.impl.triton.launch import aligned, recorded
+from sttm_kernels.impl.triton.launch import aligned
 from sttm_kernels.reference import NORM_FLOOR
 
 FLOOR: tl.constexpr = tl.constexpr(NORM_FLOOR)
@@ -218,21 +216,3 @@ def store_to_heads(out, value, inside, stride_head, HEADS: tl.constexpr):
     """Every head gets the same share of a gradient with respect to their mean."""
     for head in range(HEADS):
         tl.store(out + head * stride_head, value / HEADS, mask=inside)
-
-
-KINDS = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False))
-"""(dtype, whether PyTorch allows TF32): what the kernels are compiled for."""
-
-
-def recorded_everywhere(
-    name: str, run: Callable[[], Any], dtype: torch.dtype, tf32: bool, dots: tuple[str, ...]
-) -> list[Specialization]:
-    """`recorded` on every architecture, with TF32 allowed or not."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        exact = precision(dtype) == "ieee"
-        kind = str(dtype).removeprefix("torch.")
-        return [one for arch in ARCHITECTURES for one in recorded(f"{name} {kind}", run, arch, () if exact else dots)]
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

@@ -19,10 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import forward
-from sttm_kernels.impl.triton.config import INTERPRET, Config, Specialization, configured, fixed
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import (
-    KINDS,
     alignment,
     as_operand,
     features,
@@ -33,7 +32,6 @@ from sttm_kernels.impl.triton.similarity import (
     product,
     products,
     pull_back,
-    recorded_everywhere,
     rows_at,
     similarity_of,
     store_to_heads,
@@ -548,11 +546,11 @@ def soft_merge_backward(
         return OfSoftMerge(grad_x, grad_q, grad_meta, None, grad_p)
     shift = torch.empty_like(mass)
     config = fixed("soft_merge_shift", SHIFT)
-    grads = (*_strided(grad_y, 3), *_strided(grad_size, 2), *_strided(grad_positions, 3))
+    incoming = (*_strided(grad_y, 3), *_strided(grad_size, 2), *_strided(grad_positions, 3))
     launch(
         soft_merge_shift_kernel,
         (B * -(-K // config.blocks["BLOCK_K"]),),
-        *grads, y, positions_out, mass, shift, K, config=config, C=C, P=P,
+        *incoming, y, positions_out, mass, shift, K, config=config, C=C, P=P,
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
     passes = (("size", N, need_mean, None), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
@@ -565,51 +563,10 @@ def soft_merge_backward(
             launch(
                 soft_merge_grad_metric_kernel,
                 (B * -(-rows // blocks["BLOCK_OWN"]) * slices,),
-                *metric, x, *x_strides, *token, *_strided(positions, 3), *grads, lse, mass, shift, grad_size_in, grad,
-                *extents, config=config, OF=of, **common,
+                *metric, x, *x_strides, *token, *_strided(positions, 3), *incoming, lse, mass, shift, grad_size_in,
+                grad, *extents, config=config, OF=of, **common,
             )  # fmt: skip
     return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size_in if need_size else None, grad_p)
 
 
 SHIFT = Config(4, 1, {"BLOCK_K": 8, "BLOCK_C": 256})
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for dtype, tf32 in KINDS:
-        for C, D in ((768, 64), (1024, 1024), (1408, 88)):
-            found += recorded_everywhere(f"soft_merge C={C} D={D}", partial(_example, dtype, C, D), dtype, tf32, _DOTS)
-    return found
-
-
-_DOTS = ("assign_kernel", "soft_merge_kernel", "soft_merge_grad_x_kernel", "soft_merge_grad_metric_kernel")
-
-
-def _example(dtype: torch.dtype, C: int, D: int) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    B, N, K, P = 2, 197, 49, 3
-    x, q, meta = empty(B, N, C, dtype=dtype), empty(B, N, D, dtype=dtype), empty(B, K, D, dtype=dtype)
-    size, positions, mask = empty(B, N), empty(B, N, P), empty(B, N, dtype=torch.bool)
-    for normalize in ("meta", "tokens"):
-        settings = ("cosine", 0.1, normalize)
-        y, mass, positions_out, lse = soft_merge(x, q, meta, size, positions, mask, *settings)
-        soft_merge_backward(
-            y,
-            mass,
-            positions_out,
-            x,
-            q,
-            meta,
-            size,
-            positions,
-            mask,
-            y,
-            mass,
-            positions_out,
-            lse,
-            *settings,
-            (True,) * 5,
-        )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import ARCHITECTURES, Config, Specialization, configured, fixed
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.config import Config, configured, fixed
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.similarity import alignment, power_of_two
 from sttm_kernels.plan import MergePlan
 
@@ -73,17 +71,3 @@ def compose(plan1: MergePlan, plan2: MergePlan) -> MergePlan:
     grid = (B * -(-N // config.blocks["BLOCK"]),)
     launch(compose_kernel, grid, index1, index2, out, N, K, num_groups, config=config)
     return MergePlan(out, num_groups)
-
-
-def specializations() -> list[Specialization]:
-    """Every way the kernels of this file are compiled for the shapes that models use."""
-    found = []
-    for arch in ARCHITECTURES:
-        index = torch.empty((2, 1568), dtype=torch.int32, device="meta")
-        found += recorded("compose", partial(compose, index, index[:, :784], 392), arch)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for C in (640, 1408):
-                x = torch.empty((2, 784, C), dtype=dtype, device="meta")
-                name = f"unmerge {dtype} C={C}".replace("torch.", "")
-                found += recorded(name, partial(unmerge, x, index, None, None), arch)
-    return found

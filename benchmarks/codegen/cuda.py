@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 VERBS = tuple(path.stem for path in sorted((CSRC / "kernels").glob("*.cu")))
 ARCHITECTURES = ("80", "90a")
 COLUMNS = ("regs", "shared", "spills", "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "128-bit")

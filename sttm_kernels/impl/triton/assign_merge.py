@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
-from sttm_kernels.impl.triton.config import ARCHITECTURES, INTERPRET, Config, Specialization, configured
-from sttm_kernels.impl.triton.launch import aligned, launch, recorded
+from sttm_kernels.impl.triton.config import INTERPRET, Config, configured
+from sttm_kernels.impl.triton.launch import aligned, launch
 from sttm_kernels.impl.triton.merge import dense, items, merge
 from sttm_kernels.impl.triton.similarity import (
     alignment,
@@ -50,6 +50,18 @@ def _shares(index, weight, size, mass, item, n, N, K, SOFT: tl.constexpr):
         w *= tl.load(size + item * N + n, mask=real, other=0.0)
     whole = tl.load(mass + item * K + chosen, mask=real, other=0.0)
     return chosen, w / tl.where(whole == 0, 1.0, whole)
+
+
+@triton.jit
+def _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels [start, start + BLOCK_C) of all groups from sums of shares; groups without mass are filled."""
+    c = (start + tl.arange(0, BLOCK_C))[None, :]
+    inside = (k < K)[:, None] & (c < C)
+    mean = total / rounded[:, None]
+    if fill is not None:
+        instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
+        mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
+    tl.store(y + (item * K + k)[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -130,14 +142,15 @@ def assign_merge_kernel(
         chosen, share = _shares(index, weight, size, mass_out, item, first + rows, N, K, SOFT)
         share = share.to(x.dtype.element_ty).to(tl.float32)
         rounded += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
-    for p in range(P):
-        mean = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, N, BLOCK_R):
-            n = first + rows
-            chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
-            share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
-            mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
-        tl.store(positions_out + group * P + p, mean, mask=k < K)
+    if positions is not None:
+        for p in range(P):
+            mean = tl.zeros([BLOCK_K], tl.float32)
+            for first in range(0, N, BLOCK_R):
+                n = first + rows
+                chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
+                share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
+                mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+            tl.store(positions_out + group * P + p, mean, mask=k < K)
 
     # Shares are rounded to the dtype of x, so the sum of the rounded ones divides: equal tokens keep their value.
     n = tl.arange(0, BLOCK_N)
@@ -145,27 +158,28 @@ def assign_merge_kernel(
     real = chosen >= 0
     shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
     rounded = tl.where(rounded == 0, 1.0, rounded)
-    x_at = rows_at(x + item * aligned(stride_xb, ALIGN_X), 0, n, stride_xn, ALIGN_X)
+    x_item = x + item * aligned(stride_xb, ALIGN_X)
+    x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
+    spoiled = tl.zeros([BLOCK_K], tl.int32)
     for back in range(0, C, BLOCK_C):
         start = (C - 1) // BLOCK_C * BLOCK_C - back
-        c = (start + tl.arange(0, BLOCK_C))[None, :]
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
         total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
-        if tl.sum(tl.sum((tile - tile != 0).to(tl.int32), 1), 0) > 0:
-            # 0 times what is not finite spoils groups that the token is not in: add up token by token.
+        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
+        _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
+    if tl.sum(spoiled, 0) > 0:
+        # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
+        tl.debug_barrier()
+        for start in range(0, C, BLOCK_C):
+            c = (start + tl.arange(0, BLOCK_C))[None, :]
             total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for one in range(N):
                 group_of_one, its_share = _shares(index, weight, size, mass_out, item, one, N, K, SOFT)
                 its_share = its_share.to(x.dtype.element_ty).to(tl.float32)
-                row = x + item * aligned(stride_xb, ALIGN_X) + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
+                row = x_item + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
                 value = tl.load(row + c * stride_xc, mask=c < C, other=0.0).to(tl.float32)
                 total = tl.where((k == group_of_one)[:, None], total + its_share * value, total)
-        mean = total / rounded[:, None]
-        inside = is_group & (c < C)
-        if fill is not None:
-            instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
-            mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
-        tl.store(y + group[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+            _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
 
 
 def assign_merge(
@@ -231,36 +245,3 @@ def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Confi
         widths = widths[1:]  # a third stage spills there
     blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None
-
-
-def specializations() -> list[Specialization]:
-    """What the ahead-of-time tests compile: the canonical frames, and the other branches in one dtype."""
-    found = []
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        for arch in ARCHITECTURES:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for N, K in ((196, 98), (196, 49), (196, 16), (49, 25)):
-                    found += _specialize(arch, dtype, N, K)
-            found += _specialize(arch, torch.bfloat16, 196, 98, extras=True)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    return found
-
-
-def _specialize(arch: int, dtype: torch.dtype, N: int, K: int, extras: bool = False) -> list[Specialization]:
-    """x of 1024 channels as its own metric, with positions; or, with extras, a mean over heads and everything else."""
-    x = torch.empty(2, N, 1024, dtype=dtype, device="meta")
-    q = x.new_empty(2, 16, N, 64) if extras else None
-    m = x.new_empty(2, K, 64 if extras else 1024)
-    positions = torch.empty(N, 3, device="meta").expand(2, N, 3)
-    mask = x.new_empty(2, N, dtype=torch.bool) if extras else None
-    size = torch.empty(2, N, device="meta") if extras else None
-    fill = x.new_empty(2, K, 1024) if extras else None
-    return recorded(
-        f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
-        lambda: assign_merge(x, q, m, mask, size, positions, fill, "l2" if extras else "cosine", 1.0, True),
-        arch,
-        ("assign_merge_kernel",),
-    )

@@ -15,12 +15,10 @@ architecture, HGMMA on sm_90, UTCHMMA on sm_100), asynchronous copies (LDGSTS, U
 from __future__ import annotations
 
 import argparse
-import importlib
 import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -33,12 +31,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import codegen_cuda
-from sttm_kernels.impl.triton.config import ARCHITECTURES, SHARED_MEMORY, Specialization
+from benchmarks.codegen import cuda
+from benchmarks.codegen.cases import SPECIALIZATIONS
+from benchmarks.codegen.recording import Specialization
+from sttm_kernels.impl.triton.config import ARCHITECTURES, SHARED_MEMORY
 
-MODULES = ("assign", "soft_merge", "match", "merge", "unmerge", "spatial")
-DOTS = codegen_cuda.DOTS
-COLUMNS = codegen_cuda.COLUMNS
+MODULES = tuple(SPECIALIZATIONS)
+DOTS = cuda.DOTS
+COLUMNS = cuda.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def specializations(archs: tuple[int, ...], verbs: tuple[str, ...] = MODULES) ->
     """Every different (architecture, specialization) that the package ships, in a fixed order."""
     found: dict[Any, tuple[int, Specialization]] = {}
     for verb in verbs:
-        for one in importlib.import_module(f"sttm_kernels.impl.triton.{verb}").specializations():
+        for one in SPECIALIZATIONS[verb]():
             for arch in sorted(set(archs).intersection(one.archs)):
                 found.setdefault((arch, *_key(one)), (arch, one))
     return list(found.values())
@@ -188,18 +188,18 @@ def _triton_rows(archs: tuple[int, ...], verbs: tuple[str, ...], only_covering: 
 
 
 def _cuda_rows(archs: tuple[int, ...], verbs: tuple[str, ...], jobs: int) -> Iterator[Row]:
-    if codegen_cuda.nvcc() is None:
+    if cuda.nvcc() is None:
         raise SystemExit("there is no nvcc: set CUDA_HOME, or ask for --impl triton")
-    known = {int(name.rstrip("a")): name for name in codegen_cuda.ARCHITECTURES}
+    known = {int(name.rstrip("a")): name for name in cuda.ARCHITECTURES}
     work = [(verb, known.get(arch, str(arch))) for verb in verbs for arch in archs]
     with ThreadPoolExecutor(jobs) as pool:
-        for reports in pool.map(lambda item: codegen_cuda.build(*item), work):
+        for reports in pool.map(lambda item: cuda.build(*item), work):
             for report in reports:
-                yield f"sm_{report.arch} cuda {report.name}", report.row, codegen_cuda.faults(report)
+                yield f"sm_{report.arch} cuda {report.name}", report.row, cuda.faults(report)
 
 
 def main(argv: list[str] | None = None) -> int:
-    verbs = tuple(dict.fromkeys((*MODULES, *codegen_cuda.VERBS)))
+    verbs = tuple(dict.fromkeys((*MODULES, *cuda.VERBS)))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--impl", nargs="+", default=("triton",), choices=("triton", "cuda"))
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         of_triton = tuple(verb for verb in chosen.verb if verb in MODULES)
         rows.append(_triton_rows(archs, of_triton, chosen.covering, chosen.jobs))
     if "cuda" in chosen.impl:
-        of_cuda = tuple(verb for verb in chosen.verb if verb in codegen_cuda.VERBS)
+        of_cuda = tuple(verb for verb in chosen.verb if verb in cuda.VERBS)
         rows.append(_cuda_rows(archs, of_cuda, chosen.jobs))
     width = 88
     print(" ".join([f"{'kernel':{width}}", *(f"{name:>7}" for name in COLUMNS)]))
@@ -226,7 +226,3 @@ def main(argv: list[str] | None = None) -> int:
         print(" ".join([f"{name:{width}}", *(f"{value:7}" for value in numbers), *marks]), flush=True)
     print(f"{failed} of {total} at fault" if failed else f"{total} without faults")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
