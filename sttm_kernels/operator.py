@@ -20,6 +20,7 @@ from sttm_kernels.torch_private import (
     below_autograd,
     dispatching,
     forward_differentiating,
+    observed,
     outer_levels_of_forward_mode,
     transforming,
     unwrapped,
@@ -109,24 +110,24 @@ class Operator:
             f"{NAMESPACE}::{name}", lambda *args: self._flat(inputs(*args), fake(inputs(*args))), lib=_lib
         )
 
-    def implementation(self, a: Any) -> Callable[..., Any] | None:
+    def implementation(self, a: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function of the implementation, to be called at once; None where something listens or differentiates.
 
         A tracer, a mode, a transform, a tensor subclass, a device without data need the operator. Elsewhere the
         dispatcher's price, more than the rest of a small verb, buys nothing.
         """
-        if torch.compiler.is_compiling() or transforming() or forward_differentiating() or _is_listened_to(a):
+        if torch.compiler.is_compiling() or observed() or not _PLAIN.issuperset(map(type, a)):
             return None
-        if torch.is_grad_enabled() and any(map(_requires_grad, a)):
+        lead = a[0] if a[0] is not None else _lead(a)
+        if lead.is_meta or (torch.is_grad_enabled() and any(map(_requires_grad, a))):
             return None
-        lead = _lead(a)
         return dispatch.kernel(self.name, a[-1], lead.device, lead.dtype)
 
     def __call__(self, a: Any) -> Any:
         run = self.implementation(a)
         return self.run(run, a) if run is not None else self.listened(a)
 
-    def listened(self, a: Any) -> Any:
+    def listened(self, a: tuple[Any, ...]) -> Any:
         """The results, by way of whoever listens or differentiates."""
         if torch.compiler.is_compiling():
             found = self.overload(*a)

@@ -174,7 +174,7 @@ def _of_plan(plan: MergePlan) -> tuple[Any, ...]:
 def assign(
     q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None, impl: str
 ) -> MergePlan:
-    a = AssignIn(q, meta, mask, similarity, temperature, weight, impl)
+    a = (q, meta, mask, similarity, temperature, weight, impl)
     if (run := _assign.implementation(a)) is not None:
         return run(q, meta, similarity, temperature, weight, mask)
     return _plan(_assign.listened(a), meta.shape[1], weight)
@@ -229,7 +229,7 @@ _match = Operator("match", MatchIn, MatchOut, _match_run, _match_fake, unsaved=(
 
 
 def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str) -> MergePlan:
-    a = MatchIn(metric, src, dst, r, num_prefix, impl)
+    a = (metric, src, dst, r, num_prefix, impl)
     if (run := _match.implementation(a)) is not None:
         return run(metric, r, num_prefix, src, dst)
     out = _match.listened(a)
@@ -376,9 +376,7 @@ def merge(
     x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None,
     impl: str,
 ) -> Merged:  # fmt: skip
-    a = MergeIn(
-        x, plan.index, plan.num_groups, plan.weight, size, positions, fill, plan.order, plan.offsets, reduce, impl
-    )
+    a = (x, plan.index, plan.num_groups, plan.weight, size, positions, fill, plan.order, plan.offsets, reduce, impl)
     if (run := _merge.implementation(a)) is not None:
         return run(x, plan, size, positions, reduce, fill)
     out = _merge.listened(a)
@@ -488,7 +486,7 @@ def assign_merge(
     x: Tensor, q: Tensor | None, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None,
     size: Tensor | None, positions: Tensor | None, fill: Tensor | None, impl: str,
 ) -> tuple[Merged, MergePlan]:  # fmt: skip
-    a = AssignMergeIn(x, q, meta, mask, size, positions, fill, similarity, temperature, weight, impl)
+    a = (x, q, meta, mask, size, positions, fill, similarity, temperature, weight, impl)
     if (run := _assign_merge.implementation(a)) is not None:
         return run(x, q, meta, similarity, temperature, weight, mask, size, positions, fill)
     out = _assign_merge.listened(a)
@@ -534,7 +532,7 @@ _unmerge = Operator(
 
 
 def unmerge(x: Tensor, plan: MergePlan, impl: str) -> Tensor:
-    a = UnmergeIn(x, plan.index, plan.num_groups, plan.order, plan.offsets, impl)
+    a = (x, plan.index, plan.num_groups, plan.order, plan.offsets, impl)
     if (run := _unmerge.implementation(a)) is not None:
         return run(x, plan)
     return _unmerge.listened(a).y
@@ -566,7 +564,7 @@ _compose = Operator(
 
 
 def compose(plan1: MergePlan, plan2: MergePlan, impl: str) -> MergePlan:
-    a = ComposeIn(plan1.index, plan2.index, plan2.num_groups, impl)
+    a = (plan1.index, plan2.index, plan2.num_groups, impl)
     if (run := _compose.implementation(a)) is not None:
         return run(plan1, plan2)
     return MergePlan(_compose.listened(a).index, plan2.num_groups)
@@ -711,7 +709,7 @@ def soft_merge(
     x: Tensor, q: Tensor, meta: Tensor, similarity: str, temperature: float, normalize: str, size: Tensor | None,
     positions: Tensor | None, mask: Tensor | None, impl: str,
 ) -> SoftMerged:  # fmt: skip
-    a = SoftMergeIn(x, q, meta, size, positions, mask, similarity, temperature, normalize, impl)
+    a = (x, q, meta, size, positions, mask, similarity, temperature, normalize, impl)
     if (run := _soft_merge.implementation(a)) is not None:
         return run(x, q, meta, similarity, temperature, normalize, size, positions, mask)
     out = _soft_merge.listened(a)

@@ -42,6 +42,16 @@ def forward_differentiating() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def observed() -> bool:
+    """Whether anything of these three is so, in one call: it is asked before every verb."""
+    return (
+        _modes() > 0
+        or _transform() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or bool(_tracing_state())
+    )
+
+
 unwrapped: Callable[[torch.Tensor], torch.Tensor] = _find("_C._functorch.unwrap_if_dead", lambda t: t)
 """A tensor without the wrapper of a transform that has ended, which the transforms of torch.func trip over."""
 

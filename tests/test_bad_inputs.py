@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
 from sttm_kernels.functional import assign_merge
+from sttm_kernels.testing import assert_equal
 
 B, N, K, D, C = 2, 12, 3, 4, 5
 X = torch.randn(B, N, C)
@@ -250,3 +252,39 @@ def test_an_empty_batch_gives_empty_outputs(impl, grad):
         assert (soft.x.shape, soft.size.shape) == ((0, K, C), (0, K))
         if grad:
             assert [g.shape for g in torch.autograd.grad(soft.x.sum(), (x, q))] == [x.shape, q.shape]
+
+
+@pytest.mark.parametrize("meta", ["pool", "kmeans", "farthest", "topk", "learned", "dpc_knn"])
+def test_an_empty_batch_goes_through_the_module(meta):
+    merger = sttm.STTM(dim=C, meta=meta, num_prefix=1, temporal_window=2)
+    out = merger(torch.randn(0, 1 + 4 * 2 * 2, C), grid=(4, 2, 2))
+    groups = merger(torch.randn(1, 1 + 4 * 2 * 2, C), grid=(4, 2, 2)).x.shape[1]
+    assert (out.x.shape, out.size.shape) == ((0, groups, C), (0, groups))
+
+
+def test_numbers_of_numpy_are_taken():
+    count = np.int64(4)
+    assert_equal("index", sttm.match(Q, count, np.int32(1)).index, sttm.match(Q, 4, 1).index)
+    windowed = sttm.match(Q, count, grid=tuple(np.array(GRID)), window=(np.int64(1), 2, 2))
+    assert_equal("windowed", windowed.index, sttm.match(Q, 4, grid=GRID, window=(1, 2, 2)).index)
+    assert_equal(
+        "score", sttm.assign(Q, META, temperature=np.float32(0.5)).score, sttm.assign(Q, META, "cosine", 0.5).score
+    )
+    clip = torch.randn(1, 8, C)
+    for keep in (np.int64(2), np.float32(0.5)):
+        assert sttm.STTM(C, keep, np.float64(0.5))(clip, grid=(2, 2, 2)).x.shape == (1, 2, C)
+    for wrong in (np.float64(4), np.bool_(True)):
+        with pytest.raises(TypeError, match="r must be an int"):
+            sttm.match(Q, wrong)
+
+
+def test_a_device_is_judged_by_its_own_capability(monkeypatch):
+    """With two GPUs of different kinds, whichever of them is current."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (9, 0))
+    monkeypatch.setattr("sttm_kernels.impl.triton.why_not", lambda verb, device: None)
+    dispatch.why_not.cache_clear()
+    devices = [torch.device("cuda", i) for i in range(2)]
+    newer, older = (dispatch.why_not("merge", "triton", device) for device in devices)
+    dispatch.why_not.cache_clear()
+    assert newer is None
+    assert older == "the triton kernels need compute capability 8.0, this GPU has (7, 5)"
