@@ -1,11 +1,12 @@
-"""Arrays for which a launch would need more blocks than CUDA has. None of their memory exists, and none is touched."""
+"""What a launch may ask of a GPU: blocks and shared memory."""
 
 import numpy as np
 import pytest
 import torch
 
-from sttm_kernels import dispatch
+from sttm_kernels import dispatch, functional
 from sttm_kernels.impl import cuda
+from sttm_kernels.testing import assert_equal, make_tokens
 
 if not dispatch.on_host():
     pytest.skip("needs STTM_CUDA_HOST: runs in a process of its own", allow_module_level=True)
@@ -15,7 +16,7 @@ FLOAT, INT = np.float32, np.int32
 
 
 def huge(dtype, *shape):
-    """An array whose shape and strides say that it is dense."""
+    """An array whose shape and strides say that it is dense. Its memory does not exist: nothing must touch it."""
     one = np.zeros(1, dtype)
     strides = np.cumprod([one.itemsize, *shape[:0:-1]])[::-1]
     return np.lib.stride_tricks.as_strided(one, shape, strides)
@@ -108,3 +109,12 @@ def test_groups_of_csr(num_groups):
     index = torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="num_groups must be at least 0 and below 2"):
         C.csr(index, num_groups, index, index, index, 0)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(64, 64, 49), (256, 64, 49), (196, 256, 128)])
+def test_shared_memory_of_assign_merge(N, D, K):
+    """Static and dynamic together they are more than a block has unasked; the host build ends where nobody asked."""
+    x, meta = (make_tokens(2, rows, D, torch.bfloat16, seed=rows) for rows in (N, K))
+    out, plan = functional.assign_merge(x, None, meta, weight="uniform", impl="cuda")
+    assert_equal("size", out.size.sum(), torch.tensor(2.0 * N))
+    assert_equal("index", plan.index, functional.assign(x, meta, impl="cuda").index)
