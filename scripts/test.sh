@@ -1,24 +1,49 @@
 #!/usr/bin/env bash
-# Lint, types and every test, in a virtual environment of its own. Triton's interpreter needs a process of its own, and
-# so does the older of the two major versions of transformers. Last the ratios to rivals, with nothing beside them.
+# Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|all].
+#   fast    lint, types, and the verbs in plain PyTorch: under a minute once the environment exists
+#   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own
+#   cuda    the verbs through the CUDA kernels, compiled for the CPU under sanitizers
+#   all     all of this and every other test, the older of the two major versions of transformers in a process of its
+#           own, and last the ratios to rivals, with nothing beside them; what is run where nothing is named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python3 -m venv .venv-test
+what=${1:-all}
+if [[ $# -gt 1 || ! $what =~ ^(fast|triton|cuda|all)$ ]]; then
+  echo "usage: scripts/test.sh [fast|triton|cuda|all]" >&2
+  exit 2
+fi
+
 bin=.venv-test/bin
 # One architecture is enough to import the CUDA kernels and to check their arguments; the tests compile for others.
 export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0}"
-$bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,hf]' requests
-# timm wants a torchvision, of which nothing compiled is used: without its dependencies, which pin another PyTorch.
-$bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm torchvision
-# The older transformers also needs the requests installed above.
-$bin/python -m pip install --quiet --upgrade --no-deps --target .venv-test/transformers-4 \
-  'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+if [[ $what == all || ! -x $bin/pytest ]]; then
+  python3 -m venv .venv-test
+  $bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,hf]' requests
+  # timm wants a torchvision, of which nothing compiled is used: without its dependencies, which pin another PyTorch.
+  $bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm torchvision
+  # The older transformers also needs the requests installed above.
+  $bin/python -m pip install --quiet --upgrade --no-deps --target .venv-test/transformers-4 \
+    'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+fi
 
-$bin/ruff check .
-$bin/ruff format --check .
-$bin/mypy
-$bin/python -m pytest --numprocesses 2 --dist worksteal
-TRITON_INTERPRET=1 $bin/python -m pytest --numprocesses 2 --dist worksteal tests/test_triton_*.py
-PYTHONPATH=.venv-test/transformers-4 $bin/python -m pytest tests/test_integrations_hf.py
-$bin/python -m pytest benchmarks
+tests() {
+  $bin/python -m pytest --numprocesses 2 --dist worksteal "$@"
+}
+
+if [[ $what == fast || $what == all ]]; then
+  $bin/ruff check .
+  $bin/ruff format --check .
+  $bin/mypy
+fi
+case $what in
+  fast) tests tests/kernels ;;
+  triton) TRITON_INTERPRET=1 tests tests/kernels ;;
+  cuda) tests tests/test_cuda_host.py ;;
+  all)
+    tests
+    TRITON_INTERPRET=1 tests tests/kernels
+    PYTHONPATH=.venv-test/transformers-4 $bin/python -m pytest tests/test_integrations_hf.py
+    $bin/python -m pytest benchmarks
+    ;;
+esac

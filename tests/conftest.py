@@ -1,4 +1,8 @@
-"""What every test shares: the implementations that can run here, poisoned allocations, one thread."""
+"""What every test shares: the implementations that can run here, poisoned allocations, one thread.
+
+On the CPU that is plain PyTorch; with TRITON_INTERPRET=1 the Triton kernels through their interpreter, and with
+STTM_CUDA_HOST=<module> the CUDA kernels compiled for the CPU. Only a machine with a GPU has cases for one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,21 +31,24 @@ class Backend:
         reason = dispatch.why_not(verb, self.impl, self.device, dtype)
         if reason is not None:
             pytest.skip(reason)
-        if dtype == torch.bfloat16 and self.impl == "triton" and dispatch.interpreting():
-            pytest.skip("Triton's interpreter multiplies bfloat16 bit patterns in tl.dot")
 
 
-BACKENDS = [("triton" if dispatch.interpreting() else "cuda" if dispatch.on_host() else "torch", "cpu")]
-ON_HOST = dispatch.interpreting() or dispatch.on_host()
-GPU_BACKENDS = [] if ON_HOST else [(impl, "cuda") for impl in ("torch", "triton", "cuda")]
+def backends() -> list[Backend]:
+    """One on the CPU, by the environment; with a GPU and no kernels on the CPU, all three on that too."""
+    if dispatch.interpreting():
+        return [Backend("triton", "cpu")]
+    if dispatch.on_host():
+        return [Backend("cuda", "cpu")]
+    on_gpu = [Backend(impl, "cuda") for impl in ("torch", "triton", "cuda")]
+    return [Backend("torch", "cpu"), *(on_gpu if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param(Backend(*one), id="-".join(one)) for one in BACKENDS),
-        *(pytest.param(Backend(*one), id="-".join(one), marks=pytest.mark.gpu) for one in GPU_BACKENDS),
-    ]
-)
+def _as_param(backend: Backend) -> Any:
+    marks = [pytest.mark.gpu] if backend.device == "cuda" else []
+    return pytest.param(backend, id=f"{backend.impl}-{backend.device}", marks=marks)
+
+
+@pytest.fixture(params=[_as_param(one) for one in backends()])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
@@ -50,12 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tests are small: more threads wait for each other longer than they work
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_report_header() -> str:
+    found = ", ".join(f"{one.impl} on {one.device}" for one in backends())
+    return f"implementations: {found}" + ("" if torch.cuda.is_available() else "; no GPU, cases for one are left out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:

@@ -19,8 +19,9 @@ if shutil.which(cuda_host.compiler()) is None:
     pytest.skip(f"needs a C++ compiler, {cuda_host.compiler()} is not there", allow_module_level=True)
 
 HERE = Path(__file__).parent
-ELSEWHERE = ("test_cuda_host.py", "test_cuda_build.py", "test_cuda_compile.py")
-SUITES = sorted(p.name for p in HERE.glob("test_cuda_*.py") if p.name not in ELSEWHERE)
+OTHERS = ("test_torch_only.py", "test_triton_only.py")
+KERNELS = sorted(p for p in HERE.glob("kernels/test_*.py") if p.name not in OTHERS)
+SUITES = [str(p.relative_to(HERE)) for p in (*KERNELS, HERE / "test_cuda_arrays.py")]
 ORDERS = ("forward", "reverse", "shuffle:1", "shuffle:2")
 
 

@@ -1,0 +1,233 @@
+"""assign_merge is assign and then merge: their specification, their results, and gradients of both together."""
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    SIMILARITIES,
+    SMALL,
+    draw,
+    each,
+    each_dtype,
+    each_layout,
+    each_similarity,
+    each_weight,
+    only,
+    only_float64,
+    run,
+    unwritten,
+)
+
+import sttm_kernels as sttm
+from sttm_kernels.checks import check_assign_merge, fields, make_mask
+from sttm_kernels.functional import assign_merge
+from sttm_kernels.testing import LAYOUTS, assert_equal, assert_index_in_range, make_tokens
+
+EXTRAS = ("size", "positions", "fill")
+SHAPES = [
+    (1, 1, 1, 64, 64),
+    (2, 2, 3, 5, 4),
+    (2, 16, 1, 16, 17),
+    (3, 17, 5, 3, 20),
+    (2, 31, 33, 80, 64),
+    (1, 65, 64, 64, 33),
+    (1, 127, 65, 17, 24),
+    (1, 129, 128, 16, 40),
+    (1, 256, 9, 8, 8),
+]
+if SMALL:
+    SHAPES = [*SHAPES[:5], (1, 33, 16, 88, 15), (1, 15, 15, 64, 33)]
+
+
+@pytest.fixture(autouse=True)
+def _tensor_cores(backend):
+    """True float32 products take Triton two launches; its fused kernel is for those that tensor cores can do."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if SMALL:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def tokens(backend, B, N, K, D, C, dtype=torch.float32, own=False, **more):
+    """x, q, meta and what may be given beside them; q is None where x is its own metric."""
+    inputs = draw((B, N, K, C if own else D, C), dtype, backend.device, **more)
+    return only(inputs, "x", "q", "meta", *EXTRAS) | ({"q": None} if own else {})
+
+
+def check(backend, inputs, similarity="cosine", temperature=1.0, weight="softmax", mask=None, extras=EXTRAS):
+    given = only(inputs, *extras) | ({} if mask is None else {"mask": mask})
+    x, q, meta = inputs["x"], inputs["q"], inputs["meta"]
+    check_assign_merge(backend.impl, x, q, meta, similarity, temperature, weight, given)
+
+
+def call(backend, similarity="cosine", weight="softmax", mask=None):
+    """`assign_merge` as a function of its inputs by name, with named outputs."""
+
+    def through(x, meta, q=None, size=None, positions=None, fill=None):
+        out, plan = assign_merge(x, q, meta, similarity, 1.0, weight, mask, size, positions, fill, backend.impl)
+        return fields(plan) | fields(out) | {"index": plan.index}
+
+    return through
+
+
+def apart(backend, similarity="cosine", weight="softmax", mask=None):
+    def through(x, meta, q=None, size=None, positions=None, fill=None):
+        plan = sttm.assign(x if q is None else q, meta, similarity, 1.0, weight, mask, backend.impl)
+        out = sttm.merge(x, plan, size, positions, "mean", fill, backend.impl)
+        return fields(plan) | fields(out) | {"index": plan.index}
+
+    return through
+
+
+def given(inputs):
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+@each_dtype
+@each("shape", SHAPES, ids=str)
+def test_shapes(backend, shape, dtype):
+    check(backend, tokens(backend, *shape, dtype))
+
+
+@each_dtype
+@each_layout
+@each("own", [True, False], ids=["by x", "by q"])
+def test_layouts_are_read_in_place(backend, dtype, layout, own):
+    similarity = SIMILARITIES[(LAYOUTS.index(layout) + own) % 3]
+    weight = ("softmax", "uniform")[(LAYOUTS.index(layout) + DTYPES.index(dtype)) % 2]
+    with unwritten(given(tokens(backend, 2, 19, 6, 20, 24, dtype, own, layout=layout))) as held:
+        check(backend, held | ({"q": None} if own else {}), similarity, 2.0, weight, make_mask(2, 19, backend.device))
+
+
+@each_similarity
+@each_weight
+def test_x_as_its_own_metric(backend, similarity, weight):
+    check(backend, tokens(backend, 2, 20, 6, 0, 40, own=True), similarity, 0.7, weight, extras=())
+
+
+@pytest.mark.shipped_blocks
+@each_dtype
+@each(("N", "K", "C"), [(65, 17, 70)] if SMALL else [(150, 100, 136), (37, 5, 2056), (150, 5, 768)])
+def test_more_than_one_tile_or_warp_takes(backend, N, K, C, dtype):
+    check(backend, tokens(backend, 1, N, K, 0, C, dtype, own=True))
+    check(backend, tokens(backend, 1, N, K, 8, C, dtype), extras=())
+
+
+def test_mean_over_heads(backend):
+    check(backend, tokens(backend, 2, 19, 5, 20, 24, heads=3))
+
+
+def test_shared_meta_positions_and_fill(backend):
+    inputs = tokens(backend, 3, 18, 5, 20, 24)
+    check(backend, inputs | {name: inputs[name][0] for name in ("meta", "positions", "fill")})
+
+
+@each("own", [True, False], ids=["by x", "by q"])
+@each_weight
+def test_masked_tokens_are_not_read(backend, own, weight):
+    """Values and gradients are bit for bit those of tokens that hold zeros, also of an item without real tokens."""
+    inputs, mask = tokens(backend, 2, 20, 4, 20, 24, own=own), make_mask(2, 20, backend.device)
+    mask[1] = False
+
+    def found(rubbish):
+        dirty = {name: inputs[name].masked_fill(~mask[..., None], rubbish) for name in ("x", "q")[: 2 - own]}
+        return run(call(backend, "dot", weight, mask), given(inputs | dirty))
+
+    clean, dirty = found(0.0), found(torch.nan)
+    for name, value in clean.items():
+        assert_equal(name, dirty[name], value)
+        assert value.isfinite().all() or name == "index", name
+
+
+# As assign and merge do
+
+
+@each("own", [True, False], ids=["by x", "by q"])
+@each_weight
+@each("impl", ["torch", "reference"])
+def test_is_assign_then_merge(backend, impl, weight, own):
+    """Bit for bit in plain PyTorch and in the specification."""
+    plain = type(backend)(impl, backend.device)
+    inputs, mask = tokens(plain, 2, 7, 3, 4, 5, torch.float64, own), make_mask(2, 7, backend.device)
+    fused, two = (run(verb(plain, "l2", weight, mask), given(inputs)) for verb in (call, apart))
+    for name, value in two.items():
+        assert_equal(name, fused[name], value)
+
+
+@each(("N", "K"), [(257, 3), (5, 129)])
+def test_long_sequences_give_the_bits_of_two_verbs(backend, N, K):
+    inputs = given(tokens(backend, 1, N, K, 8, 4))
+    with torch.no_grad():
+        fused, two = (verb(backend)(**inputs) for verb in (call, apart))
+    for name, value in two.items():
+        assert_equal(name, fused[name], value)
+
+
+@each("dtypes", [("float16", "float32"), ("float32", "bfloat16")], ids=str)
+def test_a_metric_of_another_dtype(backend, dtypes):
+    inputs = tokens(backend, 2, 7, 3, 4, 5, getattr(torch, dtypes[0]))
+    metric = {name: inputs[name].to(getattr(torch, dtypes[1])) for name in ("q", "meta")}
+    fused, two = (verb(backend)(**inputs | metric) for verb in (call, apart))
+    for name in ("index", "x", "score"):
+        assert_equal(name, fused[name], two[name])
+
+
+def test_a_tie_goes_to_the_lowest_meta_token(backend):
+    x = make_tokens(1, 20, 24, device=backend.device).round()
+    meta = make_tokens(1, 1, 24, device=backend.device, seed=1).round().expand(1, 40 if SMALL else 128, 24)
+    _, plan = assign_merge(x, None, meta, "dot", impl=backend.impl)
+    assert_equal("index", plan.index, torch.zeros_like(plan.index))
+
+
+def test_a_group_of_tokens_without_size_is_empty(backend):
+    inputs = tokens(backend, 1, 20, 4, 8, 8)
+    inputs["size"].zero_()
+    out, _ = assign_merge(**inputs, impl=backend.impl)
+    assert_equal("x", out.x, inputs["fill"])
+    assert_equal("positions", out.positions, torch.zeros_like(out.positions))
+
+
+# What is not a number
+
+
+@each("bad", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_are_not_numbers_stay_in_bounds(backend, bad, outputs_amid_poison):
+    inputs = tokens(backend, 2, 20, 6, 20, 24)
+    inputs["q"][0, 3:5], inputs["x"][0, 4] = bad, bad
+    with unwritten(inputs) as held:
+        found = run(call(backend), held)
+    assert_index_in_range("index", found["index"], 6)
+    assert bool((found["index"] >= 0).all())
+
+
+@each("name", ["x", "q"])
+def test_a_token_that_is_not_a_number_spoils_its_group_only(backend, name):
+    inputs = tokens(backend, 1, 40, 8, 20, 24)
+    with torch.no_grad():
+        clean = call(backend)(**inputs)
+        inputs[name][0, 7] = torch.nan
+        spoiled = call(backend)(**inputs)
+    group = torch.arange(8, device=backend.device)
+    other = (group != spoiled["index"][0, 7]) & (group != clean["index"][0, 7])
+    for field in ("x", "size", "positions"):
+        assert_equal(field, spoiled[field][0, other], clean[field][0, other])
+
+
+# Derivatives of derivatives
+
+
+@only_float64
+@each("own", [True, False], ids=["by x", "by q"])
+@each_weight
+def test_derivatives(backend, weight, own, dtype):
+    mask = torch.tensor([[True, True, False, True]])
+    inputs = given(tokens(backend, 1, 4, 2, 1, 2, dtype, own, P=1))
+    leaves = [value.to(dtype).requires_grad_() for value in inputs.values()]
+    through = call(backend, "dot", weight, mask)
+
+    def floats(*values):
+        return tuple(v for n, v in through(**dict(zip(inputs, values, strict=True))).items() if n != "index")
+
+    assert torch.autograd.gradcheck(floats, leaves)
+    assert torch.autograd.gradgradcheck(floats, leaves)

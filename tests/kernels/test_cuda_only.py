@@ -1,0 +1,122 @@
+"""What only the CUDA kernels have: threads in any order, plans of any content, digits of their sort, shared memory."""
+
+import importlib
+
+import pytest
+import torch
+from cases import draw, each, each_reduction, only, run, unwritten
+from test_every_verb import VERBS, calling
+
+import sttm_kernels as sttm
+from sttm_kernels import dispatch
+from sttm_kernels.checks import check_match, fields, make_mask
+from sttm_kernels.functional import assign_merge
+from sttm_kernels.testing import assert_equal, assert_order, guarded, make_index, make_tokens
+
+DEVICE = "cpu" if dispatch.on_host() else "cuda"
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("needs STTM_CUDA_HOST or an NVIDIA GPU", allow_module_level=True)
+if dispatch.why_not("merge", "cuda", DEVICE) is not None:
+    pytest.skip(str(dispatch.why_not("merge", "cuda", DEVICE)), allow_module_level=True)
+
+ORDERS = ("forward", "reverse", "shuffle:1")
+ONE_LAUNCH = 2048  # kOneLaunch of csrc/include/sttm/match.cuh
+
+
+@pytest.mark.skipif(not dispatch.on_host(), reason="a GPU has an order of its own")
+@each("verb", VERBS)
+@each(("N", "K", "C", "dtype"), [(20, 5, 24, torch.float32), (70, 66, 140, torch.bfloat16)])
+def test_the_order_of_threads_and_blocks_changes_no_bit(verb, N, K, C, dtype, monkeypatch):
+    inputs, results = draw((2, N, K, 72, C), dtype), []
+    for order in ORDERS:
+        monkeypatch.setenv("STTM_HOST_ORDER", order)
+        results.append(run(calling(verb, "cuda"), inputs))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert_equal(name, other[name], value)
+
+
+@each_reduction
+@each("N", [20, 60])
+def test_an_order_that_is_not_one_stays_in_bounds(reduce, N, outputs_amid_poison):
+    """Callers may pass any plan: what it gives is meaningless, but every access is inside (the sanitizer looks)."""
+    order = torch.tensor([-1, N, 2**31 - 1, -(2**31), 3]).repeat(2, N // 5).to(DEVICE, torch.int32)
+    offsets = torch.tensor([[0, 2**31 - 1, 4, -(2**31), N, N + 1], [-9, 0, N, 3, 2, 1]]).to(DEVICE, torch.int32)
+    index = make_index(2, N, 5, DEVICE)
+
+    def call(x, weight, size, positions):
+        plan = sttm.MergePlan(index, 5, weight=weight, order=order, offsets=offsets)
+        return fields(sttm.merge(x, plan, size, positions, reduce, impl="cuda"))
+
+    with unwritten(only(draw((2, N, 5, 1, 20), device=DEVICE), "x", "weight", "size", "positions")) as inputs:
+        run(call, inputs)
+
+
+@each(
+    ("N", "K", "C", "dtype"),
+    [
+        (1, 1, 8, torch.float32),
+        (33, 7, 20, torch.float32),
+        (49, 25, 200, torch.bfloat16),
+        (130, 70, 136, torch.float16),
+        (256, 128, 16, torch.float16),
+        (150, 5, 768, torch.float16),  # too much for shared memory
+    ],
+)
+@each("similarity", ["cosine", "dot"])
+def test_features_that_stay_in_shared_memory_give_the_same_bits(N, K, C, dtype, similarity):
+    """x as its own metric is read once, x and a copy of it twice."""
+    inputs = draw((2, N, K, C, C), dtype, DEVICE)
+    mask = make_mask(2, N, DEVICE)
+    mask[:, 0] = True
+    x = inputs["x"].masked_fill(~mask[..., None], torch.nan)
+    more = (inputs["meta"], similarity, 1.0, "softmax", mask, *only(inputs, "size", "positions", "fill").values())
+    (one, plan), (other, expected) = (assign_merge(x, q, *more, "cuda") for q in (None, x.clone()))
+    for name, value in (fields(other) | fields(expected) | {"index": expected.index}).items():
+        assert_equal(name, getattr(one if name in fields(one) else plan, name), value)
+
+
+# Long sequences, and sorting tokens by group
+
+
+def test_match_of_more_tokens_than_one_launch_takes():
+    check_match("cuda", make_tokens(2, ONE_LAUNCH + 151, 8, torch.float16, DEVICE), 700, 1)
+
+
+@each("name", ["src", "dst"])
+def test_lists_that_point_outside_are_not_followed(name, monkeypatch):
+    """The kernels trust nobody: such entries of the lists of src and dst count as padding."""
+    splits = importlib.import_module("sttm_kernels.partition")
+    lists = splits.lists
+
+    def wild(*args):
+        made = dict(zip(("src", "dst"), lists(*args), strict=True))
+        made[name] = made[name].clone()
+        made[name][..., -2:] = torch.tensor([-7, 20])
+        return tuple(made.values())
+
+    monkeypatch.setattr(splits, "lists", wild)
+    draws = torch.zeros(2, 20, dtype=torch.bool)
+    draws[:, 1::2] = True  # a mask, whose lists no cache knows
+    index = sttm.match(make_tokens(2, 20, 8, device=DEVICE), 4, 0, draws, impl="cuda").index
+    assert bool(((index >= -1) & (index < 16)).all())
+
+
+@each("kind", ["random", "even", "one", "none"])
+@each(
+    ("N", "K"),
+    [(1, 1), (16, 40), (77, 5), (257, 255), (300, 256), (300, 1023), (300, 1024), (ONE_LAUNCH + 5, 3000)],
+)
+def test_tokens_are_sorted_by_group(N, K, kind):
+    """By one digit or two, by small blocks or large ones; tokens without a group come last."""
+    cuda = importlib.import_module("sttm_kernels.impl.cuda")
+    index = make_index(2, N, K, DEVICE, kind=kind)
+    index[0, 0] = 2**31 - 1
+    index[1, -1] = -(2**31)
+    made = [guarded(index), *(guarded(torch.empty_like(index)) for _ in range(2))]
+    made.append(guarded(index.new_empty(2, K + 1)))
+    held, order, other, offsets = (one.tensor for one in made)
+    cuda._extension().csr(held, K, order, offsets, other, cuda._stream(index))
+    assert_order(torch.where((index < 0) | (index >= K), K, index), K, order, offsets)
+    for one in made:
+        one.check()

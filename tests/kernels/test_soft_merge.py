@@ -1,0 +1,188 @@
+"""soft_merge: values and gradients over both normalizations against the float64 specification."""
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    NOT_NUMBERS,
+    SHAPES,
+    SIMILARITIES,
+    SMALL,
+    draw,
+    each,
+    each_dtype,
+    each_layout,
+    each_normalize,
+    each_shape,
+    each_similarity,
+    only,
+    only_float64,
+    run,
+    temperature_of,
+    unwritten,
+)
+
+import sttm_kernels as sttm
+from sttm_kernels import reference
+from sttm_kernels.checks import check_soft_merge, fields, make_mask
+from sttm_kernels.testing import LAYOUTS, assert_equal, assert_verb_within_budget, assert_within_budget, make_tokens
+
+INPUTS = ("x", "q", "meta", "size", "positions")
+
+
+def tokens(backend, B, N, K, D, C, dtype=torch.float32, **more):
+    return only(draw((B, N, K, D, C), dtype, backend.device, **more), *INPUTS)
+
+
+def check(backend, inputs, normalize="meta", similarity="cosine", mask=None):
+    temperature = temperature_of(similarity, inputs["meta"].shape[-1])
+    return check_soft_merge(
+        backend.impl, **inputs, similarity=similarity, temperature=temperature, normalize=normalize, mask=mask
+    )
+
+
+@each_shape
+@each_dtype
+@each_normalize
+def test_shapes(backend, shape, dtype, normalize):
+    at = SHAPES.index(shape) + (normalize == "meta")
+    if SMALL and (at + DTYPES.index(dtype)) % 2:
+        pytest.skip("the interpreter runs every second case")
+    inputs = tokens(backend, *shape, dtype)
+    if shape.N == 1:  # sums that cancel have no budget: of x alone they do so exactly
+        inputs = only(inputs, "x", "q", "meta")
+    check(backend, inputs, normalize, SIMILARITIES[at % 3])
+
+
+@each_normalize
+@each_similarity
+def test_without_sizes_and_positions_and_with_many_features(backend, similarity, normalize):
+    D = 80 if SMALL else 200
+    check(backend, only(tokens(backend, 1, 9, 5, D, 20), "x", "q", "meta"), normalize, similarity)
+
+
+@pytest.mark.shipped_blocks
+@each_dtype
+def test_many_channels(backend, dtype):
+    check(backend, tokens(backend, 1, 33, 5, 88, 130, dtype))
+
+
+@each("P", [1, 8, 19])
+def test_positions_of_any_width(backend, P):
+    check(backend, tokens(backend, 1, 17 if SMALL else 70, 5, 16, 20, P=P))
+
+
+@each_layout
+@each_dtype
+@each_normalize
+def test_layouts_are_read_in_place(backend, layout, dtype, normalize):
+    if SMALL and (LAYOUTS.index(layout) + DTYPES.index(dtype) + (normalize == "meta")) % 2:
+        pytest.skip("the interpreter runs every second case")
+    inputs = tokens(backend, 2, 17, 5, 20, 20, dtype, layout=layout)
+    inputs["size"], inputs["positions"] = inputs["size"].mT.contiguous().mT, inputs["positions"][0]
+    mask = make_mask(17, 2, backend.device).mT
+    with unwritten(inputs) as held:
+        check(backend, held, normalize, SIMILARITIES[LAYOUTS.index(layout) % 3], mask)
+
+
+@each_normalize
+def test_mean_over_heads_and_shared_meta(backend, normalize):
+    inputs = tokens(backend, 2, 17, 5, 20, 20, heads=3)
+    check(backend, inputs, normalize)
+    interleaved = make_tokens(2, 17, 60, device=backend.device).view(2, 17, 3, 20).transpose(1, 2)
+    check(backend, inputs | {"q": interleaved, "meta": inputs["meta"][0]}, normalize, "dot")
+
+
+def test_tokens_in_float32_with_a_metric_in_half_precision(backend):
+    inputs = tokens(backend, 1, 17, 5, 20, 20)
+    check(backend, inputs | {name: inputs[name].half() for name in ("q", "meta")})
+
+
+@each_normalize
+@each_dtype
+def test_an_item_without_tokens(backend, dtype, normalize):
+    mask = make_mask(2, 17, backend.device)
+    mask[1] = False
+    out = check(backend, tokens(backend, 2, 17, 5, 20, 20, dtype), normalize, mask=mask)
+    assert not any(value[1].any() for value in out.values())
+
+
+@each("impl", ["backend", "reference"])
+@each_similarity
+@each_normalize
+def test_masked_tokens_are_not_read(backend, similarity, normalize, impl):
+    """A masked token may hold NaN: values and gradients are bit for bit those of one that holds zeros."""
+    impl = backend.impl if impl == "backend" else impl
+    inputs, mask = tokens(backend, 2, 40, 7, 6, 5), make_mask(2, 40, backend.device)
+    mask[1] = False
+
+    def call(x, q, meta, size, positions):
+        return fields(sttm.soft_merge(x, q, meta, similarity, 1.0, normalize, size, positions, mask, impl))
+
+    def found(rubbish):
+        given = {
+            name: value if name == "meta" else value.masked_fill(~mask.view(2, 40, *[1] * (value.dim() - 2)), rubbish)
+            for name, value in inputs.items()
+        }
+        return run(call, given)
+
+    clean, dirty = found(0.0), found(torch.nan)
+    for name, value in clean.items():
+        assert value.isfinite().all(), name
+        assert_equal(name, dirty[name], value)
+        if name.startswith("gradient") and "meta" not in name:
+            assert not value[~mask].any(), name
+
+
+@each_normalize
+def test_tiny_weights_of_half_precision_tokens_keep_their_digits(backend, normalize):
+    """A meta token that every token is far from: its weights are below the range of float16, its mean is not."""
+    inputs = only(tokens(backend, 1, 17, 2, 16, 20, torch.float16), "x", "q", "meta")
+    inputs["q"].fill_(1)
+    inputs["q"][:, :, 0] = torch.linspace(0.9, 1, 17)
+    inputs["meta"].fill_(1)
+    inputs["meta"][:, 1] = -1
+    given = {"similarity": "dot", "normalize": normalize}
+    out = sttm.soft_merge(**inputs, **given, impl=backend.impl)
+    truth = reference.soft_merge(**{name: t.double() for name, t in inputs.items()}, **given)
+    plain = reference.soft_merge(**inputs, **given)
+    assert normalize == "tokens" or 0 < truth.size[0, 1] < 1e-10
+    assert_within_budget("x", out.x, truth.x, plain.x, 17 + 16 + 2)
+
+
+@each("output", ["x", "size", "positions"])
+@each_normalize
+def test_a_loss_of_one_output(backend, output, normalize):
+    def through(verb, **more):
+        return lambda **leaves: {output: getattr(verb(**leaves, temperature=0.2, normalize=normalize, **more), output)}
+
+    actual, specification = through(sttm.soft_merge, impl=backend.impl), through(reference.soft_merge)
+    inputs = tokens(backend, 1, 17, 5, 20, 20)
+    assert_verb_within_budget(f"soft_merge: {output}", actual, specification, inputs, 42, 62)
+
+
+@each("value", NOT_NUMBERS)
+@each_normalize
+def test_features_that_are_not_numbers_stay_in_bounds(backend, normalize, value, outputs_amid_poison):
+    inputs = tokens(backend, 2, 17, 5, 20, 20)
+    for one in inputs.values():
+        one.view(-1)[::3] = value
+    with unwritten(inputs) as held:
+        run(lambda **given: fields(sttm.soft_merge(**given, normalize=normalize, impl=backend.impl)), held)
+    assert backend.impl == "torch" or len(outputs_amid_poison) >= 9
+
+
+@only_float64
+@each_similarity
+@each_normalize
+def test_derivatives(backend, similarity, normalize, dtype):
+    mask = torch.tensor([[True, True, False, True]])
+    inputs = tokens(backend, 1, 4, 2, 3, 2, dtype, P=2)
+    leaves = [value.to(dtype).requires_grad_() for value in inputs.values()]
+
+    def call(x, q, meta, size, positions):
+        out = sttm.soft_merge(x, q, meta, similarity, 0.7, normalize, size, positions, mask, backend.impl)
+        return tuple(fields(out).values())
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
