@@ -82,8 +82,8 @@ plan() {
         tests_gpu-*) command=(-m gpu tests) ;;
         tests_cuda-cpu) command=(tests/test_cuda_build.py) ;;
         tests_triton-cpu) command=(tests/test_triton_launch.py) ;;
-        tests_cuda-*) command=(tests/test_cuda_*.py) ;;
-        tests_triton-*) command=(tests/test_triton_*.py) ;;
+        tests_cuda-*) command=(-k cuda tests/kernels tests/test_cuda_*.py) ;;
+        tests_triton-*) command=(-k triton tests/kernels tests/test_triton_*.py) ;;
       esac
       command=("$python" -m pytest "${command[@]}")
       ;;
