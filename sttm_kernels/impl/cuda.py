@@ -6,6 +6,7 @@ here; the extension checks them, launches on the current stream and waits for no
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -76,7 +77,7 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
     if reason is None and verb not in globals():
         reason = f"there is no CUDA kernel for {verb}"
     if reason is None:
-        with torch.cuda.device(None if dispatch.on_host() else device):
+        with contextlib.nullcontext() if dispatch.on_host() else torch.cuda.device(device):
             problem = _extension().problem()
         reason = problem and f"{problem}; the extension was built for {' '.join(build_info()['architectures'])}"
     return reason
