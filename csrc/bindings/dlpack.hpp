@@ -7,7 +7,7 @@
 namespace sttm::dlpack {
 
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13;
+constexpr int32_t kCpu = 1, kCuda = 2, kCudaManaged = 13;
 constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Version {
