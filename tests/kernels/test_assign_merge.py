@@ -90,7 +90,6 @@ def test_shapes(backend, shape, dtype):
     check(backend, tokens(backend, *shape, dtype))
 
 
-@each_dtype
 @each_layout
 @each("own", [True, False], ids=["by x", "by q"])
 def test_layouts_are_read_in_place(backend, dtype, layout, own):
