@@ -15,6 +15,7 @@ from cases import (
     only,
     only_float64,
     run,
+    temperature_of,
     unwritten,
 )
 
@@ -102,7 +103,8 @@ def test_layouts_are_read_in_place(backend, dtype, layout, own):
 @each_similarity
 @each_weight
 def test_x_as_its_own_metric(backend, similarity, weight):
-    check(backend, tokens(backend, 2, 20, 6, 0, 40, own=True), similarity, 0.7, weight, extras=())
+    inputs = tokens(backend, 2, 20, 6, 0, 40, own=True)
+    check(backend, inputs, similarity, temperature_of(similarity, 40), weight, extras=())
 
 
 @pytest.mark.shipped_blocks
