@@ -42,10 +42,18 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def each_with_dtype(name: str, values: Any, ids: Callable[[Any], str] = str) -> pytest.MarkDecorator:
+    """Every value in every dtype; through the interpreter every value once, the dtypes of kernels in turn."""
+    pairs = [(value, dtype) for value in values for dtype in DTYPES]
+    if SMALL:
+        pairs = [(value, DTYPES[at % 3]) for at, value in enumerate(values)]
+    return each((name, "dtype"), pairs, ids=[f"{ids(value)}-{short(dtype)}" for value, dtype in pairs])
+
+
 each_dtype = each("dtype", DTYPES, ids=short)
 each_width = each("dtype", (torch.float32, torch.float16), ids=short)
 each_shape = each("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-each_layout = each("layout", LAYOUTS)
+each_layout = each_with_dtype("layout", LAYOUTS)
 each_similarity = each("similarity", SIMILARITIES)
 each_weight = each("weight", ("softmax", "uniform"))
 each_reduction = each("reduce", REDUCTIONS)

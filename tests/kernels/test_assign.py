@@ -82,7 +82,6 @@ def test_choices_values_and_gradients(backend, shape, similarity, weight, dtype)
 
 
 @each_layout
-@each_dtype
 def test_layouts_are_read_in_place(backend, layout, dtype):
     similarity = SIMILARITIES[(LAYOUTS.index(layout) + DTYPES.index(dtype)) % 3]
     mask = make_mask(17, 2, backend.device).mT

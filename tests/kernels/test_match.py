@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import NOT_NUMBERS, SHAPES, SMALL, each, each_dtype, each_layout, kernels_only, unwritten
+from cases import NOT_NUMBERS, SHAPES, SMALL, each, each_dtype, each_layout, each_with_dtype, kernels_only, unwritten
 
 import sttm_kernels as sttm
 from sttm_kernels import partition as splits
@@ -38,9 +38,9 @@ CASES = [  # B, N, D, num_prefix
 ]
 
 
-@each_dtype
-@each(("B", "N", "D", "num_prefix"), CASES)
-def test_any_number_of_merges(backend, B, N, D, num_prefix, dtype):
+@each_with_dtype("case", CASES)
+def test_any_number_of_merges(backend, case, dtype):
+    B, N, D, num_prefix = case
     metric = tokens(backend, B, N, D, dtype=dtype)
     half = (N - num_prefix) // 2
     for r in (N // 3, half) if SMALL else (0, 1, N // 4, half, half + 1, 1000):
@@ -70,7 +70,6 @@ def test_mean_over_heads(backend, N, dtype):
     check_match(backend.impl, interleaved, N // 3, 1)
 
 
-@each_dtype
 @each_layout
 def test_layouts_are_read_in_place(backend, layout, dtype):
     num_prefix = (0, 1, 2, 5)[(LAYOUTS.index(layout) + DTYPES.index(dtype)) % 4]
@@ -106,13 +105,13 @@ PLACES = [  # partition, grid, window, num_prefix
 ]
 
 
-@each_dtype
-@each(
-    ("partition", "grid", "window", "num_prefix"),
-    PLACES,
-    ids=lambda value: str(value) if value is None or isinstance(value, (str, tuple, int)) else "mask",
-)
-def test_partitions_and_windows(backend, partition, grid, window, num_prefix, dtype):
+def name_of(place):
+    return "-".join("mask" if isinstance(part, torch.Tensor) else str(part) for part in place)
+
+
+@each_with_dtype("place", PLACES, ids=name_of)
+def test_partitions_and_windows(backend, place, dtype):
+    partition, grid, window, num_prefix = place
     N = partition.shape[-1] if grid is None else num_prefix + math.prod(grid)
     metric = tokens(backend, 2, N, 12, dtype=dtype, seed=3)
     for r in (7, 1000) if SMALL else (0, 3, 7, 1000):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases import (
-    DTYPES,
     NOT_NUMBERS,
     SHAPES,
     SIMILARITIES,
@@ -13,8 +12,8 @@ from cases import (
     each_dtype,
     each_layout,
     each_normalize,
-    each_shape,
     each_similarity,
+    each_with_dtype,
     only,
     only_float64,
     run,
@@ -41,13 +40,10 @@ def check(backend, inputs, normalize="meta", similarity="cosine", mask=None):
     )
 
 
-@each_shape
-@each_dtype
+@each_with_dtype("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @each_normalize
 def test_shapes(backend, shape, dtype, normalize):
     at = SHAPES.index(shape) + (normalize == "meta")
-    if SMALL and (at + DTYPES.index(dtype)) % 2:
-        pytest.skip("the interpreter runs every second case")
     inputs = tokens(backend, *shape, dtype)
     if shape.N == 1:  # sums that cancel have no budget: of x alone they do so exactly
         inputs = only(inputs, "x", "q", "meta")
@@ -73,11 +69,8 @@ def test_positions_of_any_width(backend, P):
 
 
 @each_layout
-@each_dtype
 @each_normalize
 def test_layouts_are_read_in_place(backend, layout, dtype, normalize):
-    if SMALL and (LAYOUTS.index(layout) + DTYPES.index(dtype) + (normalize == "meta")) % 2:
-        pytest.skip("the interpreter runs every second case")
     inputs = tokens(backend, 2, 17, 5, 20, 20, dtype, layout=layout)
     inputs["size"], inputs["positions"] = inputs["size"].mT.contiguous().mT, inputs["positions"][0]
     mask = make_mask(17, 2, backend.device).mT

@@ -21,7 +21,6 @@ def test_shapes(backend, shape, dtype):
     check_unmerge(backend.impl, make_tokens(shape.B, shape.K, shape.C, dtype, backend.device), index)
 
 
-@each_dtype
 @each_layout
 @each("C", [1, 20, 24] if SMALL else [1, 20, 24, 65, 2100])
 def test_layouts_are_read_in_place_and_far_indices_are_none(backend, layout, C, dtype, outputs_amid_poison):
