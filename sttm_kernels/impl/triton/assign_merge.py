@@ -159,12 +159,12 @@ def assign_merge_kernel(
     rounded = tl.where(rounded == 0, 1.0, rounded)
     x_item = x + item * aligned(stride_xb, ALIGN_X)
     x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
-    spoiled = tl.zeros([BLOCK_K], tl.int32)
+    spoiled = tl.zeros([BLOCK_N], tl.int32)
     for back in range(0, C, BLOCK_C):
         start = (C - 1) // BLOCK_C * BLOCK_C - back
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
+        spoiled += tl.sum((tile - tile != 0).to(tl.int32), 1)
         total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
-        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
         _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
     if tl.sum(spoiled, 0) > 0:
         # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
@@ -242,5 +242,7 @@ def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Confi
     widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
     if arch < 90:
         widths = widths[1:]  # a third stage spills there
+    if arch >= 90 and itemsize == 4 and block_k == MAX_GROUPS:
+        widths = widths[2:]  # and so do wider tiles
     blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None
