@@ -31,6 +31,7 @@ from sttm_kernels.impl.triton.similarity import (
     rows_at,
     similarity_of,
     squares,
+    to_tf32,
 )
 
 MAX_TOKENS = 256
@@ -156,6 +157,8 @@ def assign_merge_kernel(
     chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
     real = chosen >= 0
     shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
+    if shares.dtype == tl.float32 and not WIDEN:
+        shares = to_tf32(shares)
     rounded = tl.where(rounded == 0, 1.0, rounded)
     x_item = x + item * aligned(stride_xb, ALIGN_X)
     x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
@@ -164,7 +167,7 @@ def assign_merge_kernel(
         start = (C - 1) // BLOCK_C * BLOCK_C - back
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
         spoiled += tl.sum((tile - tile != 0).to(tl.int32), 1)
-        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
+        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN, True)
         _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
     if tl.sum(spoiled, 0) > 0:
         # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
