@@ -103,7 +103,10 @@ def to_tf32(a):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr, A_ROUNDED: tl.constexpr = False):
-    """acc + a @ b; A_ROUNDED: a is TF32 already. WIDEN is for the interpreter, which would multiply the bit patterns of bfloat16."""
+    """acc + a @ b; A_ROUNDED: a is TF32 already.
+
+    WIDEN is for the interpreter, which would multiply the bit patterns of bfloat16.
+    """
     if WIDEN or a.dtype != b.dtype:
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float32 and PRECISION == "tf32" and not WIDEN:
