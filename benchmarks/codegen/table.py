@@ -112,16 +112,20 @@ def describe(arch: int, one: Specialization) -> str:
     return " ".join([*words, f"w{one.options['num_warps']}", f"s{one.options['num_stages']}"])
 
 
-def build(arch: int, one: Specialization) -> Report:
-    """Compiles `one` for `arch` and reads the machine code."""
+def source(one: Specialization) -> ASTSource:
+    """What the compiler takes."""
     places = {name: at for at, name in enumerate(one.signature)}
-    source = ASTSource(
+    return ASTSource(
         fn=one.kernel,
         signature=dict(one.signature),
         constexprs={(places[name],): value for name, value in one.constexprs.items()},
         attrs={(places[name],): [["tt.divisibility", 16]] for name in sorted(one.divisible)},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(one.options))
+
+
+def build(arch: int, one: Specialization) -> Report:
+    """Compiles `one` for `arch` and reads the machine code."""
+    kernel = triton.compile(source(one), target=GPUTarget("cuda", arch, 32), options=dict(one.options))
     return _read(kernel.asm["cubin"], kernel.metadata.shared)
 
 

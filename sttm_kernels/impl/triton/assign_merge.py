@@ -31,6 +31,7 @@ from sttm_kernels.impl.triton.similarity import (
     rows_at,
     similarity_of,
     squares,
+    to_tf32,
 )
 from sttm_kernels.plan import Merged, MergePlan
 
@@ -157,15 +158,17 @@ def assign_merge_kernel(
     chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
     real = chosen >= 0
     shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
+    if shares.dtype == tl.float32 and not WIDEN:
+        shares = to_tf32(shares)
     rounded = tl.where(rounded == 0, 1.0, rounded)
     x_item = x + item * aligned(stride_xb, ALIGN_X)
     x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
-    spoiled = tl.zeros([BLOCK_K], tl.int32)
+    spoiled = tl.zeros([BLOCK_N], tl.int32)
     for back in range(0, C, BLOCK_C):
         start = (C - 1) // BLOCK_C * BLOCK_C - back
         tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
-        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN)
-        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
+        spoiled += tl.sum((tile - tile != 0).to(tl.int32), 1)
+        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN, True)
         _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
     if tl.sum(spoiled, 0) > 0:
         # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
@@ -243,5 +246,7 @@ def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Confi
     widths = [(64, 3), (64, 2), (32, 2), (16, 2)] if itemsize == 2 else [(32, 3), (32, 2), (16, 2)]
     if arch < 90:
         widths = widths[1:]  # a third stage spills there
+    if arch >= 90 and itemsize == 4 and block_k == MAX_GROUPS:
+        widths = widths[2:]  # and so do wider tiles
     blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
     return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None

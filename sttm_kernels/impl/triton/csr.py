@@ -110,6 +110,7 @@ def start_kernel(index, cursor, offsets, N, K, chunks, BLOCK: tl.constexpr):
     at = cursor + item * chunks * (K + 1) + k
     for _ in range(chunks):
         here = tl.load(at, mask=k <= K, other=0)
+        tl.debug_barrier()  # threads may share an element
         tl.store(at, members, mask=k <= K)
         members += here
         at += K + 1

@@ -212,7 +212,9 @@ def select_kernel(
         n = start + tl.arange(0, BLOCK)
         merged = tl.load(index + n, mask=n < N, other=0) < 0
         other = tl.load(partner + n, mask=merged, other=0)
-        tl.store(index + n, tl.load(index + other, mask=merged, other=0), mask=merged)
+        group = tl.load(index + other, mask=merged, other=0)
+        tl.debug_barrier()  # threads may share a token
+        tl.store(index + n, group, mask=merged)
     tl.debug_barrier()
     if sorting != 0:
         sort_tokens(index, partner, order + item * N, offsets + item * (K + 1), N, K, BLOCK, BLOCK_PAIRS)

@@ -5,8 +5,9 @@ program owns a few groups and a slice of the channels. It walks through its grou
 time, and then through what long groups have left, many tokens of one at a time: everything is added up in float32, in
 an order that depends on the group alone.
 
-`merge_few_kernel` is for few groups and half precision without a CSR: a product with the weighted one-hot matrix on
-tensor cores, one launch. The way back is a gather by `merge_backward_kernel`.
+`merge_few_kernel` is for few groups and half precision: a product with the weighted one-hot matrix on tensor cores, one
+launch. Shapes alone decide, so that a plan with its CSR and one without give the same bits. The way back is a gather by
+`merge_backward_kernel`.
 """
 
 from __future__ import annotations
@@ -327,9 +328,8 @@ def merge(
     mass, positions_out = torch.empty_like(size_out), size_out.new_empty(B, K, P)
     features = (dense(weight), dense(size), *items(positions), *items(fill), y, size_out, positions_out, mass, N, K)
     constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment(strides)}
-    given = order is not None and offsets is not None
     half = x.dtype != torch.float32
-    if not given and half and reduce in ("mean", "sum") and K <= MAX_FEW and N <= MAX_FEW_TOKENS:
+    if half and reduce in ("mean", "sum") and K <= MAX_FEW and N <= MAX_FEW_TOKENS:
         config = _few_config(x.device, C, P)
         grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
         args = (x, *strides, index.contiguous(), *features)

@@ -71,7 +71,7 @@ def power_of_two(extent: int, least: int = 16) -> int:
 def rows_at(item, first, rows, stride, ALIGN: tl.constexpr):
     """Where rows [first, first + len(rows)) of a batch item start, (rows, 1); widened before it is multiplied."""
     stride = aligned(stride, ALIGN)
-    return item + first * stride.to(tl.int64) + (rows * stride)[:, None]
+    return item + first * stride.to(tl.int64) + (rows.to(tl.int64) * stride)[:, None]
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def features(
     d = start + tl.arange(0, BLOCK_D)[None, :]
     if D % BLOCK_D != 0:
         inside = inside & (d < D)
-    at = at + d * stride
+    at = at + d.to(tl.int64) * stride
     tile = tl.load(at, mask=inside, other=0.0)
     if HEADS > 1:
         total = tile.to(tl.float32)
@@ -96,10 +96,23 @@ def features(
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b. WIDEN is for the interpreter, which would multiply the bit patterns of bfloat16."""
+def to_tf32(a):
+    """float32 rounded to the nearest TF32; tensor cores drop the low bits of what they are given."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr, A_ROUNDED: tl.constexpr = False):
+    """acc + a @ b; A_ROUNDED: a is TF32 already.
+
+    WIDEN is for the interpreter, which would multiply the bit patterns of bfloat16.
+    """
     if WIDEN or a.dtype != b.dtype:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if a.dtype == tl.float32 and PRECISION == "tf32" and not WIDEN:
+        if not A_ROUNDED:
+            a = to_tf32(a)
+        b = to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -175,7 +175,7 @@ def soft_merge_shift_kernel(
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)[None, :]
             here = inside[:, None] & (c < C)
-            g_tile = tl.load(g_at + c * stride_gd, mask=here, other=0.0).to(tl.float32)
+            g_tile = tl.load(g_at + c.to(tl.int64) * stride_gd, mask=here, other=0.0).to(tl.float32)
             dot += tl.sum(g_tile * tl.load(y + row[:, None] * C + c, mask=here, other=0.0).to(tl.float32), 1)
     if u is not None:
         for axis in range(P):
