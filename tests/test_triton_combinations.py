@@ -39,13 +39,15 @@ SETTINGS = {
     "similarity": ("cosine", "l2", "dot"),
     "reduce": ("mean", "sum", "max", "first"),
     "normalize": ("meta", "tokens"),
-    "soft": (True, False),
+    "weight": ("softmax", "uniform"),
     "temperature": (0.5,),
     "impl": ("triton",),
     "num_groups": (K,),
     "r": (K - 1,),
     "num_prefix": (1,),
 }
+ALONG = {"positions_out": "positions", "offsets": "order", "dst": "src"}
+"""Optional tensors that are there when another is."""
 NAMES = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sttm_kernels::")]
 OPERATORS = [name for name in sorted(NAMES) if hasattr(implementation, name)]
 
@@ -77,15 +79,15 @@ def tensor(op, name, dtype):
     return torch.zeros(wide[name])
 
 
-def choices(argument):
+def choices(argument, results):
     """What is passed for an argument, the usual value first: settings, and for tensors whether they are there."""
     kind = str(argument.type)
-    if kind == "Optional[Tensor]":
+    if kind == "Optional[Tensor]" and argument.name not in ALONG:
         return True, False
-    if kind == "Tensor":
+    if "Tensor" in kind:
         return (True,)
-    if kind.startswith("List[bool]"):
-        n = argument.N
+    if kind == "List[bool]":
+        n = results
         return tuple([True] * n if at == n else [i == at for i in range(n)] for at in (n, *range(n)))
     return SETTINGS[argument.name]
 
@@ -95,9 +97,10 @@ def combinations(op, full):
 
     The ends: all there, none, one, all but one. Unless `full`, only all and none with the usual settings.
     """
-    arguments = getattr(torch.ops.sttm_kernels, op).default._schema.arguments
-    options = [choices(argument) for argument in arguments]
-    optional = [at for at, argument in enumerate(arguments) if str(argument.type) == "Optional[Tensor]"]
+    schema = getattr(torch.ops.sttm_kernels, op).default._schema
+    arguments = schema.arguments
+    options = [choices(argument, len(schema.returns)) for argument in arguments]
+    optional = [at for at, values in enumerate(options) if values == (True, False)]
     usual = [values[0] for values in options]
     others = [
         [*usual[:at], value, *usual[at + 1 :]]
@@ -121,6 +124,9 @@ def call(op, dtype, arguments, chosen):
         for argument, value in zip(arguments, chosen, strict=True)
     ]
     named = {argument.name: at for at, argument in enumerate(arguments)}
+    for follower, leader in ALONG.items():
+        if follower in named and leader in named and given[named[leader]] is None:
+            given[named[follower]] = None
     if op == "assign_merge" and given[named["q"]] is None:
         given[named["meta"]] = torch.zeros(B, K, C, dtype=dtype)
     return getattr(torch.ops.sttm_kernels, op).default(*given)
