@@ -13,7 +13,7 @@ static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& m
     read_similarity(validate, a, q, meta, similarity, temperature, tf32);
     a.mask = validate.mask(mask, a.B, a.N);
     read_assignment(validate, a, index, score, lse, weight);
-    if (a.weight != nullptr && a.lse == nullptr) throw py::value_error("weight needs lse");
+    if (weight && !lse) throw py::value_error("weight needs lse");
     validate.run(assign, a, stream);
 }
 
@@ -32,7 +32,7 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
     a.lse = validate.dense<float>(lse, "lse", {a.B, a.N});
     a.grad_score = validate.column(grad_score, "grad_score", a.B, a.N);
     a.grad_lse = validate.column(grad_lse, "grad_lse", a.B, a.N);
-    if (grad_lse && a.lse == nullptr) throw py::value_error("grad_lse needs lse");
+    if (grad_lse && !lse) throw py::value_error("grad_lse needs lse");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
     validate.run(assign_backward, a, stream);
 }

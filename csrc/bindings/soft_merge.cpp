@@ -62,9 +62,9 @@ static void soft_merge_backward_arrays(const MaybeArray& grad_y, const MaybeArra
     if (grad_positions && (!positions || !positions_out)) {
         throw py::value_error("grad_positions needs positions and positions_out");
     }
-    const bool of_metric = a.grad_q != nullptr || a.grad_meta != nullptr;
-    if ((of_metric || a.grad_size_in != nullptr) && a.shift == nullptr) throw py::value_error("shift is needed");
-    if (of_metric && over_meta && a.grad_size_in == nullptr) throw py::value_error("grad_size_in is needed");
+    const bool of_metric = grad_q || grad_meta;  // an array without items has no address
+    if ((of_metric || grad_size_in) && !shift) throw py::value_error("shift is needed");
+    if (of_metric && over_meta && !grad_size_in) throw py::value_error("grad_size_in is needed");
     validate.run(soft_merge_backward, a, stream);
 }
 
