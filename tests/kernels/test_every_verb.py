@@ -1,6 +1,5 @@
 """What holds for every verb: the same bits in every run and batch, only the gradients that are asked for, no items."""
 
-import pytest
 import torch
 from cases import SMALL, draw, each, run, short
 
