@@ -196,13 +196,13 @@ def match(
         blocks = geometry, validate.extents("window", window, 3, "(t, h, w)")
 
     num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell)
+    alternate = isinstance(partition, str) and partition == "alternate"
+    if alternate:  # no more than there are src tokens, spelled in one way: tracers compare the spellings of an extent
+        r = min(r, (N - num_prefix) // 2)
     if blocks is not None:
         r = min(r, _partition.num_matchable(partition, N, num_prefix, *blocks))
-    else:
+    elif not alternate:
         r = min(r, N - num_prefix - num_dst if num_dst > 0 else 0)
-    alternate = isinstance(partition, str) and partition == "alternate"
-    if alternate:
-        r = min(r, (N - num_prefix) // 2)
 
     src = dst = None
     if impl == "reference" or blocks is not None or not alternate:
