@@ -189,17 +189,15 @@ class Operator:
         return self.inputs(*arguments), self.outputs(*saved[count:])
 
     def _pull(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        formula = self.formula
-        if formula is None or all(grad is None for grad in grads):
-            return (None,) * len(self.inputs._fields)
+        formula, fields = self.formula, self.inputs._fields
+        needs = [need and field not in self.constants for need, field in zip(ctx.needs_input_grad, fields, strict=True)]
+        if formula is None or not any(needs) or all(grad is None for grad in grads):
+            return (None,) * len(fields)
         a, out = self._saved(ctx)
-        needs = [
-            need and field not in self.constants for need, field in zip(ctx.needs_input_grad, a._fields, strict=True)
-        ]
         if self.backward is None:
             return tuple(pull_back(lambda *given: formula(self.inputs(*given), out), a, needs, grads))
         found = self.backward(a, out, self.outputs(*grads), self.inputs(*needs))
-        return tuple(found.get(field) if need else None for field, need in zip(a._fields, needs, strict=True))
+        return tuple(found.get(field) if need else None for field, need in zip(fields, needs, strict=True))
 
     def _push(self, ctx: Any, *tangents: Tensor | None) -> Any:
         a, out = self._saved(ctx)
