@@ -20,7 +20,7 @@ if INTERPRET:
 
 MAX_ACROSS = 65535
 """The most programs along the second and third axis of a grid."""
-_TENSORS = (Tensor, torch.nn.Parameter)
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _instead: list[Callable[..., None]] = []
 
 
@@ -31,7 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
     """
     if 0 in grid:
         return
-    if grid[0] > MAX_INT32 or max(grid[1:], default=0) > MAX_ACROSS:
+    if grid[0] > MAX_INT32 or (len(grid) > 1 and max(grid[1:]) > MAX_ACROSS):
         raise ValueError(
             f"{kernel.__name__} would take {' x '.join(map(str, grid))} programs, at most {MAX_INT32} x {MAX_ACROSS}: "
             "the batch times the blocks of tokens or groups, or the channels, are too many; split the batch"
@@ -40,7 +40,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
         _instead[-1](kernel, grid, args, config, constexprs)
         return
     if not INTERPRET:
-        args = tuple(_realigned(kernel, at, arg) for at, arg in enumerate(args))
+        for arg in args:  # this loop is most of what a launch costs here, so it is no more than it must be
+            if type(arg) in _TENSORS and arg.data_ptr() & 15:
+                args = tuple(_realigned(kernel, at, one) for at, one in enumerate(args))
+                break
     lead = next(arg for arg in args if isinstance(arg, Tensor))
     if lead.is_cuda and lead.get_device() != torch.cuda.current_device():
         with torch.cuda.device(lead.device):
