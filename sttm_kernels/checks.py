@@ -177,19 +177,16 @@ def check_soft_merge(
 ) -> dict[str, Tensor]:
     """Returns the outputs."""
 
-    def run(soft_merge, x, q, meta, size, positions):
-        return fields(soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask))
+    def run(impl, x, q, meta, size, positions):
+        return fields(
+            functional.soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask, impl)
+        )
 
     terms = x.shape[1] + q.shape[-1] + meta.shape[-2]
     return assert_verb_within_budget(
         f"soft_merge over {normalize}",
-        partial(run, partial(functional.soft_merge, impl=impl)),
-        lambda meta, positions, **rest: run(
-            reference.soft_merge,
-            meta=meta.expand(x.shape[0], *meta.shape[-2:]),
-            positions=positions,
-            **rest,
-        ),
+        partial(run, impl),
+        partial(run, "reference"),
         {"x": x, "q": q, "meta": meta, "size": size, "positions": positions},
         terms,
         terms + x.shape[2],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sttm_kernels import dispatch, ops, reference, validate
 from sttm_kernels import partition as _partition
-from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
 
 QUERIES = "(B, N, D) or (B, H, N, D)"
@@ -31,8 +31,8 @@ IMPL_NAMES = ("auto", *dispatch.IMPLEMENTATIONS)
 
 def _check_comparison(
     q: Tensor, shape: tuple[int, ...], meta: Tensor, similarity: str, temperature: float, mask: Tensor | None
-) -> tuple[Tensor, int]:
-    """Checks what q, of this shape, is compared to and how; returns meta as (B, K, D), and K."""
+) -> tuple[Tensor, Similarity]:
+    """Checks what q, of this shape, is compared to and how; returns meta as (B, K, D), and how."""
     B, N, D = shape[0], shape[-2], shape[-1]
     K = validate.features("meta", meta, "(B, K, D) or (K, D)", 2, 3)[-2]
     validate.same_dtype("meta", meta, "q", q)
@@ -44,7 +44,7 @@ def _check_comparison(
     if mask is not None:
         validate.boolean("mask", mask)
         validate.beside("mask", mask, "(B, N)", (B, N), "q", q)
-    return meta, K
+    return meta, Similarity(similarity, float(temperature))
 
 
 def _check_rows(q: Tensor, x: Tensor, rows: tuple[int, int]) -> tuple[int, ...]:
@@ -133,11 +133,11 @@ def assign(
     """
     validate.one_of("impl", impl, IMPL_NAMES)
     shape = validate.features("q", q, QUERIES, 3, 4)
-    meta, _ = _check_comparison(q, shape, meta, similarity, temperature, mask)
+    meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
     if impl == "reference":
-        return reference.assign(q, meta, similarity, temperature, weight, mask)
-    return ops.assign(q, meta, similarity, float(temperature), weight, mask, impl)
+        return reference.assign(q, meta, comparison, weight, mask)
+    return ops.assign(q, meta, comparison, weight, mask, impl)
 
 
 def match(
@@ -329,14 +329,14 @@ def assign_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
     metric, shape = (x, (B, N, C)) if q is None else (q, _check_rows(q, x, (B, N)))
-    meta, K = _check_comparison(metric, shape, meta, similarity, temperature, mask)
+    meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
     if impl == "reference" or metric.dtype != x.dtype:
         plan = assign(metric, meta, similarity, temperature, weight, mask, impl)
         return merge(x, plan, size, positions, fill=fill, impl=impl), plan
     size, positions = size_and_positions(x, size, positions)
-    fill = _check_fill(fill, x, K)
-    out, plan = ops.assign_merge(x, q, meta, similarity, float(temperature), weight, mask, size, positions, fill, impl)
+    fill = _check_fill(fill, x, meta.shape[1])
+    out, plan = ops.assign_merge(x, q, meta, comparison, weight, mask, size, positions, fill, impl)
     return MergedTokens(out.x, out.size, out.positions), plan
 
 
@@ -440,10 +440,10 @@ def soft_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     shape = _check_rows(q, x, (B, N))
-    meta, _ = _check_comparison(q, shape, meta, similarity, temperature, mask)
+    meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("normalize", normalize, validate.NORMALIZATIONS)
     size, positions = size_and_positions(x, size, positions)
     if impl == "reference":
-        return reference.soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, mask)
-    out = ops.soft_merge(x, q, meta, similarity, float(temperature), normalize, size, positions, mask, impl)
+        return reference.soft_merge(x, q, meta, comparison, normalize, size, positions, mask)
+    out = ops.soft_merge(x, q, meta, comparison, normalize, size, positions, mask, impl)
     return MergedTokens(out.x, out.size, out.positions)

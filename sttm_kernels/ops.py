@@ -23,6 +23,7 @@ from sttm_kernels.plan import (
     OfMerge,
     OfSoftMerge,
     PlanGrads,
+    Similarity,
     SoftMerged,
 )
 from sttm_kernels.reference import acc_dtype
@@ -35,6 +36,10 @@ def _if(given: Any, tensor: Tensor | None) -> Tensor | None:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _similarity(a: Any) -> Similarity:
+    return Similarity(a.similarity, a.temperature)
 
 
 def _features(positions: Tensor | None) -> int:
@@ -95,18 +100,16 @@ def _assign_fake(a: AssignIn) -> Sequence[Tensor | None]:
     )
 
 
-def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: str, temperature: float) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
     """score and lse of `reference.assign` at the groups that were chosen."""
     real = index >= 0
-    S = reference.pairwise_similarity(
-        torch.where(real[..., None], reference.mean_over_heads(q), 0), meta, similarity, temperature
-    )
+    S = reference.pairwise_similarity(torch.where(real[..., None], reference.mean_over_heads(q), 0), meta, similarity)
     score = S.gather(-1, index.long().clamp_min(0)[..., None]).squeeze(-1)
     return torch.where(real, score, 0), torch.where(real, S.logsumexp(-1), 0)
 
 
 def _assign_formula(a: AssignIn, out: AssignOut) -> Sequence[Tensor | None]:
-    score, lse = _scores(a.q, a.meta, out.index, a.similarity, a.temperature)
+    score, lse = _scores(a.q, a.meta, out.index, _similarity(a))
     if a.weight != "softmax":
         return None, score, None, None
     return None, score, lse, torch.where(out.index >= 0, (score - lse).exp(), 0)
@@ -124,20 +127,18 @@ def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfA
     if not any(needs) or (score is None and lse is None):
         return OfAssign(None, None)
     grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
-    return assign_backward(
-        grads, q, meta, a.similarity, a.temperature, _plan(out, meta.shape[1], a.weight), needs, a.impl
-    )
+    return assign_backward(grads, q, meta, _similarity(a), _plan(out, meta.shape[1], a.weight), needs, a.impl)
 
 
 def _assign_backward_run(run: Any, a: AssignBackwardIn) -> Sequence[Tensor | None]:
     plan = MergePlan(a.index, a.meta.shape[1], a.score, a.lse)
     grads = PlanGrads(a.grad_score, a.grad_lse)
-    return run(grads, a.q, a.meta, a.similarity, a.temperature, plan, OfAssign(*a.needs))
+    return run(grads, a.q, a.meta, _similarity(a), plan, OfAssign(*a.needs))
 
 
 def _assign_backward_formula(a: AssignBackwardIn, out: AssignBackwardOut) -> Sequence[Tensor | None]:
     def run(q: Tensor, meta: Tensor) -> Sequence[Tensor]:
-        return _scores(q, meta, a.index, a.similarity, a.temperature)
+        return _scores(q, meta, a.index, _similarity(a))
 
     return pull_back(run, (a.q, a.meta), a.needs, (a.grad_score, a.grad_lse))
 
@@ -146,7 +147,7 @@ _assign = Operator(
     "assign",
     AssignIn,
     AssignOut,
-    lambda run, a: AssignOut(*_of_plan(run(a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask))),
+    lambda run, a: AssignOut(*_of_plan(run(a.q, a.meta, _similarity(a), a.weight, a.mask))),
     _assign_fake,
     _assign_formula,
     _assign_gradient,
@@ -171,22 +172,20 @@ def _of_plan(plan: MergePlan) -> tuple[Any, ...]:
     return plan.index, plan.score, plan.lse, plan.weight
 
 
-def assign(
-    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None, impl: str
-) -> MergePlan:
-    a = (q, meta, mask, similarity, temperature, weight, impl)
+def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None, impl: str) -> MergePlan:
+    a = (q, meta, mask, *similarity, weight, impl)
     if (run := _assign.implementation(a)) is not None:
-        return run(q, meta, similarity, temperature, weight, mask)
+        return run(q, meta, similarity, weight, mask)
     return _plan(_assign.listened(a), meta.shape[1], weight)
 
 
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign,
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign,
     impl: str,
 ) -> OfAssign:  # fmt: skip
     assert plan.score is not None
     lse = plan.score if plan.lse is None else plan.lse
-    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, similarity, temperature, list(needs), impl)
+    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, *similarity, list(needs), impl)
     return OfAssign(*map(_needed, needs, _assign_backward(a)))
 
 
@@ -427,7 +426,7 @@ def _metric(a: AssignMergeIn) -> Tensor:
 
 
 def _assign_merge_run(run: Any, a: AssignMergeIn) -> AssignMergeOut:
-    merged, plan = run(a.x, a.q, a.meta, a.similarity, a.temperature, a.weight, a.mask, a.size, a.positions, a.fill)
+    merged, plan = run(a.x, a.q, a.meta, _similarity(a), a.weight, a.mask, a.size, a.positions, a.fill)
     return AssignMergeOut(*_of_plan(plan), *merged)
 
 
@@ -483,12 +482,12 @@ _assign_merge = Operator(
 
 
 def assign_merge(
-    x: Tensor, q: Tensor | None, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None,
+    x: Tensor, q: Tensor | None, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None,
     size: Tensor | None, positions: Tensor | None, fill: Tensor | None, impl: str,
 ) -> tuple[Merged, MergePlan]:  # fmt: skip
-    a = (x, q, meta, mask, size, positions, fill, similarity, temperature, weight, impl)
+    a = (x, q, meta, mask, size, positions, fill, *similarity, weight, impl)
     if (run := _assign_merge.implementation(a)) is not None:
-        return run(x, q, meta, similarity, temperature, weight, mask, size, positions, fill)
+        return run(x, q, meta, similarity, weight, mask, size, positions, fill)
     out = _assign_merge.listened(a)
     merged = Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
     return merged, _plan(out, meta.shape[1], weight)
@@ -634,7 +633,7 @@ def _soft_merge_fake(a: SoftMergeIn) -> Sequence[Tensor | None]:
 
 
 def _soft_merge_run(run: Any, a: SoftMergeIn) -> Sequence[Tensor | None]:
-    return run(a.x, a.q, a.meta, a.similarity, a.temperature, a.normalize, a.size, a.positions, a.mask)
+    return run(a.x, a.q, a.meta, _similarity(a), a.normalize, a.size, a.positions, a.mask)
 
 
 def _soft_merge_formula(a: SoftMergeIn, out: SoftMergeOut) -> Sequence[Tensor | None]:
@@ -658,7 +657,7 @@ def _soft_merge_gradient(
 
 def _soft_merge_backward_run(run: Any, a: SoftMergeBackwardIn) -> Sequence[Tensor | None]:
     return run(
-        MergedGrads(a.grad_y, a.grad_size, a.grad_positions), a.x, a.q, a.meta, a.similarity, a.temperature,
+        MergedGrads(a.grad_y, a.grad_size, a.grad_positions), a.x, a.q, a.meta, _similarity(a),
         a.normalize, a.size, a.positions, a.mask, SoftMerged(a.y, a.mass, a.positions_out, a.lse),
         OfSoftMerge(*a.needs),
     )  # fmt: skip
@@ -676,7 +675,7 @@ def _soft_merge_backward_formula(a: SoftMergeBackwardIn, out: SoftMergeBackwardO
     def run(
         x: Tensor, q: Tensor, meta: Tensor, size: Tensor | None, positions: Tensor | None
     ) -> Sequence[Tensor | None]:
-        merged = reference.soft_merge(x, q, meta, a.similarity, a.temperature, a.normalize, size, positions, a.mask)
+        merged = reference.soft_merge(x, q, meta, _similarity(a), a.normalize, size, positions, a.mask)
         return merged.x, merged.size, merged.positions
 
     inputs = (a.x, a.q, a.meta, a.size, a.positions)
@@ -706,11 +705,11 @@ _soft_merge_backward = Operator(
 
 
 def soft_merge(
-    x: Tensor, q: Tensor, meta: Tensor, similarity: str, temperature: float, normalize: str, size: Tensor | None,
+    x: Tensor, q: Tensor, meta: Tensor, similarity: Similarity, normalize: str, size: Tensor | None,
     positions: Tensor | None, mask: Tensor | None, impl: str,
 ) -> SoftMerged:  # fmt: skip
-    a = (x, q, meta, size, positions, mask, similarity, temperature, normalize, impl)
+    a = (x, q, meta, size, positions, mask, *similarity, normalize, impl)
     if (run := _soft_merge.implementation(a)) is not None:
-        return run(x, q, meta, similarity, temperature, normalize, size, positions, mask)
+        return run(x, q, meta, similarity, normalize, size, positions, mask)
     out = _soft_merge.listened(a)
     return SoftMerged(out.y, out.size_out, _if(positions, out.positions_out), out.lse)

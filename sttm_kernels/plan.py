@@ -92,6 +92,13 @@ class MergedGrads(NamedTuple):
     positions: Tensor | None
 
 
+class Similarity(NamedTuple):
+    """How tokens are compared to meta tokens: S[n, k] = kind(q_n, m_k) / temperature."""
+
+    kind: str = "cosine"
+    temperature: float = 1.0
+
+
 class PlanGrads(NamedTuple):
     """Gradients of a plan of `assign`; `lse` is None for a zero one."""
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
+
+COSINE = Similarity()
 
 NORM_FLOOR = 1e-6
 """Norms are clamped here, so that a zero row has cosine similarity 0 to everything, never NaN."""
@@ -25,23 +27,22 @@ def mean_over_heads(q: Tensor) -> Tensor:
     return q.mean(1) if q.dim() == 4 else q
 
 
-def pairwise_similarity(q: Tensor, m: Tensor, similarity: str, temperature: float) -> Tensor:
+def pairwise_similarity(q: Tensor, m: Tensor, similarity: Similarity) -> Tensor:
     """S[n, k] = sim(q_n, m_k) / temperature, `(B, N, K)`."""
     q, m = q.to(acc_dtype(q.dtype)), m.to(acc_dtype(m.dtype))
-    if similarity == "cosine":
+    if similarity.kind == "cosine":
         q = q / q.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
         m = m / m.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
     dot = q @ m.mT
-    if similarity == "l2":
+    if similarity.kind == "l2":
         dot = 2 * dot - q.square().sum(-1)[..., :, None] - m.square().sum(-1)[..., None, :]
-    return dot / temperature
+    return dot / similarity.temperature
 
 
 def assign(
     q: Tensor,
     meta: Tensor,
-    similarity: str = "cosine",
-    temperature: float = 1.0,
+    similarity: Similarity = COSINE,
     weight: str = "softmax",
     mask: Tensor | None = None,
 ) -> MergePlan:
@@ -49,7 +50,7 @@ def assign(
     q = mean_over_heads(q)
     if mask is not None:
         q = torch.where(mask[..., None], q, 0)
-    S = pairwise_similarity(q, meta, similarity, temperature)
+    S = pairwise_similarity(q, meta, similarity)
     index = S.argmax(-1)
     score = S.gather(-1, index[..., None]).squeeze(-1)
     lse = S.logsumexp(-1)
@@ -83,7 +84,7 @@ def match(
         block = torch.nn.functional.pad(block, (num_prefix, 0), value=-1)
         may_meet = may_meet & (block[:, None] == block[None, :])
 
-    S = pairwise_similarity(metric, metric, "cosine", 1.0).masked_fill(~may_meet, -torch.inf)
+    S = pairwise_similarity(metric, metric, COSINE).masked_fill(~may_meet, -torch.inf)
     score, partner = S.max(-1)
 
     best_first = score.argsort(dim=-1, descending=True, stable=True)
@@ -159,8 +160,7 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
-    similarity: str = "cosine",
-    temperature: float = 1.0,
+    similarity: Similarity = COSINE,
     weight: str = "softmax",
     mask: Tensor | None = None,
     size: Tensor | None = None,
@@ -168,7 +168,7 @@ def assign_merge(
     fill: Tensor | None = None,
 ) -> tuple[MergedTokens, MergePlan]:
     """`assign`, of x itself where q is None, then `merge` by "mean"."""
-    plan = assign(x if q is None else q, meta, similarity, temperature, weight, mask)
+    plan = assign(x if q is None else q, meta, similarity, weight, mask)
     return merge(x, plan, size, positions, "mean", fill), plan
 
 
@@ -191,8 +191,7 @@ def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str = "cosine",
-    temperature: float = 1.0,
+    similarity: Similarity = COSINE,
     normalize: str = "meta",
     size: Tensor | None = None,
     positions: Tensor | None = None,
@@ -203,7 +202,7 @@ def soft_merge(
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     real = real[..., None]
     q = torch.where(real, mean_over_heads(q), 0)
-    S = pairwise_similarity(q, meta, similarity, temperature).to(acc)
+    S = pairwise_similarity(q, meta, similarity).to(acc)
     if normalize == "meta":
         A = S.softmax(-1)
     else:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import reference
-from sttm_kernels.plan import MergePlan
+from sttm_kernels.plan import MergePlan, Similarity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "transposed", "strided", "sliced", "expanded")
@@ -257,13 +257,17 @@ def assign_at(
     real = index >= 0
     q = torch.where(real[..., None] if q.dim() == 3 else real[:, None, :, None], q, 0)
     meta = meta.expand(q.shape[0], *meta.shape[-2:])
-    S = reference.pairwise_similarity(reference.mean_over_heads(q), meta, similarity, temperature)
+    S = _similarities(q, meta, similarity, temperature)
     score = S.gather(-1, index.long().clamp_min(0)[..., None]).squeeze(-1)
     lse = S.logsumexp(-1)
     w = (score - lse).exp()
     score, lse, w = (torch.where(real, value, 0.0) for value in (score, lse, w))
     soft = weight == "softmax"
     return MergePlan(index, S.shape[-1], score, lse if soft else None, w if soft else None)
+
+
+def _similarities(q: Tensor, meta: Tensor, similarity: str, temperature: float) -> Tensor:
+    return reference.pairwise_similarity(reference.mean_over_heads(q), meta, Similarity(similarity, temperature))
 
 
 def assert_choice_within_budget(name: str, chosen: Tensor, best: Tensor, budget: float) -> None:
@@ -299,9 +303,9 @@ def assert_assign_within_budget(
     assert_index_in_range("index", plan.index, plan.num_groups)
     assert_equal("index >= 0", plan.index >= 0, real)
 
-    S = reference.pairwise_similarity(reference.mean_over_heads(q.double()), meta.double(), similarity, temperature)
+    S = _similarities(q.double(), meta.double(), similarity, temperature)
     q_plain, meta_plain = (t.to(plain_dtype(q.dtype) or q.dtype) for t in (q, meta))
-    S_plain = reference.pairwise_similarity(reference.mean_over_heads(q_plain), meta_plain, similarity, temperature)
+    S_plain = _similarities(q_plain, meta_plain, similarity, temperature)
     budget = error_budget(S, S_plain, acc, terms)
     chosen = S.gather(-1, plan.index.long().clamp_min(0)[..., None]).squeeze(-1)
     assert_choice_within_budget("index", chosen[real], S.max(-1).values[real], budget)
@@ -407,7 +411,7 @@ def assert_match_within_budget(
 
     def similarities(metric: Tensor) -> Tensor:
         metric = reference.mean_over_heads(metric)
-        return reference.pairwise_similarity(metric, metric, "cosine", 1.0).masked_fill(~may_meet, -torch.inf)
+        return reference.pairwise_similarity(metric, metric, reference.COSINE).masked_fill(~may_meet, -torch.inf)
 
     S, S_plain = similarities(metric.double()), similarities(metric.to(plain_dtype(metric.dtype) or metric.dtype))
     terms = metric.shape[-1] * (metric.shape[1] if metric.dim() == 4 else 1)

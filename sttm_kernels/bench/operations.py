@@ -20,7 +20,7 @@ from sttm_kernels import functional, reference
 from sttm_kernels import partition as _partition
 from sttm_kernels.bench import rivals
 from sttm_kernels.bench.workloads import Workload
-from sttm_kernels.plan import MergePlan
+from sttm_kernels.plan import MergePlan, Similarity
 from sttm_kernels.testing import (
     assert_assign_within_budget,
     assert_choice_within_budget,
@@ -229,8 +229,8 @@ def check_nearest(inputs: Inputs, index: Tensor) -> None:
     assert inputs.meta is not None
     q, meta = inputs.metric[:1], inputs.meta[:1]
     plain_dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
-    truth = reference.pairwise_similarity(q.double(), meta.double(), "l2", 1.0)
-    plain = reference.pairwise_similarity(q.to(plain_dtype), meta.to(plain_dtype), "l2", 1.0)
+    truth = reference.pairwise_similarity(q.double(), meta.double(), Similarity("l2"))
+    plain = reference.pairwise_similarity(q.to(plain_dtype), meta.to(plain_dtype), Similarity("l2"))
     chosen = truth.gather(-1, index[:1].long()[..., None]).squeeze(-1)
     budget = error_budget(truth, plain, reference.acc_dtype(q.dtype), q.shape[-1])
     assert_choice_within_budget("index", chosen, truth.max(-1).values, budget)
@@ -238,8 +238,8 @@ def check_nearest(inputs: Inputs, index: Tensor) -> None:
 
 def check_row_maximum(inputs: Inputs, result: tuple[Tensor, Tensor]) -> None:
     q, m = (side[:1] for side in _sides(inputs))
-    truth = reference.pairwise_similarity(q.double(), m.double(), "cosine", 1.0).max(-1).values
-    plain = reference.pairwise_similarity(q.float(), m.float(), "cosine", 1.0).max(-1).values
+    truth = reference.pairwise_similarity(q.double(), m.double(), reference.COSINE).max(-1).values
+    plain = reference.pairwise_similarity(q.float(), m.float(), reference.COSINE).max(-1).values
     assert_within_budget("score", result[0][:1], truth, plain, q.shape[-1])
 
 

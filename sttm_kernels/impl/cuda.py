@@ -29,6 +29,7 @@ from sttm_kernels.plan import (
     OfMerge,
     OfSoftMerge,
     PlanGrads,
+    Similarity,
     SoftMerged,
 )
 from sttm_kernels.torch_private import raw_stream, tf32
@@ -201,21 +202,19 @@ def _new_plan(q: Tensor, num_groups: int, weight: str) -> MergePlan:
     return MergePlan(index, num_groups, score, lse, w)
 
 
-def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
     plan = _new_plan(q, meta.shape[1], weight)
-    _extension().assign(
-        q, meta, mask, similarity, temperature, tf32(), plan.index, plan.score, plan.lse, plan.weight, _stream(q)
-    )
+    _extension().assign(q, meta, mask, *similarity, tf32(), plan.index, plan.score, plan.lse, plan.weight, _stream(q))
     return plan
 
 
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:
     found = OfAssign(q.new_empty(q.shape) if needs.q else None, meta.new_empty(meta.shape) if needs.meta else None)
     _extension().assign_backward(
         *grads, q, meta, plan.index.contiguous(), _dense(plan.score), None if grads.lse is None else _dense(plan.lse),
-        similarity, temperature, tf32(), *found, _stream(q),
+        *similarity, tf32(), *found, _stream(q),
     )  # fmt: skip
     return found
 
@@ -224,8 +223,7 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     weight: str,
     mask: Tensor | None,
     size: Tensor | None,
@@ -236,12 +234,12 @@ def assign_merge(
     (B, N, C), K = x.shape, meta.shape[1]
     run = _extension()
     if N > run.ASSIGN_MERGE_TOKENS or K > run.ASSIGN_MERGE_GROUPS or q.dtype != x.dtype:
-        plan = assign(q, meta, similarity, temperature, weight, mask)
+        plan = assign(q, meta, similarity, weight, mask)
         return merge(x, plan, size, positions, "mean", fill), plan
     plan = _new_plan(q, K, weight)
     out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
     run.assign_merge(
-        x, q, meta, mask, _dense(size), _items(positions), _items(fill), similarity, temperature, tf32(),
+        x, q, meta, mask, _dense(size), _items(positions), _items(fill), *similarity, tf32(),
         plan.index, plan.score, plan.lse, plan.weight,
         out.x, out.size, _given(out.positions, out.size), out.mass, _stream(x),
     )  # fmt: skip
@@ -259,8 +257,7 @@ def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
@@ -272,7 +269,7 @@ def soft_merge(
     size_out, positions_out, _ = _sums(x, K, positions)
     y, lse = x.new_empty((B, K, C)), size_out.new_empty((B, N if over_meta else K))
     _extension().soft_merge(
-        x, q, meta, size, positions, mask, similarity, temperature, over_meta, tf32(),
+        x, q, meta, size, positions, mask, *similarity, over_meta, tf32(),
         y, size_out, positions_out, lse, _stream(x),
     )  # fmt: skip
     return SoftMerged(y.to(dtype), size_out, positions_out, lse)
@@ -283,8 +280,7 @@ def soft_merge_backward(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
@@ -311,7 +307,7 @@ def soft_merge_backward(
     _extension().soft_merge_backward(
         grad_y, grads.size, None if positions is None else grads.positions, x, q, meta, size, positions, mask,
         y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
-        similarity, temperature, over_meta, tf32(), grad_x,
+        *similarity, over_meta, tf32(), grad_x,
         grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
         out.size.new_empty((B, K)) if need_shift else None, _stream(x),
     )  # fmt: skip

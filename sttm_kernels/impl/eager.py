@@ -22,9 +22,10 @@ from sttm_kernels.plan import (
     OfMerge,
     OfSoftMerge,
     PlanGrads,
+    Similarity,
     SoftMerged,
 )
-from sttm_kernels.reference import NORM_FLOOR, acc_dtype, mean_over_heads
+from sttm_kernels.reference import COSINE, NORM_FLOOR, acc_dtype, mean_over_heads
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Similarities held at once: about the size of a CPU's caches; enough to fill a GPU."""
@@ -70,12 +71,11 @@ class _Similarity:
         self,
         q: Tensor,
         m: Tensor,
-        similarity: str,
-        temperature: float = 1.0,
+        similarity: Similarity,
         width: int = 0,
         inverse: Tensor | None = None,
     ):
-        self.q, self.m, self.kind, self.temperature, self.inverse = q, m, similarity, temperature, inverse
+        self.q, self.m, self.similarity, self.inverse = q, m, similarity, inverse
         self.shape = (q.shape[0], q.shape[1], max(m.shape[1], width))
         items, tokens = _tile_shape(*self.shape, q.device)
         self.buffer = m.new_empty(items * tokens * m.shape[1])
@@ -96,20 +96,18 @@ class _Similarity:
         torch.bmm(m, q.mT, out=S)
         if scale_S and self.inverse is not None:
             S.mul_(self.inverse[b, None, n])
-        if self.kind == "l2":
+        if self.similarity.kind == "l2":
             S.mul_(2).sub_(q.square().sum(-1)[:, None, :]).sub_(m.square().sum(-1)[:, :, None])
-        return S if self.temperature == 1.0 else S.div_(self.temperature)
+        return S if self.similarity.temperature == 1.0 else S.div_(self.similarity.temperature)
 
 
-def _similarity_to(
-    m: Tensor, q: Tensor, mask: Tensor | None, similarity: str, temperature: float, width: int = 0
-) -> _Similarity:
+def _similarity_to(m: Tensor, q: Tensor, mask: Tensor | None, similarity: Similarity, width: int = 0) -> _Similarity:
     """Of tokens q (B, N, D) or (B, H, N, D), as they are, to the operands m. A masked token has an `inverse` of 0."""
     q = mean_over_heads(q)
-    inverse = _inverse_norm(q) if similarity == "cosine" else None
+    inverse = _inverse_norm(q) if similarity.kind == "cosine" else None
     if inverse is not None and mask is not None:
         inverse.masked_fill_(~mask, 0)
-    return _Similarity(q, m, similarity, temperature, width, inverse)
+    return _Similarity(q, m, similarity, width, inverse)
 
 
 def _maxima(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,10 +130,10 @@ def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return value, index.gather(1, part[:, None]).squeeze(1)
 
 
-def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
     soft = weight == "softmax"
-    m = _operand(meta, similarity)
-    tile = _similarity_to(m, q, mask, similarity, temperature)
+    m = _operand(meta, similarity.kind)
+    tile = _similarity_to(m, q, mask, similarity)
     B, N, _ = tile.q.shape
     index = m.new_empty((B, N), dtype=torch.int32)
     score = m.new_empty((B, N))
@@ -156,15 +154,15 @@ def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight:
 
 
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:
     grad_score, grad_lse = grads
     real, index, lse = plan.index >= 0, plan.index.long().clamp_min(0), plan.lse
-    m = _operand(meta, similarity)
+    m = _operand(meta, similarity.kind)
     K, D = m.shape[1:]
-    tile = _similarity_to(m, q, real, similarity, temperature, width=D)
-    g = torch.where(real, grad_score / temperature, 0)
-    h = None if grad_lse is None else torch.where(real, grad_lse / temperature, 0)
+    tile = _similarity_to(m, q, real, similarity, width=D)
+    g = torch.where(real, grad_score / similarity.temperature, 0)
+    h = None if grad_lse is None else torch.where(real, grad_lse / similarity.temperature, 0)
 
     # dS = g [k = index] + h exp(S - lse), times what is linear in S: to the left for q, to the right for meta.
     grad_q, grad_m = _grad_of_rows(q), torch.zeros_like(m)
@@ -180,7 +178,7 @@ def assign_backward(
             grad = dS.mT @ m[b]
             grad_m[b] += dS @ rows
             total[b] += dS.sum(-1, keepdim=True)
-        if similarity == "l2":
+        if similarity.kind == "l2":
             grad = 2 * (grad - rows * (g if h is None else g + h)[b, n, None])
         if tile.inverse is not None:
             grad = _through_norm(grad, rows, tile.inverse[b, n, None])
@@ -189,9 +187,9 @@ def assign_backward(
         groups = _Groups(torch.where(real, index, -1), K)
         grad_m = groups.sum(tile.q, groups.sort(g if tile.inverse is None else g * tile.inverse)).to(m.dtype)
         total = groups.sum(g[..., None])
-    if similarity == "l2":
+    if similarity.kind == "l2":
         grad_m = 2 * (grad_m - m * total)
-    if similarity == "cosine":
+    if similarity.kind == "cosine":
         grad_m = _through_norm(grad_m, m, _inverse_norm(meta)[..., None])
     return OfAssign(_fresh(_of_heads(grad_q, q), q, needs.q), _fresh(grad_m, meta, needs.meta))
 
@@ -277,7 +275,7 @@ def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     T = b.shape[1]
     if not (B and S and T):
         return a.new_full((B, S), -torch.inf), torch.zeros((B, S), dtype=torch.int64, device=a.device)
-    tile = _Similarity(a, b, "cosine")
+    tile = _Similarity(a, b, COSINE)
     best = position = None
     for i, n in tile.tiles():
         value, index = _maxima(tile(i, n))
@@ -559,15 +557,14 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     weight: str,
     mask: Tensor | None,
     size: Tensor | None,
     positions: Tensor | None,
     fill: Tensor | None,
 ) -> tuple[Merged, MergePlan]:
-    plan = assign(x if q is None else q, meta, similarity, temperature, weight, mask)
+    plan = assign(x if q is None else q, meta, similarity, weight, mask)
     return merge(x, plan, size, positions, "mean", fill), plan
 
 
@@ -591,14 +588,13 @@ def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
     mask: Tensor | None,
 ) -> SoftMerged:
-    tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
+    tokens = _SoftTokens(x, q, meta, positions, mask, similarity)
     if mask is not None and size is not None:
         size = size.masked_fill(~mask, 0)
     B, N, K = tokens.shape
@@ -641,14 +637,13 @@ class _SoftTokens:
         meta: Tensor,
         positions: Tensor | None,
         mask: Tensor | None,
-        similarity: str,
-        temperature: float,
+        similarity: Similarity,
     ):
-        self.m = _operand(meta, similarity)
+        self.m = _operand(meta, similarity.kind)
         self.x, self.p, self.mask = x, positions, mask
         self.shape = (x.shape[0], x.shape[1], meta.shape[1])
         width = max(x.shape[2], q.shape[-1])
-        self.similarity = _similarity_to(self.m, q, mask, similarity, temperature, width)
+        self.similarity = _similarity_to(self.m, q, mask, similarity, width)
         self.tiles = self.similarity.tiles
 
     def attention(self, S: Tensor, lse: Tensor, b: slice, n: slice, normalize: str) -> Tensor:
@@ -685,8 +680,7 @@ def soft_merge_backward(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
@@ -697,7 +691,7 @@ def soft_merge_backward(
     grad_y, grad_size, grad_positions = grads
     y, mass, lse = out.x, out.size, out.lse
     need_x, need_q, need_meta, need_size, need_positions = needs
-    tokens = _SoftTokens(x, q, meta, positions, mask, similarity, temperature)
+    tokens = _SoftTokens(x, q, meta, positions, mask, similarity)
     if mask is not None and size is not None:
         size = size.masked_fill(~mask, 0)
     B, N, K = tokens.shape
@@ -737,18 +731,18 @@ def soft_merge_backward(
             dS = WT - A * WT.sum(1, keepdim=True)
         else:
             dS = WT if grad_size is None else WT - A * (grad_size * mass)[b, :, None]
-        dS = dS.to(tokens.m.dtype).div_(temperature)
+        dS = dS.to(tokens.m.dtype).div_(similarity.temperature)
         rows, unit = tokens.rows(b, n), tokens.similarity.inverse
         grad_m[b] += dS @ rows
         total[b] += dS.sum(-1, keepdim=True)
         grad = dS.mT @ tokens.m[b]
-        if similarity == "l2":
+        if similarity.kind == "l2":
             grad = 2 * (grad - rows * dS.sum(1)[..., None])
         grad_q[b, n] = grad if unit is None else _through_norm(grad, rows, unit[b, n, None])
 
-    if similarity == "l2":
+    if similarity.kind == "l2":
         grad_m = 2 * (grad_m - tokens.m * total)
-    if similarity == "cosine":
+    if similarity.kind == "cosine":
         grad_m = _through_norm(grad_m, tokens.m, _inverse_norm(meta)[..., None])
     return OfSoftMerge(
         grad_x if need_x else None,

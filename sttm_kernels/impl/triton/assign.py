@@ -25,7 +25,7 @@ from sttm_kernels.impl.triton.similarity import (
     store_to_heads,
     sum_of_squares,
 )
-from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads
+from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads, Similarity
 
 _EXTENTS = ["N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk"]
 _ADJACENT = ["stride_qd", "stride_md"]
@@ -310,7 +310,7 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 
 
 def forward(
-    pair: Pair, mask: Tensor | None, similarity: str, temperature: float, soft: bool,
+    pair: Pair, mask: Tensor | None, similarity: Similarity, soft: bool,
     index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
@@ -322,38 +322,38 @@ def forward(
         assign_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
         *places, mask, *((0, 0) if mask is None else mask.stride()),
-        index, score, lse, weight, N, K, 1.0 / temperature,
-        config=config, D=D, HEADS=H, SIMILARITY=similarity, CHOOSE=index is not None, SOFT=soft,
+        index, score, lse, weight, N, K, 1.0 / similarity.temperature,
+        config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, CHOOSE=index is not None, SOFT=soft,
         ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
 
 
-def assign(q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, mask: Tensor | None) -> MergePlan:
+def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
     pair = paired(q, meta)
     B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
-    forward(pair, mask, similarity, temperature, lse is not None, index, score, lse, w)
+    forward(pair, mask, similarity, lse is not None, index, score, lse, w)
     return MergePlan(index, pair[4], score, lse, w)
 
 
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: str, temperature: float, plan: MergePlan, needs: OfAssign
+    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:
     (grad_score, grad_lse), index, score, lse = grads, plan.index, plan.score, plan.lse
     places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
     grad_q, grad_meta = q.new_empty(q.shape) if need_q else None, meta.new_empty(meta.shape) if need_meta else None
     soft = grad_lse is not None
-    extents = (N, K, 1.0 / temperature)
+    extents = (N, K, 1.0 / similarity.temperature)
     if need_q and not soft:
         config = _gather_config(q.device, D)
         launch(
             assign_gather_kernel,
             (B * -(-N // config.blocks["BLOCK_N"]),),
             *places, index, score, grad_score, *grad_score.stride(), grad_q, *extents,
-            config=config, D=D, HEADS=H, SIMILARITY=similarity, ALIGN=align, WIDEN=INTERPRET,
+            config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, WIDEN=INTERPRET,
         )  # fmt: skip
         need_q = False
     rounding = precision(q.dtype)
@@ -367,7 +367,7 @@ def assign_backward(
             (B * -(-rows // config.blocks["BLOCK_OWN"]) * slices,),
             *places, index, lse, grad_score, *grad_score.stride(),
             grad_lse, *((0, 0) if grad_lse is None else grad_lse.stride()), grad, *extents,
-            config=config, D=D, HEADS=H, SIMILARITY=similarity, SOFT=soft, TOKENS=tokens,
+            config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, SOFT=soft, TOKENS=tokens,
             ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
         )  # fmt: skip
     return OfAssign(grad_q, grad_meta)

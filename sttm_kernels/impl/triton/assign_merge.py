@@ -33,7 +33,7 @@ from sttm_kernels.impl.triton.similarity import (
     squares,
     to_tf32,
 )
-from sttm_kernels.plan import Merged, MergePlan
+from sttm_kernels.plan import Merged, MergePlan, Similarity
 
 MAX_TOKENS = 256
 MAX_GROUPS = 128
@@ -189,8 +189,7 @@ def assign_merge(
     x: Tensor,
     q: Tensor | None,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     weight: str,
     mask: Tensor | None,
     size: Tensor | None,
@@ -206,7 +205,7 @@ def assign_merge(
         block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
         config = _config(x.device, 64 if N <= 64 else MAX_TOKENS, block_k, x.element_size())
     if config is None:
-        plan = assign(q, meta, similarity, temperature, weight, mask)
+        plan = assign(q, meta, similarity, weight, mask)
         return merge(x, plan, size, positions, "mean", fill), plan
 
     P = 0 if positions is None else positions.shape[2]
@@ -223,9 +222,9 @@ def assign_merge(
         x, *x_strides, *places,
         dense(mask), dense(size), *items(positions), *items(fill),
         index, score, lse, w, y, size_out, positions_out, mass,
-        N, K, 1.0 / temperature,
+        N, K, 1.0 / similarity.temperature,
         config=config,
-        C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, SOFT=soft,
+        C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, SOFT=soft,
         ALIGN_X=alignment(x_strides), ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
     )  # fmt: skip
     merged = Merged(y, size_out, None if positions is None else positions_out, mass)

@@ -37,7 +37,7 @@ from sttm_kernels.impl.triton.similarity import (
     store_to_heads,
     sum_of_squares,
 )
-from sttm_kernels.plan import MergedGrads, OfSoftMerge, SoftMerged
+from sttm_kernels.plan import MergedGrads, OfSoftMerge, Similarity, SoftMerged
 
 _EXTENTS = [
     "N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk", "stride_xb", "stride_xn",
@@ -451,8 +451,7 @@ def soft_merge(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
@@ -468,7 +467,7 @@ def soft_merge(
     over_meta = normalize == "meta"
     lse = size_out.new_empty(B, N if over_meta else K)
     if over_meta:
-        forward(pair, mask, similarity, temperature, True, None, None, lse, None)
+        forward(pair, mask, similarity, True, None, None, lse, None)
     rounding = precision(x.dtype, q.dtype)
     config = _forward_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
     blocks = config.blocks
@@ -476,8 +475,8 @@ def soft_merge(
         soft_merge_kernel,
         (B * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
         *places, x, *x_strides, *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
-        y, size_out, positions_out, lse, N, K, 1.0 / temperature,
-        config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity, OVER_META=over_meta,
+        y, size_out, positions_out, lse, N, K, 1.0 / similarity.temperature,
+        config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, OVER_META=over_meta,
         ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, WIDEN=INTERPRET, BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
     return SoftMerged(y, size_out, None if positions is None else positions_out, lse)
@@ -488,8 +487,7 @@ def soft_merge_backward(
     x: Tensor,
     q: Tensor,
     meta: Tensor,
-    similarity: str,
-    temperature: float,
+    similarity: Similarity,
     normalize: str,
     size: Tensor | None,
     positions: Tensor | None,
@@ -517,14 +515,14 @@ def soft_merge_backward(
         need_q = need_meta = False
 
     rounding = precision(x.dtype, q.dtype)
-    extents = (N, K, 1.0 / temperature)
+    extents = (N, K, 1.0 / similarity.temperature)
     token = (*_strided(size, 2), *_strided(mask, 2))
     common: dict[str, Any] = {
         "C": C,
         "D": D,
         "P": P,
         "HEADS": H,
-        "SIMILARITY": similarity,
+        "SIMILARITY": similarity.kind,
         "OVER_META": over_meta,
         "ALIGN": gcd(align, alignment(x_strides)),
         "G_ALIGN": 1 if grad_y is None else alignment(grad_y.stride()),
