@@ -241,8 +241,8 @@ class Operator:
 
         def forward(ctx: Any, *args: Any) -> Any:
             found = self._below(*args)
-            if forward_differentiating():  # which gives no tangent to a view
-                found = torch.utils._pytree.tree_map(torch.clone, found)
+            # A view has no tangent, and cannot be modified in place by who gets it.
+            found = torch.utils._pytree.tree_map(lambda t: t.detach() if t._is_view() else t, found)
             self._setup(ctx, args, found)
             return found
 

@@ -6,7 +6,6 @@ from cases import SMALL, draw, each, run, short
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
 from sttm_kernels.checks import fields
-from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import assert_equal
 
 VERBS = [
@@ -47,7 +46,7 @@ def calling(verb, impl, masked=True):
         if name == "match,":
             return fields(sttm.merge(x, sttm.match(q, q.shape[1] // 3, impl=impl), size, positions, impl=impl))
         if name == "assign_merge":
-            out, plan = assign_merge(x, q, meta, "cosine", 0.5, "softmax", mask, size, positions, fill, impl)
+            out, plan = sttm.assign_merge(x, q, meta, "cosine", 0.5, "softmax", mask, size, positions, fill, impl)
             return plan_fields(plan) | fields(out)
         if name == "soft_merge":
             return fields(sttm.soft_merge(x, q, meta, "cosine", 0.3, how, size, positions, mask, impl))
@@ -118,6 +117,15 @@ def test_only_the_gradients_that_are_needed(backend, verb):
         found = run(call, inputs, *names)
         for name in names:
             assert_equal(name, found[f"gradient of {name}"], every[f"gradient of {name}"])
+
+
+@each_verb
+def test_results_can_be_modified_in_place(backend, verb):
+    inputs = draw((2, 9, 4, 8, 6), device=backend.device)
+    leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
+    expected = calling(verb, backend.impl)(**leaves)
+    for name, result in calling(verb, backend.impl)(**leaves).items():
+        assert_equal(name, result.add_(1), expected[name] + 1)
 
 
 @each_verb
