@@ -7,6 +7,9 @@ same bits in every run (on a CPU: with the same number of threads) and whatever 
 kernel may depend on the batch. Nothing
 synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
 
+DTensors are taken and returned where all tensors are: a sharded batch stays sharded, so do channels of x that are only
+carried along, other shardings are gathered first; gradients come back as the inputs are sharded.
+
 `impl` is "cuda", "triton", "torch", "reference", or "auto", the first of the first three that can run here.
 
 Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, range or name,

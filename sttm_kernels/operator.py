@@ -129,6 +129,8 @@ class Operator:
 
     def listened(self, a: tuple[Any, ...]) -> Any:
         """The results, by way of whoever listens or differentiates."""
+        if any(hasattr(arg, "device_mesh") for arg in a):
+            return self._over_ranks(self.inputs(*a))
         if torch.compiler.is_compiling():
             found = self.overload(*a)
         elif transforming():
@@ -138,6 +140,11 @@ class Operator:
         else:
             found = self._autograd(*a)
         return self.outputs(*found) if len(self.outputs._fields) > 1 else self.outputs(found)
+
+    def _over_ranks(self, a: Any) -> Any:
+        from sttm_kernels import sharding  # not before there are DTensors: it imports torch.distributed.tensor
+
+        return sharding.run(self, a)
 
     def _flat(self, a: Any, results: Sequence[Tensor | None]) -> Any:
         if len(results) == 1:

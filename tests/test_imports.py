@@ -71,6 +71,7 @@ FILES = {
     "console": "base",
     "torch_private": "base",
     "dispatch": "base",
+    "sharding": "base",
     "reference": "reference",
     "impl": "impl",
     "operator": "ops",
