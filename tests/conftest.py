@@ -55,6 +55,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: runs with torch.empty as it is, for tests that trace")
+    if dispatch.interpreting() and importlib.util.find_spec("triton") is not None:
+        from launches import Compiled
+
+        config.pluginmanager.register(Compiled())
     torch.set_num_threads(1)  # tests are small: more threads wait for each other longer than they work
 
 

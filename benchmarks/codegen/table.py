@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from benchmarks.codegen import cuda
 from benchmarks.codegen.cases import SPECIALIZATIONS
@@ -127,6 +129,22 @@ def build(arch: int, one: Specialization) -> Report:
     """Compiles `one` for `arch` and reads the machine code."""
     kernel = triton.compile(source(one), target=GPUTarget("cuda", arch, 32), options=dict(one.options))
     return _read(kernel.asm["cubin"], kernel.metadata.shared)
+
+
+def front_end(arch: int, one: Specialization) -> None:
+    """Compiles `one` as far as Triton's own intermediate representation: in milliseconds, whatever its blocks.
+
+    Raises:
+        Exception: the compiler's own, where it refuses.
+    """
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(one.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source(one).make_ir(target, options, functions, modules, context)
 
 
 def _read(cubin: bytes, shared: int) -> Report:

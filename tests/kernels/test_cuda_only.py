@@ -1,4 +1,5 @@
-"""What only the CUDA kernels have: threads in any order, plans of any content, digits of their sort, shared memory."""
+"""What only the CUDA kernels have: which calls reach them, threads in any order, plans of any content, digits of their
+sort, shared memory."""
 
 import importlib
 
@@ -6,13 +7,16 @@ import pytest
 import torch
 from cases import draw, each, each_reduction, only, run, unwritten
 from test_every_verb import VERBS, calling
+from torch.utils._pytree import tree_leaves
 
 import sttm_kernels as sttm
+from benchmarks.codegen import combinations, forms
 from sttm_kernels import dispatch
 from sttm_kernels.checks import check_match, fields, make_mask
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import assert_equal, assert_order, guarded, make_index, make_tokens
 
+cuda = importlib.import_module("sttm_kernels.impl.cuda")
 DEVICE = "cpu" if dispatch.on_host() else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("needs STTM_CUDA_HOST or an NVIDIA GPU", allow_module_level=True)
@@ -21,6 +25,23 @@ if dispatch.why_not("merge", "cuda", DEVICE) is not None:
 
 ORDERS = ("forward", "reverse", "shuffle:1")
 ONE_LAUNCH = 2048  # kOneLaunch of csrc/include/sttm/match.cuh
+TINY = combinations.Extents(B=1, N=5, C=8, D=8, P=2, H=2)
+
+
+@each("op", combinations.operators(cuda))
+def test_every_combination_of_optional_arguments_runs(op, monkeypatch):
+    """Those that `forms` counts, in every dtype: each has kernels, which write all that they should."""
+    seen = forms.Seen(cuda._extension())
+    monkeypatch.setattr(cuda, "_extension", lambda: seen)
+    for dtype, rounding in combinations.KINDS:
+        with forms.products(rounding):
+            for chosen in combinations.combinations(op):
+                expected = combinations.call(op, "cuda", dtype, chosen, TINY, "meta")
+                found = combinations.call(op, "cuda", dtype, chosen, TINY, DEVICE)
+                for like, value in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+                    assert (value.shape, value.dtype) == (like.shape, like.dtype), (dtype, chosen)
+                    assert bool(torch.isfinite(value).all()), (dtype, chosen, "not written")
+    assert seen.forms == forms.of_cuda(op)
 
 
 @pytest.mark.skipif(not dispatch.on_host(), reason="a GPU has an order of its own")
@@ -109,7 +130,6 @@ def test_lists_that_point_outside_are_not_followed(name, monkeypatch):
 )
 def test_tokens_are_sorted_by_group(N, K, kind):
     """By one digit or two, by small blocks or large ones; tokens without a group come last."""
-    cuda = importlib.import_module("sttm_kernels.impl.cuda")
     index = make_index(2, N, K, DEVICE, kind=kind)
     index[0, 0] = 2**31 - 1
     index[1, -1] = -(2**31)
