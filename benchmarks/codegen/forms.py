@@ -22,6 +22,8 @@ from sttm_kernels import dispatch
 from sttm_kernels.impl import cuda
 
 EXTENTS = Extents(B=2, N=49, C=48, D=32, P=3, H=2)
+MANY = EXTENTS._replace(N=301)
+"""More groups than Triton merges by a product, and more tokens than `assign_merge` takes in one launch."""
 FULL = (torch.bfloat16, 90)
 """Where every combination is compiled by Triton; in other dtypes and for other architectures the ends."""
 
@@ -58,8 +60,8 @@ def of_triton(op: str) -> list[tuple[int, Any]]:
     with as_if_there_were_a_gpu():
         for (dtype, rounding), arch in everywhere:
             with products(rounding):
-                for chosen in combinations(op, (dtype, arch) == FULL):
-                    for one in recorded(op, partial(call, op, "triton", dtype, chosen, EXTENTS), arch):
+                for chosen, sizes in itertools.product(combinations(op, (dtype, arch) == FULL), (EXTENTS, MANY)):
+                    for one in recorded(op, partial(call, op, "triton", dtype, chosen, sizes), arch):
                         key = one.kernel.__name__, tuple(one.signature.items()), repr(sorted(one.constexprs.items()))
                         found.setdefault(key, (arch, one))
     return list(found.values())

@@ -40,7 +40,7 @@ def test_every_combination_of_optional_arguments_runs(op, monkeypatch):
                 found = combinations.call(op, "cuda", dtype, chosen, TINY, DEVICE)
                 for like, value in zip(tree_leaves(expected), tree_leaves(found), strict=True):
                     assert (value.shape, value.dtype) == (like.shape, like.dtype), (dtype, chosen)
-                    assert bool(torch.isfinite(value).all()), (dtype, chosen, "not written")
+                    assert not bool(value.isnan().any()), (dtype, chosen, "not written")
     assert seen.forms == forms.of_cuda(op)
 
 
