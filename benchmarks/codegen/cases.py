@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.codegen.combinations import products
 from benchmarks.codegen.recording import KINDS, Specialization, recorded, recorded_everywhere
 from sttm_kernels.impl.triton.assign import assign, assign_backward
 from sttm_kernels.impl.triton.assign_merge import assign_merge
@@ -148,16 +149,12 @@ def _unmerge() -> list[Specialization]:
 def _assign_merge() -> list[Specialization]:
     """What the ahead-of-time tests compile: the canonical frames, and the other branches in one dtype."""
     found = []
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
+    with products("tf32"):
         for arch in ARCHITECTURES:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 for N, K in ((196, 98), (196, 49), (196, 16), (49, 25)):
                     found += _assign_merge_example(arch, dtype, N, K)
             found += _assign_merge_example(arch, torch.bfloat16, 196, 98, extras=True)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
     return found
 
 

@@ -6,6 +6,7 @@ tensor whether it is there, for a setting its value, None for one that the exten
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -46,6 +47,17 @@ SETTINGS = {
     "num_prefix": (1,),
 }
 Combination = dict[str, Any]
+
+
+@contextlib.contextmanager
+def products(rounding: str) -> Iterator[None]:
+    """Within it float32 products are "ieee" or "tf32"."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = rounding
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def operators(implementation: Any) -> list[str]:

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.codegen.combinations import KINDS, Extents, call, combinations, operators
+from benchmarks.codegen.combinations import KINDS, Extents, call, combinations, operators, products
 from sttm_kernels import dispatch
 from sttm_kernels.impl import cuda
 
@@ -37,17 +37,6 @@ def as_if_there_were_a_gpu() -> Iterator[None]:
             yield
         finally:
             dispatch.kernel.cache_clear()
-
-
-@contextlib.contextmanager
-def products(rounding: str) -> Iterator[None]:
-    """Within it float32 products are "ieee" or "tf32"."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = rounding
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def of_triton(op: str) -> list[tuple[int, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.codegen.combinations import products
 from sttm_kernels.impl.triton.config import ARCHITECTURES, MAX_INT32, Config, forced_architecture
 from sttm_kernels.impl.triton.launch import launching_instead
 from sttm_kernels.impl.triton.similarity import precision
@@ -120,11 +121,7 @@ def recorded_everywhere(
     name: str, run: Callable[[], Any], dtype: torch.dtype, tf32: bool, dots: tuple[str, ...]
 ) -> list[Specialization]:
     """`recorded` on every architecture, with TF32 allowed or not."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
+    with products("tf32" if tf32 else "ieee"):
         exact = precision(dtype) == "ieee"
         kind = str(dtype).removeprefix("torch.")
         return [one for arch in ARCHITECTURES for one in recorded(f"{name} {kind}", run, arch, () if exact else dots)]
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

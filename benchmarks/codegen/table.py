@@ -4,6 +4,7 @@
     python -m benchmarks.codegen --impl triton cuda       # and every CUDA kernel, if there is an nvcc
     python -m benchmarks.codegen --arch 90 --verb merge   # some of them
     python -m benchmarks.codegen --covering               # of Triton's, the part that the tests compile
+    python -m benchmarks.codegen.forms                    # how many forms optional arguments make, compiling nothing
 
 Triton kernels are compiled as `launch` would compile them, and the machine code is read with the `cuobjdump` that ships
 inside Triton. The columns: registers per thread, bytes of shared memory per program (of a CUDA kernel, those known at

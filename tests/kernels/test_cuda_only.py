@@ -34,7 +34,7 @@ def test_every_combination_of_optional_arguments_runs(op, monkeypatch):
     seen = forms.Seen(cuda._extension())
     monkeypatch.setattr(cuda, "_extension", lambda: seen)
     for dtype, rounding in combinations.KINDS:
-        with forms.products(rounding):
+        with combinations.products(rounding):
             for chosen in combinations.combinations(op):
                 expected = combinations.call(op, "cuda", dtype, chosen, TINY, "meta")
                 found = combinations.call(op, "cuda", dtype, chosen, TINY, DEVICE)
