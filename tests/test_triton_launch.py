@@ -13,8 +13,9 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks.host_overhead import ALLOCATION_US, LIMIT_US, calls, stubbed_driver
 from sttm_kernels.impl.triton import config, launch, similarity
+from sttm_kernels.impl.triton.unmerge import compose_kernel
 
-compiled = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 replaces what is counted")
+compiled = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 replaces what is looked at")
 
 LENGTHS = (197, 129, 130, 131, 144, 160, 192, 196, 208, 224, 225, 240, 249, 250, 251, 252, 253, 254, 255, 256)
 
@@ -75,6 +76,7 @@ def test_a_verb_costs_the_host_less_than_the_limit(verb):
     assert cost < LIMIT_US * max(1.0, allocation / ALLOCATION_US)
 
 
+@compiled
 def test_the_device_of_the_tensors_is_made_current(monkeypatch):
     entered = []
 
@@ -89,6 +91,8 @@ def test_the_device_of_the_tensors_is_made_current(monkeypatch):
             entered.append("left")
 
     class Kernel:
+        params = compose_kernel.params[:2]
+
         def __getitem__(self, grid):
             return lambda *args, **options: entered.append(grid)
 
@@ -100,9 +104,9 @@ def test_the_device_of_the_tensors_is_made_current(monkeypatch):
     launch.launch(Kernel(), (3,), None, there, config=settings)
     assert entered == [torch.device("cuda:1"), (3,), "left"]
     entered.clear()
-    launch.launch(Kernel(), (3,), here, config=settings)
+    launch.launch(Kernel(), (3,), None, here, config=settings)
     assert entered == [(3,)]
-    launch.launch(Kernel(), (0, 3), here, config=settings)
+    launch.launch(Kernel(), (0, 3), None, here, config=settings)
     assert entered == [(3,)]
 
 

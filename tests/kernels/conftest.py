@@ -20,7 +20,7 @@ SMALL_BLOCKS = {
     "assign": {"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_D": 32},
     "assign_backward": {**_METRIC, "BLOCK_D": 64, "SLICE": 64},
     "assign_gather": {"BLOCK_N": 16, "BLOCK_D": 64},
-    "assign_merge": {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_C": 16},
+    "assign_merge": {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_D": 16},
     "nearest": {"BLOCK_S": 16, "BLOCK_T": 16, "BLOCK_D": 16},
     "select": {"BLOCK": 64, "BLOCK_PAIRS": 16},
     "sort": {"BLOCK": 64, "BLOCK_PAIRS": 16},

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import INTERPRET, Config, configured
-from sttm_kernels.impl.triton.launch import aligned, launch
+from sttm_kernels.impl.triton.config import Config, configured
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import aligned, dense
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
     Pair,
+    Rows,
+    Tile,
     features,
     finish,
     inverse_norm,
@@ -20,245 +25,229 @@ from sttm_kernels.impl.triton.similarity import (
     precision,
     products,
     pull_back,
+    resident,
     rows_at,
+    rows_of_item,
     similarity_of,
-    store_to_heads,
+    store_rows,
     sum_of_squares,
+    tile_of_program,
 )
 from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads, Similarity
 
-_EXTENTS = ["N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk"]
-_ADJACENT = ["stride_qd", "stride_md"]
+_NUMBERS = ["N", "K", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb"]
 
 
-@triton.jit(
-    do_not_specialize=[*_EXTENTS, "stride_rb", "stride_rn"],
-    do_not_specialize_on_alignment=_ADJACENT,
-)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    mask, stride_rb, stride_rn,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, mask,
     index, score, lse, weight,
     N, K, inverse_temperature,
-    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, CHOOSE: tl.constexpr, SOFT: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of tokens. CHOOSE: index and score; SOFT: lse, and with CHOOSE weight."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BLOCK_N
-    rows = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    n = first + rows
+    """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax."""
+    _, first, item = tile_of_program(N, BLOCK_N)
+    lanes, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    n = first + lanes
     inside = n < N
-    head = aligned(stride_qh, ALIGN)
-    q_at = rows_at(q + item * aligned(stride_qb, ALIGN), first, rows, stride_qn, ALIGN)
-    m_item = m + item * aligned(stride_mb, ALIGN)
-
-    own = 0
-    if D <= BLOCK_D:
-        own = features(q_at, inside[:, None], 0, stride_qd, head, D, HEADS, WIDEN, BLOCK_D)
-    q_sq = tl.zeros([BLOCK_N], tl.float32)
-    if SIMILARITY != "dot":
-        q_sq = sum_of_squares(q_at, inside[:, None], stride_qd, head, D, HEADS, WIDEN, BLOCK_N, BLOCK_D)
+    own = Tile(tokens, rows_at(tokens, first, lanes), inside[:, None])
+    values, q_sq = resident(own, D, HEADS, SIMILARITY != "dot", BLOCK_D)
 
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     chosen = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         real = start + k < K
-        m_at = rows_at(m_item, start, k, stride_mk, ALIGN)
-        dot, m_sq = products(
-            own, q_at, inside[:, None], stride_qd, head, m_at, real[:, None], stride_md, 0,
-            D, HEADS, 1, SIMILARITY != "dot", PRECISION, WIDEN, BLOCK_N, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
+        other = Tile(metas, rows_at(metas, start, k), real[:, None])
+        dot, m_sq = products(values, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
         S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
         S = tl.where(real[None, :], S, float("-inf"))
         top = tl.max(S, 1)
         higher = top > best  # strictly, and the lowest k within a tile: a tie goes to the lowest k
-        if CHOOSE:
+        if index is not None:
             at = tl.min(tl.where(top[:, None] == S, (start + k)[None, :], 2147483647), 1)
             chosen = tl.where(higher, at, chosen)
         new = tl.where(higher, top, best)
-        if SOFT:
+        if lse is not None:
             total = total * tl.exp(best - new) + tl.sum(tl.exp(S - new[:, None]), 1)
         best = new
 
-    if mask is not None:
-        real = tl.load(mask + item * stride_rb + n * stride_rn.to(tl.int64), mask=inside, other=0) != 0
-    else:
-        real = inside
     out = item * N + n
-    if CHOOSE:
+    real = inside
+    if mask is not None:
+        real = tl.load(mask + out, mask=inside, other=0) != 0
+    if index is not None:
         chosen = tl.minimum(chosen, K - 1)  # features that are not numbers
         tl.store(index + out, tl.where(real, chosen, -1), mask=inside)
         tl.store(score + out, tl.where(real, best, 0.0), mask=inside)
-        if SOFT:
+        if lse is not None:
             tl.store(weight + out, tl.where(real, 1.0 / total, 0.0), mask=inside)
-    if SOFT:
+    if lse is not None:
         tl.store(lse + out, tl.where(real, best + tl.log(total), 0.0), mask=inside)
 
 
+class Chosen(NamedTuple):
+    """What is known of the tokens of a call, whose batch item starts at `first`, and the gradients of its results."""
+
+    index: Any
+    lse: Any
+    grad_score: Any
+    grad_lse: Any
+    """None if only score has a gradient."""
+    first: Any
+    N: Any
+    K: Any
+
+
 @triton.jit
-def _token_terms(index, lse, g, stride_gb, stride_gn, h, stride_hb, stride_hn, item, n, N, K, SOFT: tl.constexpr):
+def _terms(plan, n):
     """Of tokens n: index, dL/dscore, dL/dlse, lse, and whether they have a group; 0 if not."""
-    chosen = tl.load(index + item * N + n, mask=n < N, other=-1)
-    real = (chosen >= 0) & (chosen < K)
-    score_grad = tl.load(g + item * stride_gb + n * stride_gn.to(tl.int64), mask=real, other=0.0)
-    if SOFT:
-        lse_grad = tl.load(h + item * stride_hb + n * stride_hn.to(tl.int64), mask=real, other=0.0)
-        level = tl.load(lse + item * N + n, mask=real, other=0.0)
-    else:
-        lse_grad, level = score_grad, score_grad
+    at = plan.first + n
+    chosen = tl.load(plan.index + at, mask=n < plan.N, other=-1)
+    real = (chosen >= 0) & (chosen < plan.K)
+    score_grad = tl.load(plan.grad_score + at, mask=real, other=0.0)
+    lse_grad, level = score_grad, score_grad
+    if plan.grad_lse is not None:
+        lse_grad = tl.load(plan.grad_lse + at, mask=real, other=0.0)
+        level = tl.load(plan.lse + at, mask=real, other=0.0)
     return chosen, score_grad, lse_grad, level, real
 
 
-@triton.jit(
-    do_not_specialize=[*_EXTENTS, "stride_gb", "stride_gn", "stride_hb", "stride_hn"],
-    do_not_specialize_on_alignment=_ADJACENT,
-)
+@triton.jit
+def _pull_back_one_by_one(
+    own, tokens, plan, k, part, inverse_temperature,
+    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """`pull_back` of every token into its own meta token alone: 0 times what is not finite would spoil the others."""
+    acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
+    along = tl.zeros([BLOCK_OWN], tl.float32)
+    lane = tl.arange(0, 1)
+    for n in range(plan.N):
+        chosen, score_grad, _, _, real = _terms(plan, n + lane)
+        token = Tile(tokens, rows_at(tokens, n, lane), real[:, None])
+        mine = k == chosen
+        weight = score_grad * inverse_temperature
+        share = tl.zeros([BLOCK_OWN], tl.float32)
+        if SIMILARITY == "l2":
+            share += weight
+        if SIMILARITY == "cosine":
+            weight *= inverse_norm(sum_of_squares(token, D, HEADS, BLOCK_D))
+            if D > SLICE:
+                for start in range(0, D, BLOCK_D):
+                    values = features(token, start, D, HEADS, BLOCK_D).to(tl.float32)
+                    share += weight * tl.sum(features(own, start, D, HEADS, BLOCK_D).to(tl.float32) * values, 1)
+        along = tl.where(mine, along + share, along)
+        values = features(token, part, D, HEADS, SLICE).to(tl.float32)
+        acc = tl.where(mine[:, None], acc + weight[:, None] * values, acc)
+    return acc, along
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_backward_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    index, lse, g, stride_gb, stride_gn, h, stride_hb, stride_hn, grad,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
+    index, lse, grad_score, grad_lse, grad,
     N, K, inverse_temperature,
-    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, SOFT: tl.constexpr, TOKENS: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, TOKENS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """dL/dq by tiles of tokens (TOKENS) or dL/dm by tiles of meta tokens; `grad` has one owner per row and slice of D.
 
     dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n), with S worked out again a tile at a time: once for every
-    slice of D, which only D > 128 has more than one of. Without SOFT h is 0.
+    slice of D, which only D > 128 has more than one of. Without `grad_lse` h is 0.
     """
-    if TOKENS:
-        num_own, num_other = N, K
-        own, stride_a, stride_ad = q + 0, stride_qn, stride_qd
-        other, stride_b, stride_bd = m + 0, stride_mk, stride_md
-        stride_ai, stride_bi = stride_qb, stride_mb
-        own_head, other_head = aligned(stride_qh, ALIGN), 0
-    else:
-        num_own, num_other = K, N
-        own, stride_a, stride_ad = m + 0, stride_mk, stride_md
-        other, stride_b, stride_bd = q + 0, stride_qn, stride_qd
-        stride_ai, stride_bi = stride_mb, stride_qb
-        own_head, other_head = 0, aligned(stride_qh, ALIGN)
-    OWN_HEADS: tl.constexpr = HEADS if TOKENS else 1
-    OTHER_HEADS: tl.constexpr = 1 if TOKENS else HEADS
+    SOFT: tl.constexpr = grad_lse is not None
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast
-    SLICES: tl.constexpr = (D + SLICE - 1) // SLICE
+    part, first, item = tile_of_program(N if TOKENS else K, BLOCK_OWN, D, SLICE)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    own, other = (tokens, metas) if TOKENS else (metas, tokens)
+    plan = Chosen(index, lse, grad_score, grad_lse, item * N, N, K)
 
-    tiles = tl.cdiv(num_own, BLOCK_OWN)
-    part = tl.program_id(0) % SLICES * SLICE
-    first = tl.program_id(0) // SLICES % tiles * BLOCK_OWN
-    item = (tl.program_id(0) // (SLICES * tiles)).to(tl.int64)
-    own_rows = tl.arange(0, BLOCK_OWN)
-    other_rows = tl.arange(0, BLOCK_OTHER)
-    own_at = rows_at(own + item * aligned(stride_ai, ALIGN), first, own_rows, stride_a, ALIGN)
-    other += item * aligned(stride_bi, ALIGN)
-    inside = first + own_rows < num_own
-    own_real = inside
+    lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
+    inside = first + lanes < own.count
+    real = inside
     if TOKENS:
-        chosen, score_grad, lse_grad, level, own_real = _token_terms(
-            index, lse, g, stride_gb, stride_gn, h, stride_hb, stride_hn, item, first + own_rows, N, K, SOFT
-        )
-
-    own_tile = 0
-    if D <= BLOCK_D:
-        own_tile = features(own_at, own_real[:, None], 0, stride_ad, own_head, D, OWN_HEADS, WIDEN, BLOCK_D)
-    own_sq = tl.zeros([BLOCK_OWN], tl.float32)
-    if SIMILARITY != "dot":
-        own_sq = sum_of_squares(own_at, own_real[:, None], stride_ad, own_head, D, OWN_HEADS, WIDEN, BLOCK_OWN, BLOCK_D)
-
+        chosen, score_grad, lse_grad, level, real = _terms(plan, first + lanes)
+    mine = Tile(own, rows_at(own, first, lanes), real[:, None])
+    values, own_sq = resident(mine, D, HEADS, SIMILARITY != "dot", BLOCK_D)
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     along = tl.zeros([BLOCK_OWN], tl.float32)
-    for start in range(0, num_other, BLOCK_OTHER):
-        other_at = rows_at(other, start, other_rows, stride_b, ALIGN)
-        if TOKENS:
-            real = start + other_rows < K
-            k = tl.expand_dims(start + other_rows, 0)
-            k_real = real[None, :]
-        else:
-            chosen, score_grad, lse_grad, level, real = _token_terms(
-                index, lse, g, stride_gb, stride_gn, h, stride_hb, stride_hn, item, start + other_rows, N, K, SOFT
-            )
-            k = tl.expand_dims(first + own_rows, 1)
-            k_real = inside[:, None]
+    for start in range(0, other.count, BLOCK_OTHER):
+        other_real = start + other_lanes < other.count
+        if not TOKENS:
+            chosen, score_grad, lse_grad, level, other_real = _terms(plan, start + other_lanes)
+        theirs = Tile(other, rows_at(other, start, other_lanes), other_real[:, None])
         dot = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
         other_sq = tl.zeros([BLOCK_OTHER], tl.float32)
         if SOFT or SIMILARITY == "cosine":
-            dot, other_sq = products(
-                own_tile, own_at, own_real[:, None], stride_ad, own_head,
-                other_at, real[:, None], stride_bd, other_head,
-                D, OWN_HEADS, OTHER_HEADS, SIMILARITY != "dot", PRECISION, WIDEN, BLOCK_OWN, BLOCK_OTHER, BLOCK_D,
-            )  # fmt: skip
+            dot, other_sq = products(values, mine, theirs, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
+        k = tl.expand_dims(start + other_lanes if TOKENS else first + lanes, 1 - ACROSS)
         dS = tl.where(k == tl.expand_dims(chosen, ACROSS), tl.expand_dims(score_grad, ACROSS), 0.0)
         if SOFT:
             S = similarity_of(dot, own_sq, other_sq, inverse_temperature, SIMILARITY)
-            P = tl.exp(tl.where(k_real, S, float("-inf")) - tl.expand_dims(level, ACROSS))
+            P = tl.exp(tl.where(k < K, S, float("-inf")) - tl.expand_dims(level, ACROSS))
             dS += P * tl.expand_dims(lse_grad, ACROSS)
-        values = features(other_at, real[:, None], part, stride_bd, other_head, D, OTHER_HEADS, WIDEN, SLICE)
+        their_slice = features(theirs, part, D, HEADS, SLICE)
         acc, along = pull_back(
-            acc, along, dS * inverse_temperature, dot, other_sq, values, SIMILARITY, D <= SLICE, PRECISION, WIDEN
+            acc, along, dS * inverse_temperature, dot, other_sq, their_slice, SIMILARITY, D <= SLICE, PRECISION
         )
 
-    values = features(own_at, own_real[:, None], part, stride_ad, own_head, D, OWN_HEADS, WIDEN, SLICE)
-    acc = finish(acc, along, values, own_sq, SIMILARITY, D <= SLICE)
+    if not (SOFT or TOKENS):
+        unbounded = tl.sum((acc - acc != 0).to(tl.int32), 1) + (along - along != 0).to(tl.int32)
+        if tl.sum(unbounded, 0) > 0:
+            acc, along = _pull_back_one_by_one(
+                mine, other, plan, first + lanes, part, inverse_temperature,
+                D, HEADS, SIMILARITY, BLOCK_OWN, BLOCK_D, SLICE,
+            )  # fmt: skip
+    acc = finish(acc, along, features(mine, part, D, HEADS, SLICE), own_sq, SIMILARITY, D <= SLICE)
     if TOKENS:
-        acc = tl.where(own_real[:, None], acc, 0.0)
-    d = part + tl.arange(0, SLICE)[None, :]
-    out = grad + (item * OWN_HEADS * num_own + (first + own_rows)[:, None]) * D + d
-    store_to_heads(out, acc, inside[:, None] & (d < D), num_own.to(tl.int64) * D, OWN_HEADS)
+        acc = tl.where(real[:, None], acc, 0.0)
+    store_rows(grad, acc, own, item, first + lanes, part, D, HEADS)
 
 
-@triton.jit(
-    do_not_specialize=[*_EXTENTS, "stride_gb", "stride_gn"],
-    do_not_specialize_on_alignment=_ADJACENT,
-)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_gather_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    index, score, g, stride_gb, stride_gn, grad,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
+    index, score, grad_score, grad,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dL/dq where only score has a gradient: dS is g at the chosen meta token, whose row is gathered."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles * BLOCK_N
-    rows = tl.arange(0, BLOCK_N)
-    n = first + rows
-    chosen = tl.load(index + item * N + n, mask=n < N, other=-1)
-    real = (chosen >= 0) & (chosen < K)
-    dS = tl.load(g + item * stride_gb + n * stride_gn.to(tl.int64), mask=real, other=0.0) * inverse_temperature
-    head = aligned(stride_qh, ALIGN)
-    q_at = rows_at(q + item * aligned(stride_qb, ALIGN), first, rows, stride_qn, ALIGN)
-    m_row = tl.where(real, chosen, 0).to(tl.int64) * aligned(stride_mk, ALIGN)
-    m_at = m + item * aligned(stride_mb, ALIGN) + m_row[:, None]
+    _, first, item = tile_of_program(N, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_N)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    plan = Chosen(index, None, grad_score, None, item * N, N, K)
+    n = first + lanes
+    chosen, score_grad, _, _, real = _terms(plan, n)
+    dS = score_grad * inverse_temperature
+    own = Tile(tokens, rows_at(tokens, first, lanes), real[:, None])
+    other = Tile(metas, rows_at(metas, 0, tl.where(real, chosen, 0)), real[:, None])
 
     q_sq = tl.zeros([BLOCK_N], tl.float32)
     m_sq = q_sq
     cosine = q_sq
     if SIMILARITY == "cosine":
-        q_sq = sum_of_squares(q_at, real[:, None], stride_qd, head, D, HEADS, WIDEN, BLOCK_N, BLOCK_D)
-        m_sq = sum_of_squares(m_at, real[:, None], stride_md, 0, D, 1, WIDEN, BLOCK_N, BLOCK_D)
+        q_sq = sum_of_squares(own, D, HEADS, BLOCK_D)
+        m_sq = sum_of_squares(other, D, HEADS, BLOCK_D)
         cosine = tl.load(score + item * N + n, mask=real, other=0.0) / inverse_temperature
         cosine = tl.where(tl.sqrt(q_sq) >= FLOOR, cosine, 0.0)  # below the floor a row is scaled, not normalised
         dS *= inverse_norm(q_sq)
     for start in range(0, D, BLOCK_D):
-        own = features(q_at, real[:, None], start, stride_qd, head, D, HEADS, WIDEN, BLOCK_D).to(tl.float32)
-        other = features(m_at, real[:, None], start, stride_md, 0, D, 1, WIDEN, BLOCK_D).to(tl.float32)
+        away = features(other, start, D, HEADS, BLOCK_D).to(tl.float32)
+        here = features(own, start, D, HEADS, BLOCK_D).to(tl.float32)
         if SIMILARITY == "cosine":
-            other = other * inverse_norm(m_sq)[:, None] - own * (inverse_norm(q_sq) * cosine)[:, None]
+            away = away * inverse_norm(m_sq)[:, None] - here * (inverse_norm(q_sq) * cosine)[:, None]
         if SIMILARITY == "l2":
-            other = 2.0 * (other - own)
-        value = tl.where(real[:, None], dS[:, None] * other, 0.0)
-        d = start + tl.arange(0, BLOCK_D)[None, :]
-        out = grad + (item * HEADS * N + n[:, None]) * D + d
-        store_to_heads(out, value, (n < N)[:, None] & (d < D), N.to(tl.int64) * D, HEADS)
+            away = 2.0 * (away - here)
+        value = tl.where(real[:, None], dS[:, None] * away, 0.0)
+        store_rows(grad, value, tokens, item, n, start, D, HEADS)
 
 
 RESIDENT = 128
@@ -310,7 +299,7 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 
 
 def forward(
-    pair: Pair, mask: Tensor | None, similarity: Similarity, soft: bool,
+    pair: Pair, mask: Tensor | None, similarity: Similarity,
     index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
@@ -321,10 +310,8 @@ def forward(
     launch(
         assign_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
-        *places, mask, *((0, 0) if mask is None else mask.stride()),
-        index, score, lse, weight, N, K, 1.0 / similarity.temperature,
-        config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, CHOOSE=index is not None, SOFT=soft,
-        ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
+        *places, dense(mask), index, score, lse, weight, N, K, 1.0 / similarity.temperature,
+        config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, PRECISION=rounding,
     )  # fmt: skip
 
 
@@ -334,42 +321,34 @@ def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: T
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
-    forward(pair, mask, similarity, lse is not None, index, score, lse, w)
+    forward(pair, mask, similarity, index, score, lse, w)
     return MergePlan(index, pair[4], score, lse, w)
 
 
 def assign_backward(
     grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:
-    (grad_score, grad_lse), index, score, lse = grads, plan.index, plan.score, plan.lse
+    grad_score, grad_lse = dense(grads.score), dense(grads.lse)
     places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
     grad_q, grad_meta = q.new_empty(q.shape) if need_q else None, meta.new_empty(meta.shape) if need_meta else None
-    soft = grad_lse is not None
     extents = (N, K, 1.0 / similarity.temperature)
-    if need_q and not soft:
+    constants = {"D": D, "HEADS": H, "SIMILARITY": similarity.kind, "ALIGN": align}
+    if need_q and grad_lse is None:
         config = _gather_config(q.device, D)
-        launch(
-            assign_gather_kernel,
-            (B * -(-N // config.blocks["BLOCK_N"]),),
-            *places, index, score, grad_score, *grad_score.stride(), grad_q, *extents,
-            config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, WIDEN=INTERPRET,
-        )  # fmt: skip
+        grid = (B * -(-N // config.blocks["BLOCK_N"]),)
+        args = (*places, plan.index, plan.score, grad_score, grad_q, *extents)
+        launch(assign_gather_kernel, grid, *args, config=config, **constants)
         need_q = False
     rounding = precision(q.dtype)
     config = _backward_config(q.device, q.dtype, rounding == "ieee", D)
     slices = -(-D // config.blocks["SLICE"])
     for tokens, rows, needed, grad in ((True, N, need_q, grad_q), (False, K, need_meta, grad_meta)):
-        if not needed:
-            continue
-        launch(
-            assign_backward_kernel,
-            (B * -(-rows // config.blocks["BLOCK_OWN"]) * slices,),
-            *places, index, lse, grad_score, *grad_score.stride(),
-            grad_lse, *((0, 0) if grad_lse is None else grad_lse.stride()), grad, *extents,
-            config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, SOFT=soft, TOKENS=tokens,
-            ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
-        )  # fmt: skip
+        if needed:
+            grid = (B * -(-rows // config.blocks["BLOCK_OWN"]) * slices,)
+            args = (*places, plan.index, plan.lse, grad_score, grad_lse, grad, *extents)
+            constants |= {"TOKENS": tokens, "PRECISION": rounding}
+            launch(assign_backward_kernel, grid, *args, config=config, **constants)
     return OfAssign(grad_q, grad_meta)
 
 

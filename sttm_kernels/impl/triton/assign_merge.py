@@ -13,22 +13,29 @@ A token whose features are not finite spoils its own group alone.
 
 from __future__ import annotations
 
+from math import gcd
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
-from sttm_kernels.impl.triton.config import INTERPRET, Config, configured
-from sttm_kernels.impl.triton.launch import aligned, launch
-from sttm_kernels.impl.triton.merge import dense, items, merge
+from sttm_kernels.impl.triton.config import Config, configured
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
+from sttm_kernels.impl.triton.merge import merge
 from sttm_kernels.impl.triton.similarity import (
-    alignment,
+    WIDEN,
+    Rows,
+    Tile,
     features,
     paired,
     precision,
     product,
     rows_at,
+    rows_of_item,
     similarity_of,
     squares,
     to_tf32,
@@ -39,150 +46,186 @@ MAX_TOKENS = 256
 MAX_GROUPS = 128
 
 
+class Frame(NamedTuple):
+    """What a batch item has beside features, of its tokens (they start at `token`) and groups (at `group`)."""
+
+    mask: Any
+    size: Any
+    index: Any
+    score: Any
+    lse: Any
+    weight: Any
+    mass: Any
+    token: Any
+    group: Any
+    N: Any
+    K: Any
+
+
 @triton.jit
-def _shares(index, weight, size, mass, item, n, N, K, SOFT: tl.constexpr):
+def _assign(
+    tokens, metas, frame, k, inverse_temperature,
+    D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes index, score, lse and weight of all tokens; returns mass_k and size'_k of all groups."""
+    is_group = k < frame.K
+    mass = tl.zeros(k.shape, tl.float32)
+    count = tl.zeros(k.shape, tl.float32)
+    lanes = tl.arange(0, BLOCK_R)
+    other = Tile(metas, rows_at(metas, 0, k), is_group[:, None])
+    for first in range(0, frame.N, BLOCK_R):
+        n = first + lanes
+        inside, at = n < frame.N, frame.token + n
+        real = inside
+        if frame.mask is not None:
+            real = real & (tl.load(frame.mask + at, mask=inside, other=0) != 0)
+        own = Tile(tokens, rows_at(tokens, first, lanes), real[:, None])
+        dot = tl.zeros([BLOCK_R, k.shape[0]], tl.float32)
+        q_sq = tl.zeros([BLOCK_R], tl.float32)
+        m_sq = tl.zeros(k.shape, tl.float32)
+        for start in range(0, D, BLOCK_D):
+            token, meta = features(own, start, D, HEADS, BLOCK_D), features(other, start, D, HEADS, BLOCK_D)
+            dot = product(token, tl.trans(meta), dot, "tf32")
+            if SIMILARITY != "dot":
+                q_sq += squares(token)
+                m_sq += squares(meta)
+        S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
+        S = tl.where(is_group[None, :], S, float("-inf"))
+
+        best = tl.max(S, 1)
+        chosen = tl.min(tl.where(best[:, None] == S, k[None, :], k.shape[0]), 1)  # a tie goes to the lowest k
+        chosen = tl.where(real, tl.minimum(chosen, frame.K - 1), -1)  # features that are not numbers
+        tl.store(frame.index + at, chosen, mask=inside)
+        tl.store(frame.score + at, tl.where(real, best, 0.0), mask=inside)
+        w = tl.where(real, 1.0, 0.0)
+        one = w
+        if frame.lse is not None:
+            total = tl.sum(tl.exp(S - best[:, None]), 1)
+            w = tl.where(real, 1.0 / total, 0.0)
+            tl.store(frame.lse + at, tl.where(real, best + tl.log(total), 0.0), mask=inside)
+            tl.store(frame.weight + at, w, mask=inside)
+        if frame.size is not None:
+            one = tl.load(frame.size + at, mask=real, other=0.0)
+            w *= one
+        member = chosen[:, None] == k[None, :]
+        mass += tl.sum(tl.where(member, w[:, None], 0.0), 0)
+        count += tl.sum(tl.where(member, one[:, None], 0.0), 0)
+    return mass, count
+
+
+@triton.jit
+def _shares(frame, n):
     """Of tokens n: the group, -1 if none, and w_n over the mass of that group."""
-    chosen = tl.load(index + item * N + n, mask=n < N, other=-1)
+    at = frame.token + n
+    chosen = tl.load(frame.index + at, mask=n < frame.N, other=-1)
     real = chosen >= 0
     w = tl.where(real, 1.0, 0.0)
-    if SOFT:
-        w = tl.load(weight + item * N + n, mask=real, other=0.0)
-    if size is not None:
-        w *= tl.load(size + item * N + n, mask=real, other=0.0)
-    whole = tl.load(mass + item * K + chosen, mask=real, other=0.0)
+    if frame.weight is not None:
+        w = tl.load(frame.weight + at, mask=real, other=0.0)
+    if frame.size is not None:
+        w *= tl.load(frame.size + at, mask=real, other=0.0)
+    whole = tl.load(frame.mass + frame.group + chosen, mask=real, other=0.0)
     return chosen, w / tl.where(whole == 0, 1.0, whole)
 
 
 @triton.jit
-def _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels [start, start + BLOCK_C) of all groups from sums of shares; groups without mass are filled."""
-    c = (start + tl.arange(0, BLOCK_C))[None, :]
-    inside = (k < K)[:, None] & (c < C)
+def _merge_positions(positions, out, frame, k, P: tl.constexpr, BLOCK_R: tl.constexpr):
+    for p in range(P):
+        mean = tl.zeros(k.shape, tl.float32)
+        for first in range(0, frame.N, BLOCK_R):
+            n = first + tl.arange(0, BLOCK_R)
+            chosen, share = _shares(frame, n)
+            share *= tl.load(positions + n * P + p, mask=chosen >= 0, other=0.0)
+            mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+        tl.store(out + (frame.group + k) * P + p, mean, mask=k < frame.K)
+
+
+@triton.jit
+def _store_means(y, fill, total, rounded, empty, frame, k, start, C: tl.constexpr):
+    """Channels from `start` on of all groups from sums of shares; groups without mass are filled."""
+    c = (start + tl.arange(0, total.shape[1]))[None, :]
+    inside = (k < frame.K)[:, None] & (c < C)
     mean = total / rounded[:, None]
     if fill is not None:
-        instead = tl.load(fill + item * stride_fb + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
+        instead = tl.load(fill + k[:, None] * C + c, mask=inside & empty[:, None], other=0.0)
         mean = tl.where(empty[:, None], instead.to(tl.float32), mean)
-    tl.store(y + (item * K + k)[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + (frame.group + k)[:, None] * C + c, mean.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge_one_by_one(y, fill, x, rounded, empty, frame, k, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Every token into its own group alone: 0 times what is not finite would spoil the groups that it is not in."""
+    dtype = y.dtype.element_ty
+    for start in range(0, C, BLOCK_C):
+        c = (start + tl.arange(0, BLOCK_C))[None, :]
+        total = tl.zeros([k.shape[0], BLOCK_C], tl.float32)
+        for n in range(frame.N):
+            chosen, share = _shares(frame, n)
+            at = x.start + n * tl.cast(x.stride, tl.int64) + c * x.stride_d
+            value = tl.load(at, mask=c < C, other=0.0).to(tl.float32)
+            grown = total + share.to(dtype).to(tl.float32) * value
+            total = tl.where((k == chosen)[:, None], grown, total)
+        _store_means(y, fill, total, rounded, empty, frame, k, start, C)
 
 
 @triton.jit(
     do_not_specialize=[
-        "N", "K", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk",
+        "N", "K", "inverse_temperature", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
         "stride_pb", "stride_fb",
-    ]
+    ],
+    do_not_specialize_on_alignment=["stride_xc", "stride_qd"],
 )  # fmt: skip
 def assign_merge_kernel(
-    x, stride_xb, stride_xn, stride_xc,
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
+    x, stride_xb, stride_xn, stride_xc, q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
     mask, size, positions, stride_pb, fill, stride_fb,
     index, score, lse, weight, y, size_out, positions_out, mass_out,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
-    SOFT: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N holds all tokens, BLOCK_K all groups; similarities exist for BLOCK_R tokens at a time."""
     item = tl.program_id(0).to(tl.int64)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    values = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xc, None, N)
+    frame = Frame(mask, size, index, score, lse, weight, mass_out, item * N, item * K, N, K)
+    if fill is not None:
+        fill += item * stride_fb
+
     k = tl.arange(0, BLOCK_K)
-    m_at = rows_at(m + item * aligned(stride_mb, ALIGN), 0, k, stride_mk, ALIGN)
-    q_item = q + item * aligned(stride_qb, ALIGN)
-    head = aligned(stride_qh, ALIGN)
-    is_group = (k < K)[:, None]
-
-    mass = tl.zeros([BLOCK_K], tl.float32)
-    count = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, N, BLOCK_R):
-        n = first + tl.arange(0, BLOCK_R)
-        real = n < N
-        if mask is not None:
-            real = real & (tl.load(mask + item * N + n, mask=n < N, other=0) != 0)
-        q_at = rows_at(q_item, first, tl.arange(0, BLOCK_R), stride_qn, ALIGN)
-        dot = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-        q_sq = tl.zeros([BLOCK_R], tl.float32)
-        m_sq = tl.zeros([BLOCK_K], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            own = features(q_at, real[:, None], start, stride_qd, head, D, HEADS, WIDEN, BLOCK_D)
-            other = features(m_at, is_group, start, stride_md, 0, D, 1, WIDEN, BLOCK_D)
-            dot = product(own, tl.trans(other), dot, PRECISION, WIDEN)
-            if SIMILARITY != "dot":
-                q_sq += squares(own)
-                m_sq += squares(other)
-        S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
-        S = tl.where((k < K)[None, :], S, float("-inf"))
-
-        best = tl.max(S, 1)
-        chosen = tl.min(tl.where(best[:, None] == S, k[None, :], BLOCK_K), 1)  # a tie goes to the lowest k
-        chosen = tl.where(real, tl.minimum(chosen, K - 1), -1)  # features that are not numbers
-        tl.store(index + item * N + n, chosen, mask=n < N)
-        tl.store(score + item * N + n, tl.where(real, best, 0.0), mask=n < N)
-        w = tl.where(real, 1.0, 0.0)
-        tokens = w
-        if SOFT:
-            total = tl.sum(tl.exp(S - best[:, None]), 1)
-            w = tl.where(real, 1.0 / total, 0.0)
-            tl.store(lse + item * N + n, tl.where(real, best + tl.log(total), 0.0), mask=n < N)
-            tl.store(weight + item * N + n, w, mask=n < N)
-        if size is not None:
-            tokens = tl.load(size + item * N + n, mask=real, other=0.0)
-            w *= tokens
-        member = chosen[:, None] == k[None, :]
-        mass += tl.sum(tl.where(member, w[:, None], 0.0), 0)
-        count += tl.sum(tl.where(member, tokens[:, None], 0.0), 0)
-
+    mass, count = _assign(tokens, metas, frame, k, inverse_temperature, D, HEADS, SIMILARITY, BLOCK_R, BLOCK_D)
     empty = mass == 0
-    group = item * K + k
-    tl.store(mass_out + group, mass, mask=k < K)
-    tl.store(size_out + group, count, mask=k < K)
+    tl.store(mass_out + frame.group + k, mass, mask=k < K)
+    tl.store(size_out + frame.group + k, count, mask=k < K)
     tl.debug_barrier()  # what other threads of this program stored is read from here on
 
-    rows = tl.arange(0, BLOCK_R)
+    # Shares are rounded to the dtype of x, so the sum of the rounded ones divides: equal tokens keep their value.
     rounded = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, N, BLOCK_R):
-        chosen, share = _shares(index, weight, size, mass_out, item, first + rows, N, K, SOFT)
+        chosen, share = _shares(frame, first + tl.arange(0, BLOCK_R))
         share = share.to(x.dtype.element_ty).to(tl.float32)
         rounded += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
+    rounded = tl.where(rounded == 0, 1.0, rounded)
     if positions is not None:
-        for p in range(P):
-            mean = tl.zeros([BLOCK_K], tl.float32)
-            for first in range(0, N, BLOCK_R):
-                n = first + rows
-                chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
-                share *= tl.load(positions + item * stride_pb + n * P + p, mask=chosen >= 0, other=0.0)
-                mean += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
-            tl.store(positions_out + group * P + p, mean, mask=k < K)
+        _merge_positions(positions + item * stride_pb, positions_out, frame, k, P, BLOCK_R)
 
-    # Shares are rounded to the dtype of x, so the sum of the rounded ones divides: equal tokens keep their value.
     n = tl.arange(0, BLOCK_N)
-    chosen, share = _shares(index, weight, size, mass_out, item, n, N, K, SOFT)
-    real = chosen >= 0
+    chosen, share = _shares(frame, n)
     shares = tl.where(chosen[None, :] == k[:, None], share.to(x.dtype.element_ty)[None, :], 0.0).to(x.dtype.element_ty)
     if shares.dtype == tl.float32 and not WIDEN:
         shares = to_tf32(shares)
-    rounded = tl.where(rounded == 0, 1.0, rounded)
-    x_item = x + item * aligned(stride_xb, ALIGN_X)
-    x_at = rows_at(x_item, 0, n, stride_xn, ALIGN_X)
+    tile = Tile(values, rows_at(values, 0, n), (chosen >= 0)[:, None])
     spoiled = tl.zeros([BLOCK_N], tl.int32)
-    for back in range(0, C, BLOCK_C):
-        start = (C - 1) // BLOCK_C * BLOCK_C - back
-        tile = features(x_at, real[:, None], start, stride_xc, 0, C, 1, WIDEN, BLOCK_C)
-        spoiled += tl.sum((tile - tile != 0).to(tl.int32), 1)
-        total = product(shares, tile, tl.zeros([BLOCK_K, BLOCK_C], tl.float32), PRECISION, WIDEN, True)
-        _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
+    for back in range(0, C, BLOCK_D):
+        start = (C - 1) // BLOCK_D * BLOCK_D - back
+        slice_of_x = features(tile, start, C, 1, BLOCK_D)
+        spoiled += tl.sum((slice_of_x - slice_of_x != 0).to(tl.int32), 1)
+        total = product(shares, slice_of_x, tl.zeros([BLOCK_K, BLOCK_D], tl.float32), "tf32", True)
+        _store_means(y, fill, total, rounded, empty, frame, k, start, C)
     if tl.sum(spoiled, 0) > 0:
-        # 0 times what is not finite spoils groups that the token is not in: add up again, token by token.
         tl.debug_barrier()
-        for start in range(0, C, BLOCK_C):
-            c = (start + tl.arange(0, BLOCK_C))[None, :]
-            total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-            for one in range(N):
-                group_of_one, its_share = _shares(index, weight, size, mass_out, item, one, N, K, SOFT)
-                its_share = its_share.to(x.dtype.element_ty).to(tl.float32)
-                row = x_item + one * aligned(stride_xn, ALIGN_X).to(tl.int64)
-                value = tl.load(row + c * stride_xc, mask=c < C, other=0.0).to(tl.float32)
-                total = tl.where((k == group_of_one)[:, None], total + its_share * value, total)
-            _store_means(y, total, rounded, empty, fill, item, stride_fb, k, K, start, C, BLOCK_C)
+        _merge_one_by_one(y, fill, values, rounded, empty, frame, k, C, BLOCK_D)
 
 
 def assign_merge(
@@ -199,9 +242,8 @@ def assign_merge(
     C, x_strides = x.shape[2], x.stride()
     q = x if q is None else q
     places, B, H, N, K, D, align = paired(q, meta)
-    rounding = precision(x.dtype)
     config = None
-    if N <= MAX_TOKENS and K <= MAX_GROUPS and rounding != "ieee":
+    if N <= MAX_TOKENS and K <= MAX_GROUPS and precision(x.dtype) == "tf32":
         block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
         config = _config(x.device, 64 if N <= 64 else MAX_TOKENS, block_k, x.element_size())
     if config is None:
@@ -211,8 +253,7 @@ def assign_merge(
     P = 0 if positions is None else positions.shape[2]
     index = x.new_empty(B, N, dtype=torch.int32)
     score = x.new_empty(B, N, dtype=torch.float32)
-    soft = weight == "softmax"
-    lse, w = (torch.empty_like(score) if soft else None for _ in range(2))
+    lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
     y = x.new_empty(B, K, C)
     size_out = score.new_empty(B, K)
     mass, positions_out = torch.empty_like(size_out), score.new_empty(B, K, P)
@@ -223,18 +264,16 @@ def assign_merge(
         dense(mask), dense(size), *items(positions), *items(fill),
         index, score, lse, w, y, size_out, positions_out, mass,
         N, K, 1.0 / similarity.temperature,
-        config=config,
-        C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, SOFT=soft,
-        ALIGN_X=alignment(x_strides), ALIGN=align, PRECISION=rounding, WIDEN=INTERPRET,
+        config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, ALIGN=gcd(align, alignment(x_strides)),
     )  # fmt: skip
     merged = Merged(y, size_out, None if positions is None else positions_out, mass)
     return merged, MergePlan(index, K, score, lse, w)
 
 
 def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> int:
-    rows, d, c = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_D", "BLOCK_C"))
-    similarity = config.num_stages * (rows + block_k) * d
-    product = block_n * block_k + config.num_stages * block_n * c + block_k * c
+    rows, width = config.blocks["BLOCK_R"], config.blocks["BLOCK_D"]
+    similarity = config.num_stages * (rows + block_k) * width
+    product = block_n * block_k + config.num_stages * block_n * width + block_k * width
     return itemsize * max(similarity, product)
 
 
@@ -248,4 +287,4 @@ def _config(arch: int, block_n: int, block_k: int, itemsize: int) -> tuple[Confi
     if arch >= 90 and itemsize == 4 and block_k == MAX_GROUPS:
         widths = widths[2:]  # and so do wider tiles
     blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 64}
-    return *(Config(warps, stages, {**blocks, "BLOCK_D": width, "BLOCK_C": width}) for width, stages in widths), None
+    return *(Config(warps, stages, {**blocks, "BLOCK_D": width}) for width, stages in widths), None

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.config import INTERPRET, MAX_INT32, Config
@@ -21,6 +19,8 @@ if INTERPRET:
 MAX_ACROSS = 65535
 """The most programs along the second and third axis of a grid."""
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_known: dict[int, tuple[Any, tuple[int, ...]]] = {}
+"""By the address of a kernel: the kernel, so that no other gets that address, and the `_hinted` of it."""
 _instead: list[Callable[..., None]] = []
 
 
@@ -39,30 +39,42 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
     if _instead:
         _instead[-1](kernel, grid, args, config, constexprs)
         return
-    if not INTERPRET:
-        for arg in args:  # this loop is most of what a launch costs here, so it is no more than it must be
+    if INTERPRET:
+        kernel[grid](*args, **config.blocks, **constexprs)
+        return
+    lead = None
+    for at in _hinted(kernel):  # this loop is most of what a launch costs here, so it is no more than it must be
+        arg = args[at]
+        if arg is not None:
+            lead = arg
             if type(arg) in _TENSORS and arg.data_ptr() & 15:
-                args = tuple(_realigned(kernel, at, one) for at, one in enumerate(args))
-                break
-    lead = next(arg for arg in args if isinstance(arg, Tensor))
-    if lead.is_cuda and lead.get_device() != torch.cuda.current_device():
+                args = (*args[:at], _realigned(arg), *args[at + 1 :])
+    if lead is not None and lead.is_cuda and lead.get_device() != torch.cuda.current_device():
         with torch.cuda.device(lead.device):
             kernel[grid](*args, **config.blocks, **constexprs, **config.options)
     else:
         kernel[grid](*args, **config.blocks, **constexprs, **config.options)
 
 
-def _realigned(kernel: Any, at: int, arg: Any) -> Any:
-    """An input as it is, or in memory of its own if its address is no multiple of 16.
+def _hinted(kernel: Any) -> tuple[int, ...]:
+    """Where a kernel takes what Triton compiles by its alignment: pointers, for numbers are kept out of it."""
+    known = _known.get(id(kernel))
+    if known is None:
+        marked = (one.do_not_specialize or one.do_not_specialize_on_alignment for one in kernel.params)
+        free = (not (one.is_constexpr or mark) for one, mark in zip(kernel.params, marked, strict=True))
+        known = _known[id(kernel)] = kernel, tuple(at for at, one in enumerate(free) if one)
+    return known[1]
+
+
+def _realigned(given: Tensor) -> Tensor:
+    """An input in memory of its own, as its address is no multiple of 16.
 
     Triton compiles such an address into other code, which adds up in another order: the same values would give other
     bits. What kernels write is allocated by their callers, and aligned unless marked.
     """
-    if type(arg) not in _TENSORS or arg.data_ptr() & 15 == 0 or kernel.params[at].do_not_specialize_on_alignment:
-        return arg
-    copy = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device)
-    once = [1 if stride == 0 else extent for extent, stride in zip(arg.shape, arg.stride(), strict=True)]
-    copy.as_strided(once, copy.stride()).copy_(arg.as_strided(once, arg.stride()))
+    copy = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+    once = [1 if stride == 0 else extent for extent, stride in zip(given.shape, given.stride(), strict=True)]
+    copy.as_strided(once, copy.stride()).copy_(given.as_strided(once, given.stride()))
     return copy
 
 
@@ -74,9 +86,3 @@ def launching_instead(run: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _instead.pop()
-
-
-@triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """A stride that Triton does not specialise on, known to be a multiple of ALIGN: loads stay vectorised."""
-    return stride // ALIGN * ALIGN

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
-from sttm_kernels.impl.triton.launch import aligned, launch
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import alignment, by_heads
 from sttm_kernels.impl.triton.similarity import (
-    alignment,
-    by_heads,
+    Tile,
     features,
     inverse_norm,
     power_of_two,
     precision,
     products,
+    resident,
+    rows_at,
+    rows_of_item,
     sum_of_squares,
+    tile_of_program,
 )
 from sttm_kernels.plan import MergePlan
 
@@ -37,20 +41,18 @@ IS_PREFIX = tl.constexpr(-3)
 @triton.jit(do_not_specialize=["N", "stride_b", "stride_h", "stride_n"], do_not_specialize_on_alignment=["stride_d"])
 def mean_over_heads_kernel(
     metric, stride_b, stride_h, stride_n, stride_d, mean, N,
-    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of tokens."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (n < N)[:, None]
-    row = (n.to(tl.int64) * aligned(stride_n, ALIGN))[:, None]
-    at = metric + item * aligned(stride_b, ALIGN) + row
+    _, first, item = tile_of_program(N, BLOCK_N)
+    tokens = rows_of_item(metric, item, stride_b, stride_h, stride_n, stride_d, N, ALIGN)
+    lanes = tl.arange(0, BLOCK_N)
+    n = first + lanes
+    tile = Tile(tokens, rows_at(tokens, first, lanes), (n < N)[:, None])
     for start in range(0, D, BLOCK_D):
-        tile = features(at, inside, start, stride_d, aligned(stride_h, ALIGN), D, HEADS, WIDEN, BLOCK_D)
         d = start + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(mean + (item * N + n[:, None]) * D + d, tile, mask=inside & (d < D))
+        values = features(tile, start, D, HEADS, BLOCK_D)
+        tl.store(mean + (item * N + n[:, None]) * D + d, values, mask=tile.inside & (d < D))
 
 
 @triton.jit(
@@ -64,7 +66,7 @@ def nearest_kernel(
     metric, stride_b, stride_h, stride_n, stride_d,
     src, stride_src, dst, stride_dst, score, partner,
     N, windows, num_src, num_dst, num_prefix,
-    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the src of a window. A similarity that is not a number counts as -inf.
@@ -77,8 +79,7 @@ def nearest_kernel(
     item = (tl.program_id(0) // tiles // windows).to(tl.int64)
     score += item * N
     partner += item * N
-    metric += item * aligned(stride_b, ALIGN)
-    head, step = aligned(stride_h, ALIGN), aligned(stride_n, ALIGN).to(tl.int64)
+    tokens = rows_of_item(metric, item, stride_b, stride_h, stride_n, stride_d, N, ALIGN)
     first_dst = num_prefix + 1 - num_prefix % 2
     if src is not None:
         src += item * stride_src + window * num_src
@@ -89,21 +90,16 @@ def nearest_kernel(
 
     s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
     token = _token(src, s, num_src, num_prefix + num_prefix % 2, N)
-    inside = (token >= 0)[:, None]
-    own_at = metric + (token * step)[:, None]
-    own = 0
-    if D <= BLOCK_D:
-        own = features(own_at, inside, 0, stride_d, head, D, HEADS, WIDEN, BLOCK_D)
+    own = Tile(tokens, rows_at(tokens, 0, token), (token >= 0)[:, None])
+    values, _ = resident(own, D, HEADS, False, BLOCK_D)
     best = tl.full([BLOCK_S], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_S], tl.int32)
     for start in range(0, num_dst, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        other = _token(dst, t, num_dst, first_dst, N)
-        real = other >= 0
-        dot, sq = products(
-            own, own_at, inside, stride_d, head, metric + (other * step)[:, None], real[:, None], stride_d, head,
-            D, HEADS, HEADS, True, PRECISION, WIDEN, BLOCK_S, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
+        partner_token = _token(dst, t, num_dst, first_dst, N)
+        real = partner_token >= 0
+        other = Tile(tokens, rows_at(tokens, 0, partner_token), real[:, None])
+        dot, sq = products(values, own, other, D, HEADS, True, PRECISION, BLOCK_D)
         S = dot * inverse_norm(sq)[None, :]
         S = tl.where(real[None, :] & (S == S), S, float("-inf"))
         top = tl.max(S, 1)
@@ -112,7 +108,7 @@ def nearest_kernel(
         best = tl.where(higher, top, best)
         best_at = tl.where(higher, at, best_at)
 
-    best *= inverse_norm(sum_of_squares(own_at, inside, stride_d, head, D, HEADS, WIDEN, BLOCK_S, BLOCK_D))
+    best *= inverse_norm(sum_of_squares(own, D, HEADS, BLOCK_D))
     best = tl.where(any_dst & (best == best), best, float("-inf"))
     chosen = tl.where(any_dst, _token(dst, best_at, num_dst, first_dst, N), NO_PARTNER)
     tl.store(score + token, best, mask=token >= 0)
@@ -254,7 +250,7 @@ def _mean_over_heads(metric: Tensor) -> Tensor:
         mean_over_heads_kernel,
         (B * -(-N // config.blocks["BLOCK_N"]),),
         metric, *strides, mean, N,
-        config=config, D=D, HEADS=H, ALIGN=alignment(strides), WIDEN=INTERPRET,
+        config=config, D=D, HEADS=H, ALIGN=alignment(strides),
     )  # fmt: skip
     return mean
 
@@ -290,7 +286,7 @@ def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tens
         nearest_kernel,
         (B * windows * tiles,),
         metric, *strides, *lists, score, partner, N, windows, num_src, num_dst, num_prefix,
-        config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding, WIDEN=INTERPRET,
+        config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
     sorting = N <= ONE_PROGRAM
     args = (score, partner, index, order, offsets, N, r, num_prefix, int(sorting))

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
+from sttm_kernels.impl.triton.config import Config, configured, fixed
 from sttm_kernels.impl.triton.csr import csr, parts
-from sttm_kernels.impl.triton.launch import aligned, launch
-from sttm_kernels.impl.triton.similarity import alignment, power_of_two, product
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
+from sttm_kernels.impl.triton.similarity import power_of_two, product
 from sttm_kernels.plan import Merged, MergedGrads, MergePlan, OfMerge
 
 MAX_FEW = 128
@@ -200,7 +201,7 @@ def merge_few_kernel(
     x, stride_xb, stride_xn, stride_xc, index, weight, size,
     positions, stride_pb, fill, stride_fb,
     y, size_out, positions_out, mass_out, N, K,
-    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
+    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program per block of groups and slice of channels streams all tokens.
@@ -243,14 +244,14 @@ def merge_few_kernel(
         member = group[None, :] == tl.where(k < K, k, -2)[:, None]
         value = tl.load(x_at + (n * step)[:, None], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
         if weight is None and size is None:
-            total = product(member.to(tl.float32).to(value.dtype), value, total, "tf32", WIDEN)
+            total = product(member.to(tl.float32).to(value.dtype), value, total, "tf32")
         else:
             w, one = _weights(weight, size, tokens + n, n < N)
             shares = tl.where(member, share[:, None] * w[None, :], 0.0)
             high = shares.to(value.dtype)
             low = (shares - high.to(tl.float32)).to(value.dtype)
-            total = product(high, value, total, "tf32", WIDEN)
-            total = product(low, value, total, "tf32", WIDEN)
+            total = product(high, value, total, "tf32")
+            total = product(low, value, total, "tf32")
     if weight is None and size is None:
         total *= share[:, None]
 
@@ -303,20 +304,6 @@ def _few_config(arch: int, C: int, P: int) -> tuple[Config, ...]:
     return (Config(4, 3, blocks), Config(4, 2, blocks))
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def items(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """(B, rows, columns) with contiguous items, which may all be the same one, and the stride from item to item."""
-    if t is None:
-        return None, 0
-    (_, rows, columns), (item, row, column) = t.shape, t.stride()
-    if column != 1 or row != columns:
-        return t.contiguous(), rows * columns
-    return t, item
-
-
 def merge(
     x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None
 ) -> Merged:
@@ -333,7 +320,7 @@ def merge(
         config = _few_config(x.device, C, P)
         grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
         args = (x, *strides, index.contiguous(), *features)
-        launch(merge_few_kernel, grid, *args, config=config, WIDEN=INTERPRET, **constants)
+        launch(merge_few_kernel, grid, *args, config=config, **constants)
         return Merged(y, size_out, None if positions is None else positions_out, mass)
     if order is None or offsets is None:
         order, offsets = csr(index.contiguous(), K), None

@@ -8,8 +8,7 @@ features are widened, because a softmax over many tokens falls below the range o
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,42 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels import dispatch
-from sttm_kernels.impl.triton.launch import aligned
+from sttm_kernels.impl.triton.config import INTERPRET
+from sttm_kernels.impl.triton.layout import aligned, alignment, by_heads, items
 from sttm_kernels.reference import NORM_FLOOR
 
 FLOOR: tl.constexpr = tl.constexpr(NORM_FLOOR)
-
-
-def by_heads(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of (B, H, N, D), also of (B, N, D), which has one head."""
-    shape, strides = q.shape, q.stride()
-    if len(shape) == 4:
-        return shape, strides
-    (B, N, D), (stride_b, stride_n, stride_d) = shape, strides
-    return (B, 1, N, D), (stride_b, 0, stride_n, stride_d)
+WIDEN: tl.constexpr = tl.constexpr(INTERPRET)
+"""The interpreter would multiply the bit patterns of bfloat16."""
 
 
 Pair = tuple[tuple[Any, ...], int, int, int, int, int, int]
 
 
 def paired(q: Tensor, meta: Tensor) -> Pair:
-    """q and meta (B, K, D) as kernels take them, each with its strides; B, H, N, K, D; the `alignment` of both."""
-    (B, H, N, D), q_strides = by_heads(q)
-    m_strides = meta.stride()
-    return (q, *q_strides, meta, *m_strides), B, H, N, meta.shape[1], D, alignment(q_strides, m_strides)
-
-
-def alignment(*strides: tuple[int, ...]) -> int:
-    """The largest power of two up to 16 that divides all strides of these tensors but the last: ALIGN of `aligned`.
-
-    It is 1 if features are not adjacent, as nothing is won.
-    """
-    divisor = 16
-    for each in strides:
-        if each[-1] != 1:
-            return 1
-        divisor = math.gcd(divisor, *each[:-1])
-    return divisor
+    """q with its strides, and meta (B, K, D) with that of its items, as kernels take them; B, H, N, K, D; ALIGN."""
+    (B, H, N, D), strides = by_heads(q)
+    m, stride_mb = items(meta)
+    return (q, *strides, m, stride_mb), B, H, N, meta.shape[1], D, alignment(strides, (stride_mb, 1))
 
 
 def precision(*dtypes: torch.dtype) -> str:
@@ -67,32 +47,65 @@ def power_of_two(extent: int, least: int = 16) -> int:
     return max(least, 1 << (extent - 1).bit_length())
 
 
-@triton.jit
-def rows_at(item, first, rows, stride, ALIGN: tl.constexpr):
-    """Where rows [first, first + len(rows)) of a batch item start, (rows, 1); widened before it is multiplied."""
-    stride = aligned(stride, ALIGN)
-    return item + first * stride.to(tl.int64) + (rows.to(tl.int64) * stride)[:, None]
+class Rows(NamedTuple):
+    """Feature rows of one side, tokens or meta tokens, of a batch item, as kernels hold them."""
+
+    start: Any
+    """Pointer to the first row."""
+    stride: Any
+    """From row to row."""
+    stride_d: Any
+    stride_head: Any
+    """None if there are no heads to take the mean over."""
+    count: Any
+
+
+class Tile(NamedTuple):
+    """Some of these rows: pointers to where they start and whether they are read, 0 if not, both (rows, 1)."""
+
+    rows: Any
+    at: Any
+    inside: Any
 
 
 @triton.jit
-def features(
-    at, inside, start, stride, stride_head,
-    D: tl.constexpr, HEADS: tl.constexpr, WIDEN: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Features [start, start + BLOCK_D) of the rows that `at` (rows, 1) points to, 0 outside; the mean over heads."""
+def tile_of_program(count, BLOCK: tl.constexpr, WIDTH: tl.constexpr = 1, SLICE: tl.constexpr = 1):
+    """First feature, first row and batch item of this program: the slices of one tile of rows run side by side."""
+    SLICES: tl.constexpr = (WIDTH + SLICE - 1) // SLICE
+    program, tiles = tl.program_id(0), tl.cdiv(count, BLOCK)
+    item = (program // (SLICES * tiles)).to(tl.int64)
+    return program % SLICES * SLICE, program // SLICES % tiles * BLOCK, item
+
+
+@triton.jit
+def rows_of_item(t, item, stride_b, stride_h, stride, stride_d, count, ALIGN: tl.constexpr):
+    start = t + item * aligned(stride_b, ALIGN)
+    return Rows(start, aligned(stride, ALIGN), stride_d, aligned(stride_h, ALIGN), count)
+
+
+@triton.jit
+def rows_at(rows, first, lanes):
+    """Where rows [first, first + len(lanes)) start, (lanes, 1); widened before it is multiplied."""
+    return rows.start + first * tl.cast(rows.stride, tl.int64) + (lanes.to(tl.int64) * rows.stride)[:, None]
+
+
+@triton.jit
+def features(tile, start, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Features [start, start + BLOCK_D) of the rows of a tile, 0 outside; the mean over heads."""
     d = start + tl.arange(0, BLOCK_D)[None, :]
+    inside = tile.inside
     if D % BLOCK_D != 0:
         inside = inside & (d < D)
-    at = at + d.to(tl.int64) * stride
-    tile = tl.load(at, mask=inside, other=0.0)
-    if HEADS > 1:
-        total = tile.to(tl.float32)
+    at = tile.at + d.to(tl.int64) * tile.rows.stride_d
+    values = tl.load(at, mask=inside, other=0.0)
+    if HEADS > 1 and tile.rows.stride_head is not None:
+        total = values.to(tl.float32)
         for _ in range(1, HEADS):
-            at += stride_head
+            at += tile.rows.stride_head
             total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         total = total / HEADS
-        tile = total if WIDEN else total.to(tile.dtype)  # rounded, as a mean taken before the product would be
-    return tile
+        values = total if WIDEN else total.to(values.dtype)  # rounded, as a mean taken before the product would be
+    return values
 
 
 @triton.jit
@@ -102,11 +115,8 @@ def to_tf32(a):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr, A_ROUNDED: tl.constexpr = False):
-    """acc + a @ b; A_ROUNDED: a is TF32 already.
-
-    WIDEN is for the interpreter, which would multiply the bit patterns of bfloat16.
-    """
+def product(a, b, acc, PRECISION: tl.constexpr, A_ROUNDED: tl.constexpr = False):
+    """acc + a @ b; A_ROUNDED: a is TF32 already."""
     if WIDEN or a.dtype != b.dtype:
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float32 and PRECISION == "tf32" and not WIDEN:
@@ -117,7 +127,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr, A_ROUNDED: 
 
 
 @triton.jit
-def as_operand(weights, like, WIDEN: tl.constexpr):
+def as_operand(weights, like):
     """Weights (float32) in the format in which they may multiply features of the type of `like`."""
     if like.dtype == tl.bfloat16 and not WIDEN:
         weights = weights.to(tl.bfloat16)
@@ -125,49 +135,55 @@ def as_operand(weights, like, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def squares(tile):
-    wide = tile.to(tl.float32)
+def squares(values):
+    wide = values.to(tl.float32)
     return tl.sum(wide * wide, 1)
 
 
 @triton.jit
-def sum_of_squares(
-    at, inside, stride, stride_head,
-    D: tl.constexpr, HEADS: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """|row|^2 of the rows that `at` (BLOCK, 1) points to."""
-    total = tl.zeros([BLOCK], tl.float32)
+def sum_of_squares(tile, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """|row|^2 of the rows of a tile."""
+    total = tl.zeros([tile.at.shape[0]], tl.float32)
     for start in range(0, D, BLOCK_D):
-        total += squares(features(at, inside, start, stride, stride_head, D, HEADS, WIDEN, BLOCK_D))
+        total += squares(features(tile, start, D, HEADS, BLOCK_D))
     return total
 
 
 @triton.jit
-def products(
-    own_tile, own_at, own_inside, own_stride, own_head,
-    other_at, other_inside, other_stride, other_head,
-    D: tl.constexpr, OWN_HEADS: tl.constexpr, OTHER_HEADS: tl.constexpr, NORMS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """<own row, other row>, (BLOCK_OWN, BLOCK_OTHER), and |other row|^2 if NORMS.
-
-    `own_tile` holds the own rows if they fit one block of features; otherwise they are read again.
-    """
-    dot = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
-    other_sq = tl.zeros([BLOCK_OTHER], tl.float32)
+def resident(tile, D: tl.constexpr, HEADS: tl.constexpr, SQUARES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a program keeps of its own rows: their features if they fit one block, else 0, and |row|^2 if SQUARES."""
+    values = 0
     if D <= BLOCK_D:
-        other = features(other_at, other_inside, 0, other_stride, other_head, D, OTHER_HEADS, WIDEN, BLOCK_D)
-        dot = product(own_tile, tl.trans(other), dot, PRECISION, WIDEN)
-        if NORMS:
-            other_sq = squares(other)
+        values = features(tile, 0, D, HEADS, BLOCK_D)
+    sq = tl.zeros([tile.at.shape[0]], tl.float32)
+    if SQUARES:
+        sq = sum_of_squares(tile, D, HEADS, BLOCK_D)
+    return values, sq
+
+
+@triton.jit
+def products(
+    values, own, other,
+    D: tl.constexpr, HEADS: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<own row, other row>, (own rows, other rows), and |other row|^2 if SQUARES.
+
+    `values` are the features of the own rows if they fit one block; otherwise they are read again.
+    """
+    dot = tl.zeros([own.at.shape[0], other.at.shape[0]], tl.float32)
+    other_sq = tl.zeros([other.at.shape[0]], tl.float32)
+    if D <= BLOCK_D:
+        other_values = features(other, 0, D, HEADS, BLOCK_D)
+        dot = product(values, tl.trans(other_values), dot, PRECISION)
+        if SQUARES:
+            other_sq = squares(other_values)
     else:
         for start in range(0, D, BLOCK_D):
-            own = features(own_at, own_inside, start, own_stride, own_head, D, OWN_HEADS, WIDEN, BLOCK_D)
-            other = features(other_at, other_inside, start, other_stride, other_head, D, OTHER_HEADS, WIDEN, BLOCK_D)
-            dot = product(own, tl.trans(other), dot, PRECISION, WIDEN)
-            if NORMS:
-                other_sq += squares(other)
+            own_values = features(own, start, D, HEADS, BLOCK_D)
+            other_values = features(other, start, D, HEADS, BLOCK_D)
+            dot = product(own_values, tl.trans(other_values), dot, PRECISION)
+            if SQUARES:
+                other_sq += squares(other_values)
     return dot, other_sq
 
 
@@ -191,7 +207,7 @@ def similarity_of(dot, own_sq, other_sq, inverse_temperature, SIMILARITY: tl.con
 @triton.jit
 def pull_back(
     acc, along, dS, dot, other_sq, other,
-    SIMILARITY: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    SIMILARITY: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of a tile to the gradient of the own rows: acc = sum dS m and along, what `finish` takes off.
 
@@ -201,12 +217,12 @@ def pull_back(
     """
     if SIMILARITY == "cosine":
         dS = dS * inverse_norm(other_sq)[None, :]
-    weights = as_operand(dS, other, WIDEN)
+    weights = as_operand(dS, other)
     if SIMILARITY == "cosine" and not WHOLE:
         along += tl.sum(weights.to(tl.float32) * dot, 1)
     if SIMILARITY == "l2":
         along += tl.sum(weights.to(tl.float32), 1)
-    return product(weights, other, acc, PRECISION, WIDEN), along
+    return product(weights, other, acc, PRECISION), along
 
 
 @triton.jit
@@ -225,7 +241,11 @@ def finish(acc, along, own, own_sq, SIMILARITY: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def store_to_heads(out, value, inside, stride_head, HEADS: tl.constexpr):
-    """Every head gets the same share of a gradient with respect to their mean."""
-    for head in range(HEADS):
-        tl.store(out + head * stride_head, value / HEADS, mask=inside)
+def store_rows(out, value, rows, item, n, start, D: tl.constexpr, HEADS: tl.constexpr):
+    """Features from `start` on of rows n of a dense gradient; every head gets the same share of that of their mean."""
+    heads: tl.constexpr = 1 if rows.stride_head is None else HEADS
+    d = start + tl.arange(0, value.shape[1])[None, :]
+    at = out + (item * heads * rows.count + n[:, None]) * D + d
+    inside = (n < rows.count)[:, None] & (d < D)
+    for head in range(heads):
+        tl.store(at + head * (rows.count.to(tl.int64) * D), value / heads, mask=inside)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,10 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import forward
-from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
-from sttm_kernels.impl.triton.launch import aligned, launch
+from sttm_kernels.impl.triton.config import Config, configured, fixed
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
 from sttm_kernels.impl.triton.similarity import (
-    alignment,
+    Rows,
+    Tile,
     as_operand,
     features,
     finish,
@@ -32,73 +34,107 @@ from sttm_kernels.impl.triton.similarity import (
     product,
     products,
     pull_back,
+    resident,
     rows_at,
+    rows_of_item,
     similarity_of,
-    store_to_heads,
-    sum_of_squares,
+    store_rows,
+    tile_of_program,
 )
 from sttm_kernels.plan import MergedGrads, OfSoftMerge, Similarity, SoftMerged
 
-_EXTENTS = [
-    "N", "K", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_mk", "stride_xb", "stride_xn",
-    "stride_sb", "stride_sn", "stride_rb", "stride_rn", "stride_pb", "stride_pn", "stride_pd",
+_NUMBERS = [
+    "N", "K", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_xb", "stride_xn",
+    "stride_pb", "stride_gb",
 ]  # fmt: skip
-_GRADS = ["stride_gb", "stride_gk", "stride_zb", "stride_zk", "stride_ub", "stride_uk", "stride_ud"]
-_ADJACENT = ["stride_qd", "stride_md", "stride_xd"]
+_ADJACENT = ["stride_qd", "stride_xd"]
+
+
+class Side(NamedTuple):
+    """What the tokens or the meta tokens of a batch item bring."""
+
+    metric: Any
+    """`Rows` of q, or of the meta tokens."""
+    merged: Any
+    """`Rows` of x, or of dL/dy; None for a zero one."""
+    positions: Any
+    """Where positions, or dL/dpositions, start; None if there are none."""
+
+
+class Frame(NamedTuple):
+    """What a batch item has beside these, of its tokens (they start at `token`) and groups (at `group`)."""
+
+    size: Any
+    mask: Any
+    lse: Any
+    mass: Any
+    shift: Any
+    centre: Any
+    token: Any
+    group: Any
+    N: Any
+    K: Any
 
 
 @triton.jit
-def _tokens(size, stride_sb, stride_sn, mask, stride_rb, stride_rn, item, n, N):
+def _counts(frame, n):
     """Whether tokens n are real, and their sizes, 0 if not."""
-    real = n < N
-    if mask is not None:
-        real = tl.load(mask + item * stride_rb + n * stride_rn.to(tl.int64), mask=real, other=0) != 0
+    real = n < frame.N
+    if frame.mask is not None:
+        real = tl.load(frame.mask + frame.token + n, mask=real, other=0) != 0
     count = tl.where(real, 1.0, 0.0)
-    if size is not None:
-        count = tl.load(size + item * stride_sb + n * stride_sn.to(tl.int64), mask=real, other=0.0)
+    if frame.size is not None:
+        count = tl.load(frame.size + frame.token + n, mask=real, other=0.0)
     return real, count
 
 
 @triton.jit
-def _column(at, rows, stride, inside):
-    return tl.load(at + rows * stride.to(tl.int64), mask=inside, other=0.0)
+def _column(positions, rows, axis, inside, P: tl.constexpr):
+    return tl.load(positions + rows.to(tl.int64) * P + axis, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=_EXTENTS, do_not_specialize_on_alignment=_ADJACENT)
+@triton.jit
+def _add_positions(acc, weights, positions, rows, inside, P: tl.constexpr):
+    """acc + weights @ positions of these rows, a column at a time."""
+    axes = tl.arange(0, acc.shape[1])[None, :]
+    for axis in tl.static_range(P):
+        moment = tl.sum(weights * _column(positions, rows, axis, inside, P)[None, :], 1)
+        acc += tl.where(axes == axis, moment[:, None], 0.0)
+    return acc
+
+
+@triton.jit
+def _add_values(acc, weights, tile, start, C: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr):
+    """acc + weights @ the features of a tile from `start` on."""
+    values = features(tile, start, C, 1, SLICE)
+    return product(as_operand(weights, values), values, acc, PRECISION)
+
+
+@triton.jit(do_not_specialize=_NUMBERS[:-1], do_not_specialize_on_alignment=_ADJACENT)
 def soft_merge_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    x, stride_xb, stride_xn, stride_xd,
-    size, stride_sb, stride_sn, mask, stride_rb, stride_rn, p, stride_pb, stride_pn, stride_pd,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, x, stride_xb, stride_xn, stride_xd,
+    size, mask, p, stride_pb,
     y, size_out, p_out, lse,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
-    OVER_META: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_P: tl.constexpr,
+    OVER_META: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of meta tokens and slice of C. OVER_META: A = exp(S - lse_n), with lse_n worked out before;
     otherwise lse_k is found on the way, the sums being rescaled as the maximum over tokens rises.
     """
-    SLICES: tl.constexpr = (C + SLICE - 1) // SLICE
-    tiles = tl.cdiv(K, BLOCK_K)
-    part = tl.program_id(0) % SLICES * SLICE
-    first = tl.program_id(0) // SLICES % tiles * BLOCK_K
-    item = (tl.program_id(0) // (SLICES * tiles)).to(tl.int64)
-    own_rows = tl.arange(0, BLOCK_K)
-    rows = tl.arange(0, BLOCK_N)
-    k = first + own_rows
+    part, first, item = tile_of_program(K, BLOCK_K, C, SLICE)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    x_rows = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xd, None, N)
+    frame = Frame(size, mask, lse, None, None, None, item * N, item * K, N, K)
+    if p is not None:
+        p += item * stride_pb
+    lanes, token_lanes = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    k = first + lanes
     inside = k < K
-    head = aligned(stride_qh, ALIGN)
-    m_at = rows_at(m + item * aligned(stride_mb, ALIGN), first, own_rows, stride_mk, ALIGN)
-    q_item = q + item * aligned(stride_qb, ALIGN)
-    x_item = x + item * aligned(stride_xb, ALIGN)
-
-    own = 0
-    if D <= BLOCK_D:
-        own = features(m_at, inside[:, None], 0, stride_md, 0, D, 1, WIDEN, BLOCK_D)
-    m_sq = tl.zeros([BLOCK_K], tl.float32)
-    if SIMILARITY != "dot":
-        m_sq = sum_of_squares(m_at, inside[:, None], stride_md, 0, D, 1, WIDEN, BLOCK_K, BLOCK_D)
+    own = Tile(metas, rows_at(metas, first, lanes), inside[:, None])
+    features_of_m, m_sq = resident(own, D, HEADS, SIMILARITY != "dot", BLOCK_D)
 
     acc = tl.zeros([BLOCK_K, SLICE], tl.float32)
     acc_p = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
@@ -106,17 +142,14 @@ def soft_merge_kernel(
     best = tl.full([BLOCK_K], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, N, BLOCK_N):
-        n = start + rows
-        real, count = _tokens(size, stride_sb, stride_sn, mask, stride_rb, stride_rn, item, n, N)
-        q_at = rows_at(q_item, start, rows, stride_qn, ALIGN)
-        dot, q_sq = products(
-            own, m_at, inside[:, None], stride_md, 0, q_at, real[:, None], stride_qd, head,
-            D, 1, HEADS, SIMILARITY != "dot", PRECISION, WIDEN, BLOCK_K, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        n = start + token_lanes
+        real, count = _counts(frame, n)
+        other = Tile(tokens, rows_at(tokens, start, token_lanes), real[:, None])
+        dot, q_sq = products(features_of_m, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
         S = similarity_of(dot, m_sq, q_sq, inverse_temperature, SIMILARITY)
         S = tl.where(real[None, :], S, float("-inf"))
         if OVER_META:
-            level = tl.load(lse + item * N + n, mask=real, other=0.0)
+            level = tl.load(lse + frame.token + n, mask=real, other=0.0)
             W = tl.exp(S - level[None, :]) * count[None, :]
         else:
             top = tl.maximum(best, tl.max(S, 1))
@@ -130,18 +163,14 @@ def soft_merge_kernel(
             acc *= rescale[:, None]
             acc_p *= rescale[:, None]
         mass += tl.sum(W, 1)
-        x_at = rows_at(x_item, start, rows, stride_xn, ALIGN)
-        values = features(x_at, real[:, None], part, stride_xd, 0, C, 1, WIDEN, SLICE)
-        acc = product(as_operand(W, values, WIDEN), values, acc, PRECISION, WIDEN)
-        for axis in tl.static_range(P):
-            p_axis = _column(p + item * stride_pb + axis * stride_pd, n, stride_pn, real)
-            moment = tl.sum(W * p_axis[None, :], 1)
-            acc_p += tl.where(tl.arange(0, BLOCK_P)[None, :] == axis, moment[:, None], 0.0)
+        x_tile = Tile(x_rows, rows_at(x_rows, start, token_lanes), real[:, None])
+        acc = _add_values(acc, W, x_tile, part, C, PRECISION, SLICE)
+        acc_p = _add_positions(acc_p, W, p, n, real, P)
 
     empty = mass == 0.0
     divisor = tl.where(empty, 1.0, mass)
     c = part + tl.arange(0, SLICE)[None, :]
-    row = item * K + k
+    row = frame.group + k
     acc = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
     tl.store(y + row[:, None] * C + c, acc, mask=inside[:, None] & (c < C))
     if part == 0:
@@ -157,102 +186,85 @@ def soft_merge_kernel(
             tl.store(lse + row, tl.where(none, 0.0, best + tl.log(tl.where(none, 1.0, total))), mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", *_GRADS], do_not_specialize_on_alignment=["stride_gd"])
+@triton.jit(do_not_specialize=["K", "stride_gb"])
 def soft_merge_shift_kernel(
-    g, stride_gb, stride_gk, stride_gd, grad_size, stride_zb, stride_zk, u, stride_ub, stride_uk, stride_ud,
-    y, p_out, mass, shift,
+    g, stride_gb, grad_size, u, y, p_out, mass, shift,
     K, C: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """shift_k = dL/dsize'_k - (<g_k, y_k> + <dL/dp_k, p_k>) / mass_k: what dL/dA[n, k] has in common for all n."""
-    tiles = tl.cdiv(K, BLOCK_K)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    _, first, item = tile_of_program(K, BLOCK_K)
+    k = first + tl.arange(0, BLOCK_K)
     inside = k < K
     row = item * K + k
     dot = tl.zeros([BLOCK_K], tl.float32)
     if g is not None:
-        g_at = g + item * stride_gb + (k * stride_gk.to(tl.int64))[:, None]
+        g_at = g + item * stride_gb + k.to(tl.int64)[:, None] * C
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)[None, :]
             here = inside[:, None] & (c < C)
-            g_tile = tl.load(g_at + c.to(tl.int64) * stride_gd, mask=here, other=0.0).to(tl.float32)
+            g_tile = tl.load(g_at + c, mask=here, other=0.0).to(tl.float32)
             dot += tl.sum(g_tile * tl.load(y + row[:, None] * C + c, mask=here, other=0.0).to(tl.float32), 1)
     if u is not None:
         for axis in range(P):
-            grad = _column(u + item * stride_ub + axis * stride_ud, k, stride_uk, inside)
-            dot += grad * tl.load(p_out + row * P + axis, mask=inside, other=0.0)
+            dot += _column(u, row, axis, inside, P) * _column(p_out, row, axis, inside, P)
     total = tl.load(mass + row, mask=inside, other=0.0)
     value = -dot * tl.where(total == 0.0, 0.0, 1.0 / total)
     if grad_size is not None:
-        value += _column(grad_size + item * stride_zb, k, stride_zk, inside)
+        value += tl.load(grad_size + row, mask=inside, other=0.0)
     tl.store(shift + row, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_EXTENTS, *_GRADS], do_not_specialize_on_alignment=[*_ADJACENT, "stride_gd"])
+@triton.jit
+def _level(frame, n, real, k, is_group, OVER_META: tl.constexpr, ACROSS: tl.constexpr):
+    """The logsumexp that normalises a tile of weights, of its tokens or of its meta tokens."""
+    if OVER_META:
+        level = tl.expand_dims(tl.load(frame.lse + frame.token + n, mask=real, other=0.0), ACROSS)
+    else:
+        level = tl.expand_dims(tl.load(frame.lse + frame.group + k, mask=is_group, other=0.0), 1 - ACROSS)
+    return level
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def soft_merge_grad_x_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    size, stride_sb, stride_sn, mask, stride_rb, stride_rn,
-    g, stride_gb, stride_gk, stride_gd, u, stride_ub, stride_uk, stride_ud,
-    lse, mass, grad_x, grad_p,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, size, mask,
+    g, stride_gb, u, lse, mass, grad_x, grad_p,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
-    OVER_META: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    OVER_META: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """dL/dx_n = sum_k W[n, k] g_k / mass_k and dL/dp_n alike: one program per tile of tokens and slice of C."""
-    SLICES: tl.constexpr = (C + SLICE - 1) // SLICE
-    tiles = tl.cdiv(N, BLOCK_OWN)
-    part = tl.program_id(0) % SLICES * SLICE
-    first = tl.program_id(0) // SLICES % tiles * BLOCK_OWN
-    item = (tl.program_id(0) // (SLICES * tiles)).to(tl.int64)
-    own_rows = tl.arange(0, BLOCK_OWN)
-    rows = tl.arange(0, BLOCK_OTHER)
-    n = first + own_rows
-    real, count = _tokens(size, stride_sb, stride_sn, mask, stride_rb, stride_rn, item, n, N)
-    head = aligned(stride_qh, ALIGN)
-    q_at = rows_at(q + item * aligned(stride_qb, ALIGN), first, own_rows, stride_qn, ALIGN)
-    m_item = m + item * aligned(stride_mb, ALIGN)
+    part, first, item = tile_of_program(N, BLOCK_OWN, C, SLICE)
+    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    frame = Frame(size, mask, lse, mass, None, None, item * N, item * K, N, K)
     if g is not None:
-        g_item = g + item * aligned(stride_gb, G_ALIGN)
-
-    own = 0
-    if D <= BLOCK_D:
-        own = features(q_at, real[:, None], 0, stride_qd, head, D, HEADS, WIDEN, BLOCK_D)
-    q_sq = tl.zeros([BLOCK_OWN], tl.float32)
-    if SIMILARITY != "dot":
-        q_sq = sum_of_squares(q_at, real[:, None], stride_qd, head, D, HEADS, WIDEN, BLOCK_OWN, BLOCK_D)
-    if OVER_META:
-        level = tl.load(lse + item * N + n, mask=real, other=0.0)[:, None]
+        g_rows = Rows(g + item * aligned(stride_gb, ALIGN), C, 1, None, K)
+    lanes, meta_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
+    n = first + lanes
+    real, count = _counts(frame, n)
+    own = Tile(tokens, rows_at(tokens, first, lanes), real[:, None])
+    features_of_q, q_sq = resident(own, D, HEADS, SIMILARITY != "dot", BLOCK_D)
 
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     acc_p = tl.zeros([BLOCK_OWN, BLOCK_P], tl.float32)
     for start in range(0, K, BLOCK_OTHER):
-        k = start + rows
+        k = start + meta_lanes
         inside = k < K
-        m_at = rows_at(m_item, start, rows, stride_mk, ALIGN)
-        dot, m_sq = products(
-            own, q_at, real[:, None], stride_qd, head, m_at, inside[:, None], stride_md, 0,
-            D, HEADS, 1, SIMILARITY != "dot", PRECISION, WIDEN, BLOCK_OWN, BLOCK_OTHER, BLOCK_D,
-        )  # fmt: skip
+        other = Tile(metas, rows_at(metas, start, meta_lanes), inside[:, None])
+        dot, m_sq = products(features_of_q, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
         S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
         S = tl.where(real[:, None] & inside[None, :], S, float("-inf"))
-        if not OVER_META:
-            level = tl.load(lse + item * K + k, mask=inside, other=0.0)[None, :]
-        total = tl.load(mass + item * K + k, mask=inside, other=0.0)
+        level = _level(frame, n, real, k, inside, OVER_META, 1)
+        total = tl.load(mass + frame.group + k, mask=inside, other=0.0)
         share = tl.exp(S - level) * count[:, None] * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
         if g is not None:
-            g_at = rows_at(g_item, start, rows, stride_gk, G_ALIGN)
-            values = features(g_at, inside[:, None], part, stride_gd, 0, C, 1, WIDEN, SLICE)
-            acc = product(as_operand(share, values, WIDEN), values, acc, PRECISION, WIDEN)
+            g_tile = Tile(g_rows, rows_at(g_rows, start, meta_lanes), inside[:, None])
+            acc = _add_values(acc, share, g_tile, part, C, PRECISION, SLICE)
         if u is not None:
-            for axis in tl.static_range(P):
-                grad = _column(u + item * stride_ub + axis * stride_ud, k, stride_uk, inside)
-                moment = tl.sum(share * grad[None, :], 1)
-                acc_p += tl.where(tl.arange(0, BLOCK_P)[None, :] == axis, moment[:, None], 0.0)
+            acc_p = _add_positions(acc_p, share, u, frame.group + k, inside, P)
 
-    row = item * N + n
+    row = frame.token + n
     if grad_x is not None:
         c = part + tl.arange(0, SLICE)[None, :]
         tl.store(grad_x + row[:, None] * C + c, acc, mask=(n < N)[:, None] & (c < C))
@@ -261,145 +273,113 @@ def soft_merge_grad_x_kernel(
         tl.store(grad_p + row[:, None] * P + axis, acc_p, mask=(n < N)[:, None] & (axis < P))
 
 
-@triton.jit(do_not_specialize=[*_EXTENTS, *_GRADS], do_not_specialize_on_alignment=[*_ADJACENT, "stride_gd"])
+@triton.jit
+def _value_products(own, other, C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+    """<x_n, g_k> of two tiles."""
+    total = tl.zeros([own.at.shape[0], other.at.shape[0]], tl.float32)
+    for c in range(0, C, BLOCK_D):
+        own_values, other_values = features(own, c, C, 1, BLOCK_D), features(other, c, C, 1, BLOCK_D)
+        total = product(own_values, tl.trans(other_values), total, PRECISION)
+    return total
+
+
+@triton.jit
+def _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META: tl.constexpr, ACROSS: tl.constexpr):
+    """dS: size_n A (T - mean_n) over meta tokens, A (size_n T - mass_k dL/dsize'_k) over tokens."""
+    count = tl.expand_dims(count, ACROSS)
+    if OVER_META:
+        centre = tl.load(frame.centre + frame.token + n, mask=real, other=0.0)
+        dS = A * count * (T - tl.expand_dims(centre, ACROSS))
+    else:
+        dS = count * T
+        if frame.centre is not None:
+            centre = total * tl.load(frame.centre + frame.group + k, mask=is_group, other=0.0)
+            dS -= tl.expand_dims(centre, 1 - ACROSS)
+        dS *= A
+    return dS
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ADJACENT)
 def soft_merge_grad_metric_kernel(
-    q, stride_qb, stride_qh, stride_qn, stride_qd,
-    m, stride_mb, stride_mk, stride_md,
-    x, stride_xb, stride_xn, stride_xd,
-    size, stride_sb, stride_sn, mask, stride_rb, stride_rn, p, stride_pb, stride_pn, stride_pd,
-    g, stride_gb, stride_gk, stride_gd, grad_size, stride_zb, stride_zk, u, stride_ub, stride_uk, stride_ud,
-    lse, mass, shift, mean, grad,
+    q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, x, stride_xb, stride_xn, stride_xd,
+    size, mask, p, stride_pb,
+    g, stride_gb, u, lse, mass, shift, centre, grad,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
-    OVER_META: tl.constexpr, OF: tl.constexpr, ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    OVER_META: tl.constexpr, OF: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """dL/dsize_n (OF "size"), dL/dq (OF "q") by tiles of tokens, or dL/dm (OF "meta") by tiles of meta tokens.
 
-    With T[n, k] = (<g_k, x_n> + <dL/dp_k, p_n>) / mass_k + shift_k: dL/dA = size_n T, dL/dsize_n = sum_k A T, kept in
-    `mean`, and dS = size_n A (T - mean_n) over meta tokens, A (size_n T - mass_k dL/dsize'_k) over tokens. S and T are
-    worked out again a tile at a time, for every slice of D.
+    With T[n, k] = (<g_k, x_n> + <dL/dp_k, p_n>) / mass_k + shift_k: dL/dA = size_n T and mean_n = dL/dsize_n =
+    sum_k A T. `centre` is mean_n over meta tokens, dL/dsize'_k over tokens. S and T are worked out again a tile at a
+    time, for every slice of D.
     """
     TOKENS: tl.constexpr = OF != "meta"
-    if TOKENS:
-        num_own, num_other = N, K
-        own, stride_a, stride_ad, stride_ai = q + 0, stride_qn, stride_qd, stride_qb
-        other, stride_b, stride_bd, stride_bi = m + 0, stride_mk, stride_md, stride_mb
-        own_head, other_head = aligned(stride_qh, ALIGN), 0
-    else:
-        num_own, num_other = K, N
-        own, stride_a, stride_ad, stride_ai = m + 0, stride_mk, stride_md, stride_mb
-        other, stride_b, stride_bd, stride_bi = q + 0, stride_qn, stride_qd, stride_qb
-        own_head, other_head = 0, aligned(stride_qh, ALIGN)
-    OWN_HEADS: tl.constexpr = HEADS if TOKENS else 1
-    OTHER_HEADS: tl.constexpr = 1 if TOKENS else HEADS
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast; those of meta tokens: DOWN
     DOWN: tl.constexpr = 1 - ACROSS
-    SLICES: tl.constexpr = 1 if OF == "size" else (D + SLICE - 1) // SLICE
+    part, first, item = tile_of_program(N if TOKENS else K, BLOCK_OWN, SLICE if OF == "size" else D, SLICE)
+    q_rows = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
+    x_rows = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xd, None, N)
+    m_rows = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    g_rows = None if g is None else Rows(g + item * aligned(stride_gb, ALIGN), C, 1, None, K)
+    tokens = Side(q_rows, x_rows, None if p is None else p + item * stride_pb)
+    metas = Side(m_rows, g_rows, None if u is None else u + item * K * P)
+    own, other = (tokens, metas) if TOKENS else (metas, tokens)
+    frame = Frame(size, mask, lse, mass, shift, centre, item * N, item * K, N, K)
 
-    tiles = tl.cdiv(num_own, BLOCK_OWN)
-    part = tl.program_id(0) % SLICES * SLICE
-    first = tl.program_id(0) // SLICES % tiles * BLOCK_OWN
-    item = (tl.program_id(0) // (SLICES * tiles)).to(tl.int64)
-    own_rows = tl.arange(0, BLOCK_OWN)
-    other_rows = tl.arange(0, BLOCK_OTHER)
-    inside = first + own_rows < num_own
-    own_at = rows_at(own + item * aligned(stride_ai, ALIGN), first, own_rows, stride_a, ALIGN)
-    other += item * aligned(stride_bi, ALIGN)
-    x_item = x + item * aligned(stride_xb, ALIGN)
-    if g is not None:
-        g_item = g + item * aligned(stride_gb, G_ALIGN)
-
+    lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
+    own_n = first + lanes
+    inside = own_n < own.metric.count
     own_real = inside
     if TOKENS:
-        n = first + own_rows
-        real, count = _tokens(size, stride_sb, stride_sn, mask, stride_rb, stride_rn, item, n, N)
-        own_real = real
-    else:
-        k = first + own_rows
-        k_real = inside
-    own_tile = 0
-    if D <= BLOCK_D:
-        own_tile = features(own_at, own_real[:, None], 0, stride_ad, own_head, D, OWN_HEADS, WIDEN, BLOCK_D)
-    own_sq = tl.zeros([BLOCK_OWN], tl.float32)
-    if SIMILARITY != "dot":
-        own_sq = sum_of_squares(own_at, own_real[:, None], stride_ad, own_head, D, OWN_HEADS, WIDEN, BLOCK_OWN, BLOCK_D)
-
+        own_real, count = _counts(frame, own_n)
+    mine = Tile(own.metric, rows_at(own.metric, first, lanes), own_real[:, None])
+    values, own_sq = resident(mine, D, HEADS, SIMILARITY != "dot", BLOCK_D)
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     along = tl.zeros([BLOCK_OWN], tl.float32)
-    for start in range(0, num_other, BLOCK_OTHER):
-        other_at = rows_at(other, start, other_rows, stride_b, ALIGN)
-        if TOKENS:
-            k = start + other_rows
-            k_real = k < K
-            other_real = k_real
-            n_first, n_rows, k_first, k_rows = first, own_rows, start, other_rows
-        else:
-            n = start + other_rows
-            real, count = _tokens(size, stride_sb, stride_sn, mask, stride_rb, stride_rn, item, n, N)
-            other_real = real
-            n_first, n_rows, k_first, k_rows = start, other_rows, first, own_rows
-        dot, other_sq = products(
-            own_tile, own_at, own_real[:, None], stride_ad, own_head,
-            other_at, other_real[:, None], stride_bd, other_head,
-            D, OWN_HEADS, OTHER_HEADS, SIMILARITY != "dot", PRECISION, WIDEN, BLOCK_OWN, BLOCK_OTHER, BLOCK_D,
-        )  # fmt: skip
+    for start in range(0, other.metric.count, BLOCK_OTHER):
+        other_n = start + other_lanes
+        other_real = other_n < other.metric.count
+        if not TOKENS:
+            other_real, count = _counts(frame, other_n)
+        n, real = (own_n, own_real) if TOKENS else (other_n, other_real)
+        k, is_group = (other_n, other_real) if TOKENS else (own_n, own_real)
+        theirs = Tile(other.metric, rows_at(other.metric, start, other_lanes), other_real[:, None])
+        dot, other_sq = products(values, mine, theirs, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
+
         T = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
         if g is not None:
-            x_at = rows_at(x_item, n_first, n_rows, stride_xn, ALIGN)
-            g_at = rows_at(g_item, k_first, k_rows, stride_gk, G_ALIGN)
-            for c in range(0, C, BLOCK_D):
-                x_tile = features(x_at, real[:, None], c, stride_xd, 0, C, 1, WIDEN, BLOCK_D)
-                g_tile = features(g_at, k_real[:, None], c, stride_gd, 0, C, 1, WIDEN, BLOCK_D)
-                if TOKENS:
-                    T = product(x_tile, tl.trans(g_tile), T, PRECISION, WIDEN)
-                else:
-                    T = product(g_tile, tl.trans(x_tile), T, PRECISION, WIDEN)
+            my_values = Tile(own.merged, rows_at(own.merged, first, lanes), own_real[:, None])
+            their_values = Tile(other.merged, rows_at(other.merged, start, other_lanes), other_real[:, None])
+            T = _value_products(my_values, their_values, C, PRECISION, BLOCK_D)
         if u is not None:
             for axis in tl.static_range(P):
-                p_axis = _column(p + item * stride_pb + axis * stride_pd, n, stride_pn, real)
-                u_axis = _column(u + item * stride_ub + axis * stride_ud, k, stride_uk, k_real)
-                T += tl.expand_dims(p_axis, ACROSS) * tl.expand_dims(u_axis, DOWN)
-        total = tl.load(mass + item * K + k, mask=k_real, other=0.0)
+                mine_along = _column(own.positions, own_n, axis, own_real, P)
+                T += mine_along[:, None] * _column(other.positions, other_n, axis, other_real, P)[None, :]
+        total = tl.load(mass + frame.group + k, mask=is_group, other=0.0)
         inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-        common = tl.load(shift + item * K + k, mask=k_real, other=0.0)
+        common = tl.load(shift + frame.group + k, mask=is_group, other=0.0)
         T = T * tl.expand_dims(inverse, DOWN) + tl.expand_dims(common, DOWN)
 
         S = similarity_of(dot, own_sq, other_sq, inverse_temperature, SIMILARITY)
-        S = tl.where(tl.expand_dims(real, ACROSS) & tl.expand_dims(k_real, DOWN), S, float("-inf"))
-        if OVER_META:
-            level = tl.expand_dims(tl.load(lse + item * N + n, mask=real, other=0.0), ACROSS)
-        else:
-            level = tl.expand_dims(tl.load(lse + item * K + k, mask=k_real, other=0.0), DOWN)
-        A = tl.exp(S - level)
+        S = tl.where(own_real[:, None] & other_real[None, :], S, float("-inf"))
+        A = tl.exp(S - _level(frame, n, real, k, is_group, OVER_META, ACROSS))
         if OF == "size":
             along += tl.sum(A * T, 1)
         else:
-            if OVER_META:
-                centre = tl.load(mean + item * N + n, mask=real, other=0.0)
-                dS = A * tl.expand_dims(count, ACROSS) * (T - tl.expand_dims(centre, ACROSS))
-            else:
-                dS = tl.expand_dims(count, ACROSS) * T
-                if grad_size is not None:
-                    centre = total * _column(grad_size + item * stride_zb, k, stride_zk, k_real)
-                    dS -= tl.expand_dims(centre, DOWN)
-                dS *= A
-            values = features(other_at, other_real[:, None], part, stride_bd, other_head, D, OTHER_HEADS, WIDEN, SLICE)
-            acc, along = pull_back(
-                acc, along, dS * inverse_temperature, dot, other_sq, values, SIMILARITY, D <= SLICE, PRECISION, WIDEN
-            )
+            dS = _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META, ACROSS)
+            dS *= inverse_temperature
+            their_slice = features(theirs, part, D, HEADS, SLICE)
+            acc, along = pull_back(acc, along, dS, dot, other_sq, their_slice, SIMILARITY, D <= SLICE, PRECISION)
 
     if OF == "size":
-        tl.store(mean + item * N + first + own_rows, along, mask=inside)
+        tl.store(grad + frame.token + own_n, along, mask=inside)
     else:
-        values = features(own_at, own_real[:, None], part, stride_ad, own_head, D, OWN_HEADS, WIDEN, SLICE)
-        acc = finish(acc, along, values, own_sq, SIMILARITY, D <= SLICE)
+        acc = finish(acc, along, features(mine, part, D, HEADS, SLICE), own_sq, SIMILARITY, D <= SLICE)
         if TOKENS:
             acc = tl.where(own_real[:, None], acc, 0.0)
-        d = part + tl.arange(0, SLICE)[None, :]
-        out = grad + (item * OWN_HEADS * num_own + (first + own_rows)[:, None]) * D + d
-        store_to_heads(out, acc, inside[:, None] & (d < D), num_own.to(tl.int64) * D, OWN_HEADS)
+        store_rows(grad, acc, own.metric, item, own_n, part, D, HEADS)
 
 
 def _configs(
@@ -442,11 +422,6 @@ _grad_x_config = _config("soft_merge_grad_x")
 _grad_metric_config = _config("soft_merge_grad_metric")
 
 
-def _strided(t: Tensor | None, dims: int) -> tuple[Any, ...]:
-    """A tensor that may be absent, and its strides."""
-    return (None, 0, 0, 0)[: dims + 1] if t is None else (t, *t.stride())
-
-
 def soft_merge(
     x: Tensor,
     q: Tensor,
@@ -457,7 +432,7 @@ def soft_merge(
     positions: Tensor | None,
     mask: Tensor | None,
 ) -> SoftMerged:
-    C, x_strides = x.shape[2], x.stride()
+    C, x_strides, mask = x.shape[2], x.stride(), dense(mask)
     pair = paired(q, meta)
     places, B, H, N, K, D, align = pair
     P = 0 if positions is None else positions.shape[-1]
@@ -467,17 +442,17 @@ def soft_merge(
     over_meta = normalize == "meta"
     lse = size_out.new_empty(B, N if over_meta else K)
     if over_meta:
-        forward(pair, mask, similarity, True, None, None, lse, None)
+        forward(pair, mask, similarity, None, None, lse, None)
     rounding = precision(x.dtype, q.dtype)
     config = _forward_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
     blocks = config.blocks
     launch(
         soft_merge_kernel,
         (B * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
-        *places, x, *x_strides, *_strided(size, 2), *_strided(mask, 2), *_strided(positions, 3),
+        *places, x, *x_strides, dense(size), mask, *items(positions),
         y, size_out, positions_out, lse, N, K, 1.0 / similarity.temperature,
         config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, OVER_META=over_meta,
-        ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, WIDEN=INTERPRET, BLOCK_P=power_of_two(P, 1),
+        ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
     return SoftMerged(y, size_out, None if positions is None else positions_out, lse)
 
@@ -515,8 +490,9 @@ def soft_merge_backward(
         need_q = need_meta = False
 
     rounding = precision(x.dtype, q.dtype)
+    size, mask, grad_size, grad_positions = dense(size), dense(mask), dense(grad_size), dense(grad_positions)
+    grad_y, stride_gb = items(grad_y)
     extents = (N, K, 1.0 / similarity.temperature)
-    token = (*_strided(size, 2), *_strided(mask, 2))
     common: dict[str, Any] = {
         "C": C,
         "D": D,
@@ -524,10 +500,8 @@ def soft_merge_backward(
         "HEADS": H,
         "SIMILARITY": similarity.kind,
         "OVER_META": over_meta,
-        "ALIGN": gcd(align, alignment(x_strides)),
-        "G_ALIGN": 1 if grad_y is None else alignment(grad_y.stride()),
+        "ALIGN": gcd(align, alignment(x_strides, (stride_gb, 1))),
         "PRECISION": rounding,
-        "WIDEN": INTERPRET,
     }
     if need_x or need_positions:
         config = _grad_x_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
@@ -535,8 +509,7 @@ def soft_merge_backward(
         launch(
             soft_merge_grad_x_kernel,
             (B * -(-N // blocks["BLOCK_OWN"]) * -(-C // blocks["SLICE"]),),
-            *metric, *token, *_strided(grad_y, 3), *_strided(grad_positions, 3), lse, mass,
-            grad_x, grad_p, *extents,
+            *metric, size, mask, grad_y, stride_gb, grad_positions, lse, mass, grad_x, grad_p, *extents,
             config=config, BLOCK_P=power_of_two(P, 1), **common,
         )  # fmt: skip
 
@@ -544,25 +517,26 @@ def soft_merge_backward(
         return OfSoftMerge(grad_x, grad_q, grad_meta, None, grad_p)
     shift = torch.empty_like(mass)
     config = fixed("soft_merge_shift", SHIFT)
-    incoming = (*_strided(grad_y, 3), *_strided(grad_size, 2), *_strided(grad_positions, 3))
     launch(
         soft_merge_shift_kernel,
         (B * -(-K // config.blocks["BLOCK_K"]),),
-        *incoming, y, positions_out, mass, shift, K, config=config, C=C, P=P,
+        grad_y, stride_gb, grad_size, grad_positions, y, positions_out, mass, shift, K, config=config, C=C, P=P,
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
-    passes = (("size", N, need_mean, None), ("q", N, need_q, grad_q), ("meta", K, need_meta, grad_meta))
     grad_size_in = mass.new_empty(B, N) if need_mean else None
+    centre = grad_size_in if over_meta else grad_size
+    passes = (("size", N, grad_size_in, None), ("q", N, grad_q, centre), ("meta", K, grad_meta, centre))
     config = _grad_metric_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, min(D, 128))
     blocks = config.blocks
-    for of, rows, needed, grad in passes:
+    for (of, rows, grad, centre), needed in zip(passes, (need_mean, need_q, need_meta), strict=True):
         if needed:
             slices = 1 if of == "size" else -(-D // blocks["SLICE"])
             launch(
                 soft_merge_grad_metric_kernel,
                 (B * -(-rows // blocks["BLOCK_OWN"]) * slices,),
-                *metric, x, *x_strides, *token, *_strided(positions, 3), *incoming, lse, mass, shift, grad_size_in,
-                grad, *extents, config=config, OF=of, **common,
+                *metric, x, *x_strides, size, mask, *items(positions), grad_y, stride_gb, grad_positions,
+                lse, mass, shift, centre, grad, *extents,
+                config=config, OF=of, **common,
             )  # fmt: skip
     return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size_in if need_size else None, grad_p)
 

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels.impl.triton.config import Config, configured, fixed
-from sttm_kernels.impl.triton.launch import aligned, launch
-from sttm_kernels.impl.triton.similarity import alignment, power_of_two
+from sttm_kernels.impl.triton.launch import launch
+from sttm_kernels.impl.triton.layout import aligned, alignment
+from sttm_kernels.impl.triton.similarity import power_of_two
 from sttm_kernels.plan import MergePlan
 
 
