@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from cases import draw, each, only, short
+from cases import draw, each, each_dtype_and_reduction, only, run, short
 
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
@@ -87,34 +87,57 @@ def test_tokens_are_sorted_by_group(N, K, kind, chunked, request, outputs_amid_p
     assert outputs_amid_poison
 
 
+@pytest.mark.shipped_blocks
+@each("K", [9, 130])
+@each_dtype_and_reduction
+def test_a_plan_with_its_order_gives_the_bits_of_one_without(dtype, reduce, K):
+    x, size = make_tokens(1, 60, 20, dtype), draw((1, 60, 1, 1, 1))["size"]
+    index = make_index(1, 60, K, left_out=0.0)
+    order = index.argsort(dim=1, stable=True).int()
+    offsets = torch.searchsorted(index.sort(dim=1).values, torch.arange(K + 1).int()[None]).int()
+    plain, ordered = sttm.MergePlan(index, K), sttm.MergePlan(index, K, order=order, offsets=offsets)
+    found, expected = (sttm.merge(x, plan, size, reduce=reduce, impl="triton") for plan in (ordered, plain))
+    assert_equal("x", found.x, expected.x)
+    assert_equal("size", found.size, expected.size)
+
+
 # Offsets
 
 
-def far_apart(values):
-    """The same values with batch items 2^30 + 8 elements apart: three of them span more than 2^31 elements.
+def far_apart(values, dim):
+    """The same values with neighbours along `dim` 2^30 + 8 elements apart: three of them span more than 2^31 elements.
 
     Memory that nothing touches is only reserved, not used.
     """
-    B, stride = values.shape[0], 2**30 + 8
-    memory = torch.empty((B - 1) * stride + values[0].numel(), dtype=values.dtype)
-    view = memory.as_strided(values.shape, (stride, *values[0].contiguous().stride()))
-    return view.copy_(values)
+    stride = 2**30 + 8
+    strides = list(torch.empty_like(values, device="meta").select(dim, 0).contiguous().stride())
+    strides.insert(dim, stride)
+    memory = torch.empty((values.shape[dim] - 1) * stride + values.select(dim, 0).numel(), dtype=values.dtype)
+    return memory.as_strided(values.shape, strides).copy_(values)
 
 
 @pytest.mark.unpoisoned
 @pytest.mark.shipped_blocks
+@each("dim", [0, 1, 2], ids=["items", "rows", "features"])
 @each("verb", ["assign", "match", "merge", "unmerge", "soft_merge", "assign_merge"])
-def test_offsets_past_two_to_the_31(verb):
-    x = far_apart(make_tokens(3, 20, 16, torch.float16))
-    meta = make_tokens(3, 4, 16, torch.float16, seed=1)
-    plan = sttm.MergePlan(torch.arange(20, dtype=torch.int32).remainder(4).repeat(3, 1), 4)
-    onward = sttm.MergePlan(torch.arange(30, dtype=torch.int32).remainder(20).repeat(3, 1), 20)
+def test_offsets_past_two_to_the_31(verb, dim):
+    """And the gradients, where the kernels of the way back read features too."""
+    shape = [2, 6, 8]
+    shape[dim] = 3
+    B, N, C = shape
+    x = far_apart(make_tokens(B, N, C, torch.float16), dim)
+    meta = make_tokens(B, 2, C, torch.float16, seed=1)
+    plan = sttm.MergePlan(torch.arange(N, dtype=torch.int32).remainder(2).repeat(B, 1), 2, weight=torch.rand(B, N))
+    onward = sttm.MergePlan(torch.arange(30, dtype=torch.int32).remainder(N).repeat(B, 1), N)
     call = {
-        "assign": lambda x: sttm.assign(x, meta, impl="triton").score,
-        "match": lambda x: sttm.match(x, 6, impl="triton").score,
+        "assign": lambda x: sttm.assign(x, meta, impl="triton").lse,
+        "match": lambda x: sttm.match(x, 1, impl="triton").score,
         "merge": lambda x: sttm.merge(x, plan, impl="triton").x,
         "unmerge": lambda x: sttm.unmerge(x, onward, impl="triton"),
         "soft_merge": lambda x: sttm.soft_merge(x, x, meta, impl="triton").x,
         "assign_merge": lambda x: assign_merge(x, None, meta, impl="triton")[0].x,
     }[verb]
-    assert_equal(verb, call(x), call(x.contiguous()))
+    found, expected = (run(lambda x: {verb: call(x)}, {"x": one}) for one in (x, x.contiguous()))
+    for name, value in expected.items():
+        assert_equal(name, found[name], value)
+    assert len(found) == (1 if verb == "match" else 2)
