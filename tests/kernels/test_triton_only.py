@@ -105,27 +105,36 @@ def test_a_plan_with_its_order_gives_the_bits_of_one_without(dtype, reduce, K):
 
 
 def far_apart(values, dim):
-    """The same values with neighbours along `dim` 2^30 + 8 elements apart: three of them span more than 2^31 elements.
+    """The same values with neighbours along `dim` so far apart that they span more than 2^31 elements.
 
     Memory that nothing touches is only reserved, not used.
     """
-    stride = 2**30 + 8
+    shape = list(values.shape)
+    stride = 2**31 // (shape[dim] - 2) + 8
     strides = list(torch.empty_like(values, device="meta").select(dim, 0).contiguous().stride())
     strides.insert(dim, stride)
-    memory = torch.empty((values.shape[dim] - 1) * stride + values.select(dim, 0).numel(), dtype=values.dtype)
-    return memory.as_strided(values.shape, strides).copy_(values)
+    memory = torch.empty((shape[dim] - 1) * stride + values.select(dim, 0).numel(), dtype=values.dtype)
+    return memory.as_strided(shape, strides).copy_(values)
+
+
+ONE_TILE = pytest.mark.shipped_blocks
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.shipped_blocks
-@each("dim", [0, 1, 2], ids=["items", "rows", "features"])
+@each(
+    "shape",
+    [
+        pytest.param(("items", 3, 6, 8), marks=ONE_TILE, id="items"),
+        pytest.param(("rows", 2, 18, 8), marks=ONE_TILE, id="rows"),
+        pytest.param(("rows", 2, 18, 8), id="tiles of rows"),
+        pytest.param(("features", 2, 6, 4), marks=ONE_TILE, id="features"),
+    ],
+)
 @each("verb", ["assign", "match", "merge", "unmerge", "soft_merge", "assign_merge"])
-def test_offsets_past_two_to_the_31(verb, dim):
+def test_offsets_past_two_to_the_31(verb, shape):
     """And the gradients, where the kernels of the way back read features too."""
-    shape = [2, 6, 8]
-    shape[dim] = 3
-    B, N, C = shape
-    x = far_apart(make_tokens(B, N, C, torch.float16), dim)
+    along, B, N, C = shape
+    x = far_apart(make_tokens(B, N, C, torch.float16), ("items", "rows", "features").index(along))
     meta = make_tokens(B, 2, C, torch.float16, seed=1)
     plan = sttm.MergePlan(torch.arange(N, dtype=torch.int32).remainder(2).repeat(B, 1), 2, weight=torch.rand(B, N))
     onward = sttm.MergePlan(torch.arange(30, dtype=torch.int32).remainder(N).repeat(B, 1), N)
