@@ -18,7 +18,7 @@ from sttm_kernels.impl.triton.merge import merge, merge_backward
 from sttm_kernels.impl.triton.similarity import precision
 from sttm_kernels.impl.triton.soft_merge import soft_merge, soft_merge_backward
 from sttm_kernels.impl.triton.unmerge import compose, unmerge
-from sttm_kernels.plan import MergedGrads, MergePlan, OfAssign, OfMerge, OfSoftMerge, PlanGrads
+from sttm_kernels.plan import MergedGrads, MergePlan, OfAssign, OfMerge, OfSoftMerge, PlanGrads, Similarity
 
 
 def _assign() -> list[Specialization]:
@@ -41,9 +41,9 @@ def _assign_example(dtype: torch.dtype, D: int, H: int) -> None:
     mask = torch.empty((2, 197), dtype=torch.bool, device="meta")
     for similarity in ("cosine", "l2", "dot") if D == 64 and H == 1 else ("cosine",):
         for weight in ("softmax", "uniform"):
-            plan = assign(q, meta, similarity, 0.1, weight, mask if weight == "softmax" else None)
+            plan = assign(q, meta, Similarity(similarity, 0.1), weight, mask if weight == "softmax" else None)
             grads = PlanGrads(plan.score, plan.lse)
-            assign_backward(grads, q, meta, similarity, 0.1, plan, OfAssign(True, True))
+            assign_backward(grads, q, meta, Similarity(similarity, 0.1), plan, OfAssign(True, True))
 
 
 def _soft_merge() -> list[Specialization]:
@@ -68,9 +68,9 @@ def _soft_merge_example(dtype: torch.dtype, C: int, D: int) -> None:
     x, q, meta = empty(B, N, C, dtype=dtype), empty(B, N, D, dtype=dtype), empty(B, K, D, dtype=dtype)
     size, positions, mask = empty(B, N), empty(B, N, P), empty(B, N, dtype=torch.bool)
     for normalize in ("meta", "tokens"):
-        out = soft_merge(x, q, meta, "cosine", 0.1, normalize, size, positions, mask)
+        out = soft_merge(x, q, meta, Similarity("cosine", 0.1), normalize, size, positions, mask)
         grads, needs = MergedGrads(out.x, out.size, out.positions), OfSoftMerge(*(True,) * 5)
-        soft_merge_backward(grads, x, q, meta, "cosine", 0.1, normalize, size, positions, mask, out, needs)
+        soft_merge_backward(grads, x, q, meta, Similarity("cosine", 0.1), normalize, size, positions, mask, out, needs)
 
 
 def _match() -> list[Specialization]:
@@ -167,9 +167,10 @@ def _assign_merge_example(arch: int, dtype: torch.dtype, N: int, K: int, extras:
     mask = x.new_empty(2, N, dtype=torch.bool) if extras else None
     size = torch.empty(2, N, device="meta") if extras else None
     fill = x.new_empty(2, K, 1024) if extras else None
+    similarity = Similarity("l2" if extras else "cosine")
     return recorded(
         f"assign_merge {'extras ' * extras}{str(dtype).removeprefix('torch.')}",
-        lambda: assign_merge(x, q, m, "l2" if extras else "cosine", 1.0, "softmax", mask, size, positions, fill),
+        lambda: assign_merge(x, q, m, similarity, "softmax", mask, size, positions, fill),
         arch,
         ("assign_merge_kernel",),
     )
