@@ -14,7 +14,7 @@ import torch
 from sttm_kernels.bench.operations import draw, operations
 from sttm_kernels.bench.timing import time_in_turns
 from sttm_kernels.bench.workloads import SUITES
-from sttm_kernels.console import one_thread
+from sttm_kernels.console import threads
 
 CPU = torch.device("cpu")
 WORKLOAD = next(work for work in SUITES["quick"] if work.name == "VideoMAE-B 16x224")
@@ -37,7 +37,7 @@ def test_ratio(benchmark, operation, rival):
         for each in operations(WORKLOAD, ["torch"], CPU, torch.float32, compiled=True)
         if each.name == operation and each.impl in ("torch", rival)
     }
-    with one_thread():
+    with threads(1):
         samples = time_in_turns(calls, CPU, seconds=1.0)
         ratio = samples[rival].p20 / samples["torch"].p20
         benchmark.extra_info[f"{rival} / ours"] = round(ratio, 2)

@@ -98,9 +98,12 @@ def check_merge(
     positions: Tensor | None = None,
     fill: Tensor | None = None,
     reduce: str = "mean",
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     def run(merge: Any, x: Tensor, size: Tensor, weight: Tensor, positions: Tensor, fill: Tensor) -> dict[str, Tensor]:
-        return fields(merge(x, MergePlan(index, num_groups, weight=weight), size, positions, reduce, fill))
+        plan = MergePlan(index, num_groups, weight=weight, order=order, offsets=offsets)
+        return fields(merge(x, plan, size, positions, reduce, fill))
 
     assert_verb_within_budget(
         f"merge by {reduce}",

@@ -48,12 +48,12 @@ def progress(items: Iterable[Any], total: int, title: str) -> Any:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on one CPU thread: on frames, threads that wait for each other cost more than they give, on a busy
-    machine many times more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """PyTorch on so many CPU threads. On frames, threads that wait for each other cost more than they give, on a busy
+    machine many times more: there one is best."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -50,12 +50,13 @@ def _check_comparison(
     return meta, Similarity(similarity, float(temperature))
 
 
-def _check_rows(q: Tensor, x: Tensor, rows: tuple[int, int]) -> tuple[int, ...]:
+def check_rows(name: str, q: Tensor, x: Tensor, rows: tuple[int, int]) -> tuple[int, ...]:
     """Checks q, which must have the B and N of x; returns its shape."""
-    shape = validate.features("q", q, QUERIES, 3, 4)
+    shape = validate.features(name, q, QUERIES, 3, 4)
     if (shape[0], shape[-2]) != rows:
-        raise ValueError(f"q must have the B and N of x, {validate.shape_text(rows)}, got {validate.shape_text(shape)}")
-    validate.same_device("q", q, "x", x)
+        texts = validate.shape_text(rows), validate.shape_text(shape)
+        raise ValueError(f"{name} must have the B and N of x, {texts[0]}, got {texts[1]}")
+    validate.same_device(name, q, "x", x)
     return shape
 
 
@@ -331,7 +332,7 @@ def assign_merge(
     """
     validate.one_of("impl", impl, IMPL_NAMES)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
-    metric, shape = (x, (B, N, C)) if q is None else (q, _check_rows(q, x, (B, N)))
+    metric, shape = (x, (B, N, C)) if q is None else (q, check_rows("q", q, x, (B, N)))
     meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
     if impl == "reference" or metric.dtype != x.dtype:
@@ -347,8 +348,7 @@ def _check_fill(fill: Tensor | None, x: Tensor, num_groups: int) -> Tensor | Non
     """Returns fill as (B, K, C)."""
     if fill is None:
         return None
-    validate.floating("fill", fill)
-    validate.dims("fill", fill, "(B, K, C) or (K, C)", 2, 3)
+    validate.features("fill", fill, "(B, K, C) or (K, C)", 2, 3)
     validate.same_dtype("fill", fill, "x", x)
     if fill.dim() == 2:
         fill = fill.expand(x.shape[0], -1, -1)
@@ -442,7 +442,7 @@ def soft_merge(
     """
     validate.one_of("impl", impl, IMPL_NAMES)
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
-    shape = _check_rows(q, x, (B, N))
+    shape = check_rows("q", q, x, (B, N))
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("normalize", normalize, validate.NORMALIZATIONS)
     size, positions = size_and_positions(x, size, positions)

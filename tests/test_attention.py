@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels.nn import attention, proportional_attention
-from sttm_kernels.testing import assert_within_budget
+from sttm_kernels.testing import assert_equal, assert_within_budget
 
 METHODS = ["mask", "augment", "flex"]
 methods = pytest.mark.parametrize("method", METHODS)
@@ -126,6 +126,29 @@ def test_compiles_in_one_graph_for_any_length(method):
     torch._dynamo.reset()
 
 
+def test_without_size_it_is_plain_attention():
+    q, k, v, size = inputs(torch.float32)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert_equal("no size", proportional_attention(q, k, v), plain)
+    assert_equal("off", proportional_attention(q, k, v, size, method="off"), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": 1}, TypeError, "q must be a torch.Tensor, got int"),
+        ({"q": torch.ones(3, 4, 8)}, ValueError, r"q must have shape \(B, H, M, D\), got \(3, 4, 8\)"),
+        ({"size": torch.ones(2, 5)}, ValueError, r"size must have shape \(B, N\) = \(2, 4\), got \(2, 5\)"),
+        ({"size": [1.0]}, TypeError, "size must be a torch.Tensor, got list"),
+        ({"method": "flash"}, ValueError, "method must be one of .* got 'flash'"),
+    ],
+)
+def test_bad_inputs(change, error, message):
+    tokens = torch.ones(2, 3, 4, 8)
+    with pytest.raises(error, match=message):
+        proportional_attention(**({"q": tokens, "k": tokens, "v": tokens, "size": torch.ones(2, 4)} | change))
+
+
 def test_auto_is_the_mask_on_a_cpu():
     q, k, v, size = inputs(torch.float32)
     assert attention.choose_method(q.device, q.dtype, 64) == "mask"
@@ -155,7 +178,4 @@ def test_auto_on_gpus(monkeypatch, version, capability, dtype, head_dim, expecte
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_on_a_gpu(method, head_dim):
     q, k, v, size = (t.cuda() for t in inputs(torch.bfloat16, N=300, D=head_dim))
-    truth = by_formula(q.double(), k.double(), v.double(), size, head_dim**-0.5)
-    plain = by_formula(q, k, v, size, head_dim**-0.5)
-    out = proportional_attention(q, k, v, size, method=method)
-    assert_within_budget(method, out, truth, plain, 300 + head_dim)
+    assert_is_formula(method, proportional_attention(q, k, v, size, method=method), q, k, v, size)

@@ -18,6 +18,7 @@ META = torch.randn(B, K, D)
 INDEX = torch.zeros(B, N, dtype=torch.int32)
 PLAN = sttm.MergePlan(INDEX, K)
 MASK = torch.ones(B, N, dtype=torch.bool)
+UNEVEN = torch.stack([MASK[0], ~MASK[0]])
 GRID = (1, 3, 4)
 
 
@@ -27,6 +28,10 @@ def elsewhere(tensor):
 
 def plan(index=INDEX, groups=K, **fields):
     return sttm.MergePlan(index, groups, **fields)
+
+
+def at_random(**geometry):
+    return sttm.match(Q, 2, partition="random2d", grid=GRID, **geometry)
 
 
 TABLE = [
@@ -77,11 +82,7 @@ TABLE = [
     (lambda: sttm.match(Q, 2, partition=MASK.int()), TypeError, r"partition must be bool, got torch\.int32"),
     (lambda: sttm.match(Q, 2, partition=MASK[:, :5]), ValueError, r"partition must have shape .*, got \(2, 5\)"),
     (lambda: sttm.match(Q, 2, partition=MASK[:1]), ValueError, r"partition must have shape .*, got \(1, 12\)"),
-    (
-        lambda: sttm.match(Q, 2, partition=torch.stack([MASK[0], ~MASK[0]])),
-        ValueError,
-        r"partition must have equally many dst tokens in every row, got \[12, 0\]",
-    ),
+    (lambda: sttm.match(Q, 2, partition=UNEVEN), ValueError, r"partition must have equally many dst .*, got \[12, 0\]"),
     (lambda: sttm.match(Q, 2, partition="frames"), ValueError, r"grid must be \(T, H, W\) .*'frames', got None"),
     (lambda: sttm.match(Q, 2, partition="random2d"), ValueError, r"grid must be \(T, H, W\) .*'random2d', got None"),
     (lambda: sttm.match(Q, 2, window=(1, 2, 2)), ValueError, r"grid must be \(T, H, W\) with window, got None"),
@@ -94,17 +95,9 @@ TABLE = [
     (lambda: sttm.match(Q, 2, grid=GRID, window=(2, 2)), ValueError, r"window must be \(t, h, w\).*, got \(2, 2\)"),
     (lambda: sttm.match(Q, 2, grid=GRID, window=(0, 2, 2)), ValueError, r"window .*must be at least 1, got 0"),
     (lambda: sttm.match(Q, 2, grid=GRID, window="all"), ValueError, r"window must be \(t, h, w\).*, got 'all'"),
-    (
-        lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, window=(1, 2, 2)),
-        ValueError,
-        r"window must be None with partition 'random2d'",
-    ),
-    (
-        lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, cell=2),
-        ValueError,
-        r"cell must be \(sy, sx\).*, got 2",
-    ),
-    (lambda: sttm.match(Q, 2, partition="random2d", grid=GRID, cell=(0, 2)), ValueError, r"cell .*at least 1, got 0"),
+    (lambda: at_random(window=(1, 2, 2)), ValueError, r"window must be None with partition 'random2d'"),
+    (lambda: at_random(cell=2), ValueError, r"cell must be \(sy, sx\).*, got 2"),
+    (lambda: at_random(cell=(0, 2)), ValueError, r"cell .*at least 1, got 0"),
     # merge
     (lambda: sttm.merge(None, PLAN), TypeError, r"x must be a torch\.Tensor, got NoneType"),
     (lambda: sttm.merge(X.int(), PLAN), TypeError, r"x must be float32, .*int32"),
@@ -163,20 +156,12 @@ TABLE = [
     (lambda: sttm.compose(INDEX, PLAN), TypeError, r"plan1 must be a MergePlan, got Tensor"),
     (lambda: sttm.compose(PLAN, INDEX), TypeError, r"plan2 must be a MergePlan, got Tensor"),
     (lambda: sttm.compose(PLAN, PLAN), ValueError, r"plan2\.index must have shape .*\(2, 3\), got \(2, 12\)"),
-    (
-        lambda: sttm.compose(PLAN, plan(elsewhere(INDEX[:, :K]), 1)),
-        ValueError,
-        r"plan2\.index must be on the device of plan1\.index, cpu, got meta",
-    ),
+    (lambda: sttm.compose(PLAN, plan(elsewhere(INDEX[:, :K]), 1)), ValueError, r"plan2\.index must be on .*, got meta"),
     # soft_merge
     (lambda: sttm.soft_merge(X.int(), Q, META), TypeError, r"x must be float32, .*int32"),
     (lambda: sttm.soft_merge(X, Q.int(), META), TypeError, r"q must be float32, .*int32"),
     (lambda: sttm.soft_merge(X, Q, META.double()), TypeError, r"meta must have the dtype of q"),
-    (
-        lambda: sttm.soft_merge(X, Q[:, :5], META),
-        ValueError,
-        r"q must have the B and N of x, \(2, 12\), got \(2, 5, 4\)",
-    ),
+    (lambda: sttm.soft_merge(X, Q[:, :5], META), ValueError, r"q must have the B and N of x, .*, got \(2, 5, 4\)"),
     (lambda: sttm.soft_merge(elsewhere(X), Q, META), ValueError, r"q must be on the device of x, meta, got cpu"),
     (lambda: sttm.soft_merge(X, Q, META, "manhattan"), ValueError, r"similarity must be one of"),
     (lambda: sttm.soft_merge(X, Q, META, temperature=0.0), ValueError, r"temperature must be positive"),
@@ -186,7 +171,6 @@ TABLE = [
     (lambda: sttm.soft_merge(X, Q, META, mask=MASK.float()), TypeError, r"mask must be bool, got torch\.float32"),
     (lambda: sttm.soft_merge(X, Q, META, mask=MASK[:, :4]), ValueError, r"mask must have shape"),
     # impl
-    (lambda: sttm.assign(Q, META, impl="fast"), ValueError, r"impl must be one of .*'auto'.*, got 'fast'"),
     (lambda: dispatch.why_not("scatter", "torch", "cpu"), ValueError, r"verb must be one of .*, got 'scatter'"),
 ]
 
@@ -224,37 +208,11 @@ def test_an_implementation_that_cannot_run_says_why(verb, impl):
 
 @pytest.mark.parametrize("verb", CALLS)
 def test_an_unknown_implementation_is_named(verb):
-    with pytest.raises(ValueError, match=r"impl must be one of .*'reference'.*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"impl must be one of .*'auto'.*'reference'.*, got 'gpu'"):
         CALLS[verb]("gpu")
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("grad", [False, True])
-def test_an_empty_batch_gives_empty_outputs(impl, grad):
-    x, q, meta = X[:0].clone().requires_grad_(grad), Q[:0].clone().requires_grad_(grad), META[:0]
-    hard = sttm.assign(q, meta, mask=MASK[:0], impl=impl)
-    assert [t.shape for t in (hard.index, hard.score, hard.lse, hard.weight)] == [(0, N)] * 4
-    assert assign_merge(x, q, meta, impl=impl)[0].x.shape == (0, K, C)
-    matched = sttm.match(q, 4, 1, impl=impl)
-    assert matched.num_groups == N - 4
-    assert sttm.match(q, 2, grid=GRID, window=(1, 2, 2), impl=impl).index.shape == (0, N)
-    for reduce in ("mean", "sum", "max", "first"):
-        for chosen in (hard, matched):
-            out = sttm.merge(x, chosen, reduce=reduce, positions=X[0], impl=impl)
-            groups = (0, chosen.num_groups)
-            assert (out.x.shape, out.size.shape, out.positions.shape) == ((*groups, C), groups, (*groups, C))
-            assert sttm.unmerge(out.x, chosen, impl).shape == (0, N, C)
-            if grad:
-                assert torch.autograd.grad(out.x.sum(), x)[0].shape == x.shape
-    assert sttm.compose(hard, plan(INDEX[:0, :K], 1), impl).index.shape == (0, N)
-    for normalize in ("meta", "tokens"):
-        soft = sttm.soft_merge(x, q, meta, normalize=normalize, impl=impl)
-        assert (soft.x.shape, soft.size.shape) == ((0, K, C), (0, K))
-        if grad:
-            assert [g.shape for g in torch.autograd.grad(soft.x.sum(), (x, q))] == [x.shape, q.shape]
-
-
-@pytest.mark.parametrize("meta", ["pool", "kmeans", "farthest", "topk", "learned", "dpc_knn"])
+@pytest.mark.parametrize("meta", sttm.nn.GENERATORS)
 def test_an_empty_batch_goes_through_the_module(meta):
     merger = sttm.STTM(dim=C, meta=meta, num_prefix=1, temporal_window=2)
     out = merger(torch.randn(0, 1 + 4 * 2 * 2, C), grid=(4, 2, 2))

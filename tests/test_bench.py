@@ -201,11 +201,11 @@ def test_input_that_cannot_be_used_is_one_message(bench, arguments, message):
 
 
 def test_a_file_of_something_else_is_left_alone(bench):
-    bench.out.write_text("name,price\napple,1\n")
+    bench.out.write_text("name,price\napple,1")
     code, _, printed = bench()
     assert code == 2
     assert "--out cannot be written: " in printed
-    assert bench.out.read_text() == "name,price\napple,1\n"
+    assert bench.out.read_text() == "name,price\napple,1"
 
 
 def test_the_commit_is_that_of_the_checkout():

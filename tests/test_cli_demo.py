@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 import struct
 import subprocess
 import sys
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ numpy = pytest.importorskip("numpy")
 
 PATCH = 8
 CLIPS = Path(__file__).parents[2] / "shared" / "data"
+NOTES = "not a video\n" * 50
 
 
 def encode(path: Path, frames: Any, codec: str = "mpeg4", **stream_options: Any) -> Path:
@@ -52,15 +52,6 @@ def boxes(frames: int, height: int, width: int, ground: int = 90) -> Any:
         left = (width - side) * t // max(1, frames - 1)
         clip[t, side : 2 * side, left : left + side] = (230, 60, 40)
     return clip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Frames are small: a second thread costs more than it gives, most of all beside other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -94,7 +85,7 @@ def merged_shapes(seed: int) -> tuple[Any, merging.Stage, merging.Stage, MergePl
     clip = shapes.render(16, seed)
     x, grid = patch_tokens(clip.frames, PATCH)
     spatial, temporal = merging.merge_clip(x, grid, 0.25, result.GROUPS, "auto")
-    whole = merging.whole_plan(spatial, temporal)
+    whole = sttm_kernels.compose(spatial.plan, temporal.plan)
     inside = torch.nn.functional.avg_pool2d(clip.inside.float(), PATCH).permute(0, 2, 3, 1).reshape(1, -1, 3)
     share = sttm_kernels.merge((inside > 0.5).float(), whole).x[0]
     owner = torch.where(share.amax(1) > 0.5, share.argmax(1), -1)
@@ -125,8 +116,7 @@ def test_paths_of_aggregated_positions_follow_the_objects(seed: int) -> None:
 
 def test_every_shape_is_one_group_through_the_clip() -> None:
     clip, spatial, temporal, to_object = merged_shapes(0)
-    whole = sttm_kernels.compose(merging.whole_plan(spatial, temporal), to_object)
-    label = whole.index.view(16, 27, 48)
+    label = sttm_kernels.compose(spatial.plan, sttm_kernels.compose(temporal.plan, to_object)).index.view(16, 27, 48)
     sizes = temporal.tokens.size[0]
     for k in range(3):
         assert (label == k).any((1, 2)).all(), f"{clip.names[k]} is lost in some frame"
@@ -339,19 +329,14 @@ def test_real_clips(draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, n
 # Input that cannot be used
 
 
-def text_file(folder: Path) -> str:
-    (folder / "notes.txt").write_text("not a video\n" * 50)
-    return str(folder / "notes.txt")
+def file(name: str, content: str) -> Callable[[Path], str]:
+    """Makes a file of this content in a folder; gives its path."""
 
+    def make(folder: Path) -> str:
+        (folder / name).write_text(content)
+        return str(folder / name)
 
-def text_as_video(folder: Path) -> str:
-    (folder / "notes.mp4").write_text("not a video\n" * 50)
-    return str(folder / "notes.mp4")
-
-
-def empty_file(folder: Path) -> str:
-    (folder / "empty.mp4").touch()
-    return str(folder / "empty.mp4")
+    return make
 
 
 def audio_only(folder: Path) -> str:
@@ -363,17 +348,8 @@ def audio_only(folder: Path) -> str:
     return str(folder / "sound.wav")
 
 
-def no_frames(folder: Path) -> str:
-    (folder / "none.y4m").write_text("YUV4MPEG2 W64 H48 F25:1 Ip A1:1 C420jpeg\n")
-    return str(folder / "none.y4m")
-
-
 def good_clip(folder: Path) -> str:
     return str(encode(folder / "good.mp4", boxes(4, 48, 64)))
-
-
-def narrow_clip(folder: Path) -> str:
-    return str(encode(folder / "narrow.mkv", boxes(2, 8, 2400)))
 
 
 @pytest.mark.parametrize(
@@ -381,17 +357,21 @@ def narrow_clip(folder: Path) -> str:
     [
         (lambda folder: str(folder / "missing.mp4"), (), "no such file: "),
         (str, (), "is a directory, not a video"),
-        (text_file, (), "is a text file, not a video"),
-        (text_as_video, (), "is not a video that FFmpeg can read"),
-        (empty_file, (), "is not a video that FFmpeg can read"),
+        (file("notes.txt", NOTES), (), "is a text file, not a video"),
+        (file("notes.mp4", NOTES), (), "is not a video that FFmpeg can read"),
+        (file("empty.mp4", ""), (), "is not a video that FFmpeg can read"),
+        (file("none.y4m", "YUV4MPEG2 W64 H48 F25:1 Ip A1:1 C420jpeg\n"), (), "holds no video frame"),
         (audio_only, (), "has no video stream, only audio"),
-        (no_frames, (), "holds no video frame"),
         (good_clip, ("--start", "4"), "--start 4 is past the end of .*good.mp4, which has 4 frames"),
         (good_clip, ("--patch", "500"), "holds no patch of 500 pixels; --patch must be smaller"),
         (good_clip, ("--spatial-keep", "100000"), "--spatial-keep 100000 is more than the 1036 tokens of a frame"),
         (good_clip, ("--temporal-keep", "9999"), "--temporal-keep 9999 is more than the 1036 tokens that"),
         (good_clip, ("--gif", "movie.png"), "--gif must end in .gif, got movie.png"),
-        (narrow_clip, (), "a frame holds no patch of 8 pixels"),
+        (
+            lambda folder: str(encode(folder / "narrow.mkv", boxes(2, 8, 2400))),
+            (),
+            "a frame holds no patch of 8 pixels",
+        ),
         (None, ("--start", "64"), "--start 64 is past the end of the moving shapes: 64 frames"),
         (None, ("--start", "-1"), "argument --start: must be at least 0, got -1"),
         (None, ("--frames", "0"), "argument --frames: must be at least 1, got 0"),
@@ -461,17 +441,7 @@ def test_a_missing_extra_is_named(
     draw: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str
 ) -> None:
     clip = good_clip(tmp_path)
-    imported = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.split(".")[0] == module:
-            raise ImportError(f"No module named {module!r}", name=module)
-        return imported(name, *arguments, **options)
-
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(builtins, "__import__", without)
     code, _, err, _ = draw(clip)
     assert code == 2
     assert f"the demo needs {package}" in err

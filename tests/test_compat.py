@@ -197,17 +197,9 @@ X = torch.zeros(1, 6, 4)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: tome.bipartite_soft_matching(X[0], 1),
-            ValueError,
-            r"metric must have shape .*got \(6, 4\)",
-        ),
+        (lambda: tome.bipartite_soft_matching(X[0], 1), ValueError, r"metric must have shape .*got \(6, 4\)"),
         (lambda: tome.bipartite_soft_matching(X.long(), 1), TypeError, "metric must be float32"),
-        (
-            lambda: tome.kth_bipartite_soft_matching(X, 7),
-            ValueError,
-            "k must be at most .* 6, got 7",
-        ),
+        (lambda: tome.kth_bipartite_soft_matching(X, 7), ValueError, "k must be at most .* 6, got 7"),
         (lambda: tome.random_bipartite_soft_matching(X, 6), ValueError, "r must be less than the number of tokens, 6"),
         (lambda: tome.bipartite_soft_matching(X, 1)[0](X[:, :5]), ValueError, r"x must have shape .*got \(1, 5, 4\)"),
         (lambda: tome.bipartite_soft_matching(X, 1)[0](X, "median"), ValueError, "mode must be one of"),

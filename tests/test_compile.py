@@ -49,6 +49,7 @@ OPS = torch.ops.sttm_kernels
 ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL)
 MATCHED = OPS.match(bare(2, 6, 4), None, None, 2, 0, IMPL)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
+EXTRAS = MASK, leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5)
 
 
 def merge_backward_sample(reduce, needs, order=None, offsets=None, index=INDEX, K=3):
@@ -100,19 +101,7 @@ SAMPLES = {
     ],
     "assign_merge": [
         (leaf(2, 6, 4), None, leaf(2, 3, 4), None, None, None, None, "cosine", 1.0, "softmax", IMPL),
-        (
-            leaf(2, 6, 5),
-            leaf(2, 6, 4),
-            leaf(2, 3, 4),
-            MASK,
-            leaf(2, 6),
-            leaf(2, 6, 2),
-            leaf(2, 3, 5),
-            "l2",
-            0.5,
-            "uniform",
-            IMPL,
-        ),
+        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), *EXTRAS, "l2", 0.5, "uniform", IMPL),
     ],
     "unmerge": [(leaf(2, 3, 5), INDEX, 3, None, None, IMPL), (leaf(2, 4, 5), MATCHED[0], 4, *MATCHED[2:], IMPL)],
     "compose": [(INDEX, make_index(2, 3, 2), 2, IMPL)],

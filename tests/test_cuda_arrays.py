@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from arrays import OnCuda
 
 from sttm_kernels import dispatch, reference
 from sttm_kernels.impl import cuda
@@ -129,33 +130,7 @@ def test_merge_refuses(changed, error, message):
 def test_another_device_is_refused():
     x, index, y, stream = arguments()
     with pytest.raises(ValueError, match="x must be on the CPU, where this build of the kernels runs"):
-        C.unmerge(OnlyDLPackOnCuda(x), index, y, stream)
-
-
-class OnlyDLPackOnCuda:
-    """A CPU array in a capsule that says CUDA."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __dlpack_device__(self):
-        return (2, 0)
-
-    def __dlpack__(self, stream=None):
-        assert stream == -1
-        return capsule_on_cuda(self.tensor)
-
-
-def capsule_on_cuda(tensor):
-    import ctypes
-
-    capsule = torch.utils.dlpack.to_dlpack(tensor)
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    device_type = ctypes.c_int32.from_address(get(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p))
-    assert device_type.value == 1
-    device_type.value = 2
-    return capsule
+        C.unmerge(OnCuda(x), index, y, stream)
 
 
 def test_build_info():

@@ -1,6 +1,5 @@
 """setup.py: when it builds the CUDA extension, for what, and what it says when it cannot. And the built extension."""
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arrays import OnCuda
 
 from sttm_kernels import dispatch
 
@@ -206,23 +206,6 @@ def extension():
     from sttm_kernels.impl import cuda
 
     return cuda._extension()
-
-
-class OnCuda:
-    """Memory of the CPU that says it is that of a GPU."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __dlpack_device__(self):
-        return (2, 0)
-
-    def __dlpack__(self, stream=None):
-        capsule = torch.utils.dlpack.to_dlpack(self.tensor)
-        get = ctypes.pythonapi.PyCapsule_GetPointer
-        get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        ctypes.c_int32.from_address(get(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)).value = 2
-        return capsule
 
 
 def test_the_extension_checks_its_arguments(extension):

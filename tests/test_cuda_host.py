@@ -80,11 +80,7 @@ def test_planted_fault_is_found(fault, found_in, message, faults):
     [
         (None, None, None),
         ("merge.cuh", ("__syncthreads();", ""), None),
-        (
-            "members.cuh",
-            ("c < C ? Vec<T>::load", "c <= C ? Vec<T>::load"),
-            "AddressSanitizer: heap-buffer-overflow",
-        ),
+        ("members.cuh", ("c < C ? Vec<T>::load", "c <= C ? Vec<T>::load"), "AddressSanitizer: heap-buffer-overflow"),
     ],
     ids=["none", "missing barrier", "off by one"],
 )

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import sttm_kernels as sttm
+from sttm_kernels import validate
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import make_index, make_tokens
 
@@ -70,9 +71,10 @@ def of_itself(x: Tensor, meta: Tensor, impl: str) -> list[Tensor]:
 
 
 def softly(
-    x: Tensor, q: Tensor, meta: Tensor, size: Tensor, positions: Tensor, normalize: str, mask: Tensor | None, impl: str
-) -> list[Tensor]:
-    out = sttm.soft_merge(x, q, meta, "cosine", 0.7, normalize, size, positions, mask, impl)
+    x: Tensor, q: Tensor, meta: Tensor, size: Tensor, positions: Tensor, similarity: str, normalize: str,
+    mask: Tensor | None, impl: str,
+) -> list[Tensor]:  # fmt: skip
+    out = sttm.soft_merge(x, q, meta, similarity, 0.7, normalize, size, positions, mask, impl)
     return given(out.x, out.size, out.positions)
 
 
@@ -88,14 +90,23 @@ def matched(x: Tensor, impl: str) -> list[Tensor]:
 VERBS: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {
     **{
         f"merge {reduce}": (partial(merged, reduce=reduce), (X, WEIGHT, SIZE, POSITIONS, FILL))
-        for reduce in ("mean", "sum", "max", "first")
+        for reduce in validate.REDUCTIONS
     },
-    "assign": (partial(assigned, similarity="cosine", weight="softmax", mask=MASK), (Q, META)),
+    **{
+        f"assign {kind}": (partial(assigned, similarity=kind, weight="softmax", mask=MASK), (Q, META))
+        for kind in validate.SIMILARITIES
+    },
     "assign uniform": (partial(assigned, similarity="dot", weight="uniform", mask=None), (HEADS, META)),
     "assign_merge": (assigned_and_merged, (X, Q, META, SIZE, POSITIONS, FILL[:, :K])),
     "assign_merge of itself": (of_itself, (X, floats(B, K, C, seed=8))),
-    "soft_merge meta": (partial(softly, normalize="meta", mask=MASK), (X, Q, META, SIZE, POSITIONS)),
-    "soft_merge tokens": (partial(softly, normalize="tokens", mask=None), (X, HEADS, META, SIZE, POSITIONS)),
+    **{
+        f"soft_merge {kind} {normalize}": (
+            partial(softly, similarity=kind, normalize=normalize, mask=MASK if normalize == "meta" else None),
+            (X, Q if normalize == "meta" else HEADS, META, SIZE, POSITIONS),
+        )
+        for kind in validate.SIMILARITIES
+        for normalize in validate.NORMALIZATIONS
+    },
     "unmerge": (unmerged, (floats(B, GROUPS, C, seed=9),)),
     "match": (matched, (X,)),
 }
@@ -218,13 +229,6 @@ def test_mode(verb, mode):
 
 LINEAR = {("unmerge", forward_over_forward), ("match", forward_over_forward)}
 """A tangent of a tangent of what is linear is 0."""
-
-
-def test_the_tangent_of_merge_is_the_merge_of_the_tangent():
-    x, t = make_tokens(B, N, C), make_tokens(B, N, C, seed=1)
-    plan = plan_of(INDEX)
-    tangent = torch.func.jvp(lambda x: sttm.merge(x, plan).x, (x,), (t,))[1]
-    torch.testing.assert_close(tangent, sttm.merge(t, plan).x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

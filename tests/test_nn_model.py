@@ -1,4 +1,4 @@
-"""Proportional attention, the video Transformer with STTM inside, and the operations it takes."""
+"""The video Transformer with STTM inside, and the operations it takes."""
 
 import copy
 
@@ -8,13 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import sttm_kernels as sttm
-from sttm_kernels.nn import GENERATORS, STTM, VideoTransformer, proportional_attention
+from sttm_kernels.nn import GENERATORS, STTM, VideoTransformer
 from sttm_kernels.nn.flops import flops
 from sttm_kernels.testing import assert_equal, assert_within_budget, make_tokens
-
-
-def heads(B: int, H: int, N: int, D: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return make_tokens(B * H, N, D, dtype, seed=seed).view(B, H, N, D)
 
 
 def small(**kwargs) -> VideoTransformer:
@@ -25,65 +21,6 @@ def small(**kwargs) -> VideoTransformer:
 
 def clip(model: VideoTransformer, B: int = 2) -> Tensor:
     return torch.randn(B, *model.clip_shape, generator=torch.Generator().manual_seed(0))
-
-
-# Proportional attention
-
-
-def attention_by_formula(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> Tensor:
-    return (scale * q @ k.mT + size.to(q.dtype).log()[:, None, None]).softmax(-1) @ v
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_attention_is_its_formula(dtype):
-    q, k, v = heads(2, 3, 5, 8, dtype), heads(2, 3, 9, 8, dtype, 1), heads(2, 3, 9, 8, dtype, 2)
-    size = torch.randint(0, 1000, (2, 9), generator=torch.Generator().manual_seed(0)).float()
-    size[:, 0] = 1
-    truth = attention_by_formula(q.double(), k.double(), v.double(), size, 0.3)
-    plain = attention_by_formula(q, k, v, size, 0.3)
-    assert_within_budget("out", proportional_attention(q, k, v, size, 0.3), truth, plain, 9 + 8)
-
-
-def test_a_key_of_size_s_counts_as_s_keys_and_one_of_size_0_as_none():
-    q, k, v = heads(1, 2, 4, 8), heads(1, 2, 3, 8, seed=1), heads(1, 2, 3, 8, seed=2)
-    out = proportional_attention(q, k, v, torch.tensor([[3.0, 0.0, 1.0]]))
-    copies = [0, 0, 0, 2]
-    expected = proportional_attention(q, k[:, :, copies], v[:, :, copies])
-    truth = attention_by_formula(q.double(), k.double(), v.double(), torch.tensor([[3.0, 0.0, 1.0]]), 8**-0.5)
-    assert_within_budget("out", out, truth, expected, 8 + 4)
-    v[:, :, 1] = 1e6
-    assert_equal("out", proportional_attention(q, k, v, torch.tensor([[3.0, 0.0, 1.0]])), out)
-
-
-def test_attention_without_size_and_with_size_off():
-    q = heads(2, 3, 5, 8)
-    size = torch.rand(2, 5) + 1
-    plain = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    assert_equal("no size", proportional_attention(q, q, q), plain)
-    assert_equal("off", proportional_attention(q, q, q, size, method="off"), plain)
-    assert not torch.equal(proportional_attention(q, q, q, size), plain)
-
-
-def test_attention_gradients():
-    q, k, v = (heads(1, 2, 4, 3, torch.float64, seed).requires_grad_() for seed in range(3))
-    size = torch.tensor([[1.0, 4.0, 0.0, 2.5]])
-    assert torch.autograd.gradcheck(lambda q, k, v: proportional_attention(q, k, v, size), (q, k, v))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"q": 1}, TypeError, "q must be a torch.Tensor, got int"),
-        ({"q": torch.ones(3, 4, 8)}, ValueError, r"q must have shape \(B, H, M, D\), got \(3, 4, 8\)"),
-        ({"size": torch.ones(2, 5)}, ValueError, r"size must have shape \(B, N\) = \(2, 4\), got \(2, 5\)"),
-        ({"size": [1.0]}, TypeError, "size must be a torch.Tensor, got list"),
-        ({"method": "flash"}, ValueError, "method must be one of .* got 'flash'"),
-    ],
-)
-def test_attention_bad_inputs(change, error, message):
-    tokens = torch.ones(2, 3, 4, 8)
-    with pytest.raises(error, match=message):
-        proportional_attention(**({"q": tokens, "k": tokens, "v": tokens, "size": torch.ones(2, 4)} | change))
 
 
 # The model

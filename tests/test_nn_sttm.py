@@ -14,7 +14,7 @@ import sttm_kernels as sttm
 from sttm_kernels import reference
 from sttm_kernels.nn import GENERATORS, STTM, KMeans, Pool, TopK, proportional_attention
 from sttm_kernels.nn.sttm import grid_positions
-from sttm_kernels.testing import assert_equal, assert_within_budget, evaluate, make_tokens
+from sttm_kernels.testing import assert_equal, assert_verb_within_budget, assert_within_budget, make_tokens
 
 RED, BLUE = torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])
 each_generator = pytest.mark.parametrize("name", sorted(GENERATORS))
@@ -347,7 +347,6 @@ def test_values_and_gradients_are_those_of_the_specification(name, dtype, backen
         "positions": make_tokens(2, 61, 3, dtype, backend.device, seed=3),
         **{f"parameter {n}": p.detach() for n, p in module.named_parameters()},
     }
-    plans = []
 
     def run(impl: str, x: Tensor, size: Tensor, positions: Tensor, **parameters: Tensor) -> dict[str, Tensor]:
         twin = copy.deepcopy(module).to(x.dtype)
@@ -357,21 +356,10 @@ def test_values_and_gradients_are_those_of_the_specification(name, dtype, backen
         values = {n.removeprefix("parameter "): p.to(x.dtype) for n, p in parameters.items()}
         arguments = (x, (4, 3, 5), size, positions)
         out, plan = torch.func.functional_call(twin, values, arguments, {"return_plan": True})
-        plans.append(plan.index)
-        return {"x": out.x, "size": out.size, "positions": out.positions}
+        return {"x": out.x, "size": out.size, "positions": out.positions, "index": plan.index}
 
-    shapes = {"x": (2, 8, 8), "size": (2, 8), "positions": (2, 8, 9)}
-    cotangents = {n: make_tokens(1, 1, math.prod(s), seed=4).view(s).to(backend.device) for n, s in shapes.items()}
-    got, got_grads = evaluate(partial(run, backend.impl), inputs, None, cotangents)
-    truth, true_grads = evaluate(partial(run, "reference"), inputs, torch.float64, cotangents)
-    plain, plain_grads = evaluate(partial(run, "reference"), inputs, None, cotangents)
-    for other in plans[1:]:
-        assert_equal("index", other, plans[0])
     terms = 2 * 61 * (8 + 9)
-    for key, value in truth.items():
-        assert_within_budget(key, got[key], value, plain[key], terms)
-    for key, value in true_grads.items():
-        assert_within_budget(f"gradient of {key}", got_grads[key], value, plain_grads[key], terms, dtype)
+    assert_verb_within_budget("STTM", partial(run, backend.impl), partial(run, "reference"), inputs, terms)
 
 
 @pytest.mark.parametrize("name", ["topk", "learned"])
@@ -449,7 +437,7 @@ def test_export():
         ({"size": 1.0}, TypeError, "size must be a torch.Tensor, got float"),
         ({"positions": torch.ones(24, 3)}, ValueError, r"positions must have shape \(B, N, P\) = \(2, 25, 3\)"),
         ({"positions": torch.ones(25, 2)}, ValueError, "positions must have 3 or 9 channels, got 2"),
-        ({"metric": torch.ones(2, 24, 4)}, ValueError, r"metric must have the B and N of x, \(2, 25\), got \(2, 24\)"),
+        ({"metric": torch.ones(2, 24, 4)}, ValueError, r"metric must have the B and N of x, .*, got \(2, 24, 4\)"),
         ({"metric": torch.ones(25, 4)}, ValueError, r"metric must have shape \(B, N, D\) or \(B, H, N, D\)"),
         ({"metric": torch.ones(2, 25, 4).bool()}, TypeError, "metric must be float32, bfloat16, float16 or float64"),
     ],

@@ -1,6 +1,7 @@
 """The specification against cases worked out by hand, against plain loops, and its gradients against differences."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -28,20 +29,10 @@ def plan_of(*index: int, groups: int, weight: Tensor | None = None) -> sttm.Merg
     return sttm.MergePlan(torch.tensor([index], dtype=torch.int32), groups, weight=weight)
 
 
-def assign(*args, **kwargs) -> sttm.MergePlan:
-    return sttm.assign(*args, **kwargs, impl="reference")
-
-
-def match(*args, **kwargs) -> sttm.MergePlan:
-    return sttm.match(*args, **kwargs, impl="reference")
-
-
-def merge(*args, **kwargs) -> sttm.MergedTokens:
-    return sttm.merge(*args, **kwargs, impl="reference")
-
-
-def soft_merge(*args, **kwargs) -> sttm.MergedTokens:
-    return sttm.soft_merge(*args, **kwargs, impl="reference")
+assign, match, merge, unmerge, compose, soft_merge = (
+    partial(verb, impl="reference")
+    for verb in (sttm.assign, sttm.match, sttm.merge, sttm.unmerge, sttm.compose, sttm.soft_merge)
+)
 
 
 # assign
@@ -396,12 +387,12 @@ def test_merge_backward_is_what_the_design_says():
 
 
 def test_unmerge_by_hand():
-    full = sttm.unmerge(rows([1, 2], [3, 4]), plan_of(1, -1, 0, 1, groups=2), impl="reference")
+    full = unmerge(rows([1, 2], [3, 4]), plan_of(1, -1, 0, 1, groups=2))
     assert full.tolist() == [[[3, 4], [0, 0], [1, 2], [3, 4]]]
 
 
 def test_compose_by_hand():
-    plan = sttm.compose(plan_of(2, 0, -1, 1, groups=3), plan_of(1, -1, 0, groups=2), impl="reference")
+    plan = compose(plan_of(2, 0, -1, 1, groups=3), plan_of(1, -1, 0, groups=2))
     assert plan.index.tolist() == [[0, 1, -1, -1]]
     assert plan.index.dtype == torch.int32
     assert plan.num_groups == 2
@@ -412,10 +403,10 @@ def test_values_outside_the_groups_mean_no_group():
     wild, tame = plan_of(2, -9, 0, 2**31 - 1, groups=2), plan_of(-1, -1, 0, -1, groups=2)
     assert merge(TOKENS, wild).x.tolist() == merge(TOKENS, tame).x.tolist()
     x = rows([1], [2])
-    assert sttm.unmerge(x, wild, impl="reference").tolist() == sttm.unmerge(x, tame, impl="reference").tolist()
+    assert unmerge(x, wild).tolist() == unmerge(x, tame).tolist()
     onward = plan_of(0, -5, groups=1)
-    assert sttm.compose(wild, onward, impl="reference").index.tolist() == [[-1, -1, 0, -1]]
-    assert sttm.compose(onward, plan_of(7, groups=2), impl="reference").index.tolist() == [[-1, -1]]
+    assert compose(wild, onward).index.tolist() == [[-1, -1, 0, -1]]
+    assert compose(onward, plan_of(7, groups=2)).index.tolist() == [[-1, -1]]
 
 
 # soft_merge
@@ -492,7 +483,7 @@ def test_merge_gradients(reduce):
 
 def test_unmerge_gradients():
     plan = sttm.MergePlan(make_index(2, 6, 4), 4)
-    assert gradcheck(lambda x: sttm.unmerge(x, plan, impl="reference"), make_tokens(2, 4, 3, F64).requires_grad_())
+    assert gradcheck(lambda x: unmerge(x, plan), make_tokens(2, 4, 3, F64).requires_grad_())
 
 
 @pytest.mark.parametrize("normalize", ["meta", "tokens"])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sttm_kernels import dispatch
-from sttm_kernels.bench import scaling
 
 OURS = dispatch.IMPLEMENTATIONS
 MODELS, SCALING, SMOKE = "models", "scaling", "smoke"
@@ -95,37 +94,6 @@ def speed_up(rows: Iterable[Row], other: Row) -> float | None:
     """How many times faster the best of ours is than `other`, of the rows of one point; None if one has no time."""
     ours = best_of_ours(rows)
     return float(other["p50_us"]) / float(ours["p50_us"]) if ours is not None and timed(other) else None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Time against the size of an axis, of one implementation in one run.
-
-    Attributes:
-        points: size and microseconds, by size.
-        rows: all of it, those without a time too.
-    """
-
-    workload: str
-    axis: str
-    operation: str
-    impl: str
-    points: list[tuple[float, float]]
-    rows: list[Row]
-
-    @property
-    def exponent(self) -> float | None:
-        return scaling.fitted_exponent([size for size, _ in self.points], [time for _, time in self.points])
-
-
-def curves(rows: Iterable[Row]) -> list[Curve]:
-    """Of the suite "scaling"."""
-    found = grouped(
-        (row for row in rows if row["suite"] == SCALING and row["axis"]),
-        lambda row: (row["workload"], row["axis"], row["operation"], row["impl"]),
-    )
-    points = scaling.series(row for of in found.values() for row in of)
-    return [Curve(*key, points.get(key, []), of) for key, of in found.items()]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from sttm_kernels.bench import compare, results
 from sttm_kernels.bench.compare import MODELS, OURS, SCALING, Row
+from sttm_kernels.bench.scaling import curves
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import Formatter
 
 WIDTH, DPI = 10.0, 120
 INK, FAINT, GRID = "#222222", "#767676", "#dddddd"
@@ -124,7 +126,7 @@ def speed_up(rows: Sequence[Row], path: Path, backward: bool = False) -> bool:
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    _plain(axes.xaxis, " x")
+    _plain(axes.xaxis, "{x:g} x")
     axes.set_xlabel("operation / rival: its time over that of the package's best implementation, in the same run")
     return _save(figure, path)
 
@@ -135,6 +137,8 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     The roof is the bandwidth, up to where arithmetic takes longer; the distance to it is the distance to the floor. In
     bytes, operations that compute nothing have a place too.
     """
+    from matplotlib.ticker import EngFormatter
+
     points = [
         row
         for row in rows
@@ -160,13 +164,13 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
             ink, line = (INK, "-") if share == 1 else (FAINT, ":")
             axes.plot([left, flop_rate / bandwidth, high], ys, line, color=ink, linewidth=1.6 if share == 1 else 0.9)
     bandwidth, flop_rate = roofs[-1]
-    for share, text in ((1, f"copies: {_si(bandwidth)}B/s"), (0.5, "50 %"), (0.1, "10 %")):
+    bytes_per_second = EngFormatter("B/s")
+    for share, text in ((1, f"copies: {bytes_per_second(bandwidth)}"), (0.5, "50 %"), (0.1, "10 %")):
         colour = INK if share == 1 else FAINT
         axes.annotate(text, (left, share * bandwidth), (5, 3), textcoords="offset points", size=8, color=colour)
     between = (flop_rate / bandwidth * high) ** 0.5
-    axes.annotate(
-        f"products: {_si(flop_rate)}FLOP/s", (between, flop_rate / between), (4, 4), textcoords="offset points", size=8
-    )
+    products = f"products: {EngFormatter('FLOP/s')(flop_rate)}"
+    axes.annotate(products, (between, flop_rate / between), (4, 4), textcoords="offset points", size=8)
     colours, markers = _colours(rows), _markers(rows)
     for row, x, rate in zip(points, at, rates, strict=True):
         colour, hollow = colours[row["operation"]], row["operation"].endswith(BACKWARD)
@@ -180,7 +184,7 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
     ticks = [*[nothing] * (0 in at), *decades]
     axes.set_xticks(ticks, [f"{x:g}" if x in decades else "0" for x in ticks])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{_si(value)}B/s")
+    axes.yaxis.set_major_formatter(bytes_per_second)
     axes.set_xlabel("floating-point operations per byte that must be moved (dotted: half and a tenth of the roof)")
     axes.legend(handles=_handles(colours, markers, points), **BESIDE)
     return _save(figure, path)
@@ -188,16 +192,18 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
 
 def scaling(rows: Sequence[Row], path: Path) -> bool:
     """Time against N, and smaller against whatever else was varied."""
-    curves = [curve for curve in compare.curves(rows) if curve.points]
-    if not curves:
+    from matplotlib.ticker import EngFormatter
+
+    drawn = [curve for curve in curves(rows) if curve.points]
+    if not drawn:
         return False
-    found = compare.grouped(curves, lambda curve: (curve.axis, curve.workload))
+    found = compare.grouped(drawn, lambda curve: (curve.axis, curve.workload))
     large = {name: of for name, of in found.items() if name[0] == "N"}
     bands = [band for band in (large, {name: of for name, of in found.items() if name not in large}) if band]
     heights = [5.8 if band is large else 3.4 for band in bands]
     figure = _figure(rows, "Time of one call against size", sum(heights) + 0.5)
     figures = figure.subfigures(len(bands), 1, squeeze=False, height_ratios=heights)[:, 0]
-    colours, markers = _colours(rows), _markers(rows)
+    colours, markers, seconds = _colours(rows), _markers(rows), EngFormatter("s")
     lines = dict(zip(markers, LINES * len(markers), strict=False))
     for part, band in zip(figures, bands, strict=True):
         for panel, ((axis, workload), of) in zip(
@@ -220,7 +226,7 @@ def scaling(rows: Sequence[Row], path: Path) -> bool:
                     shown.append(size)
             panel.set_xticks(shown, [f"{size:g}" if size < 1e6 else f"{size / 1e6:.2g}M" for size in shown])
             panel.minorticks_off()
-            panel.yaxis.set_major_formatter(lambda value, _: _time(value))
+            panel.yaxis.set_major_formatter(lambda microseconds, _: seconds(microseconds / 1e6))
             if axis == "N":
                 columns = max(1, 4 // len(band))
                 panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, handlelength=3.2)
@@ -260,7 +266,7 @@ def throughput(rows: Sequence[Row], path: Path) -> bool:
         panel.set_visible(False)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(low - 0.2 * (high - low), high)
-    _plain(panels[0].yaxis, " x")
+    _plain(panels[0].yaxis, "{x:g} x")
     figure.supxlabel("tokens that are left after the last layer", size=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return _save(figure, path)
@@ -268,6 +274,8 @@ def throughput(rows: Sequence[Row], path: Path) -> bool:
 
 def memory(rows: Sequence[Row], path: Path) -> bool:
     """The most memory that one call allocates, its result included."""
+    from matplotlib.ticker import EngFormatter
+
     kinds = {"match + merge": "match + merge", "forward": "a model's forward"}
     shown = [row for row in rows if row["operation"] in kinds and row["suite"] != SCALING and row["peak_bytes"]]
     if not shown:
@@ -293,7 +301,7 @@ def memory(rows: Sequence[Row], path: Path) -> bool:
         panel.set(xscale="log", xlim=(10.0**low, 10.0**high), ylim=(len(of) - 0.4, -0.6), title=kinds[kind])
         panel.set_yticks(range(len(of)), list(of))
         panel.tick_params(axis="y", length=0)
-        _plain(panel.xaxis, "B", (1, 2, 5) if high - low < 3 else (1,), _si)
+        _plain(panel.xaxis, EngFormatter("B"), (1, 2, 5) if high - low < 3 else (1,))
         panel.legend(handles=[_handle(impl, markers[impl], colours[impl]) for impl in impls], **BESIDE)
     return _save(figure, path)
 
@@ -365,27 +373,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 70 else f"{text[:69]}…"
 
 
-def _plain(
-    axis: Axis, unit: str, digits: Sequence[int] = (1, 2, 5), say: Callable[[float], str] = "{:g}".format
-) -> None:
+def _plain(axis: Axis, formatter: str | Formatter, digits: Sequence[int] = (1, 2, 5)) -> None:
     """Numbers like 0.5 and 20 where a logarithmic axis has powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_formatter(lambda value, _: f"{say(value)}{unit}")
+    axis.set_major_formatter(formatter)
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=digits, numticks=12))
         axis.set_minor_formatter(NullFormatter())
-
-
-def _si(value: float) -> str:
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def _time(microseconds: float) -> str:
-    for power, unit in ((1e6, "s"), (1e3, "ms")):
-        if microseconds >= power:
-            return f"{microseconds / power:g} {unit}"
-    return f"{microseconds:g} µs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from sttm_kernels.bench import compare, plots
+from sttm_kernels.bench import compare, plots, scaling
 from sttm_kernels.bench.compare import MODELS, SCALING, Merged, Row
 
 INTRODUCTION = """\
@@ -169,7 +169,7 @@ def _scaling(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
     head = "axis | workload | operation | impl | dtype | sizes | µs at the ends | ~ axis^p, p | grows | run | no time"
     cells = []
     for of in compare.grouped(rows, lambda row: row["dtype"]).values():
-        for curve in compare.curves(of):
+        for curve in scaling.curves(of):
             (small, fast), (large, slow) = (curve.points[0], curve.points[-1]) if curve.points else ((None, None),) * 2
             lacking = [f"{row[curve.axis]}: {row['check']}" for row in curve.rows if not compare.timed(row)]
             cells.append(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import linear_regression
 from typing import Any
+
+from sttm_kernels.bench.compare import SCALING, grouped
 
 CONSTANT_PART = 3.0
 """Times below this multiple of the smallest one are mostly the constant cost of a call."""
@@ -19,26 +23,51 @@ def fitted_exponent(sizes: Sequence[float], times: Sequence[float]) -> float | N
     points = [(math.log(s), math.log(t)) for s, t in zip(sizes, times, strict=True) if t >= CONSTANT_PART * smallest]
     if len({x for x, _ in points}) < 3:
         return None
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return linear_regression(*zip(*points, strict=True)).slope
 
 
-def series(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[tuple[float, float]]]:
-    """(size, microseconds) by workload, axis, operation and implementation, of the rows that have a time."""
-    found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.get("axis") and row.get("p50_us"):
-            key = (row["workload"], row["axis"], row["operation"], row["impl"])
-            found.setdefault(key, []).append((float(row[row["axis"]]), float(row["p50_us"])))
-    return {key: sorted(points) for key, points in found.items()}
+@dataclass(frozen=True)
+class Curve:
+    """Time against the size of an axis, of one implementation in one run.
+
+    Attributes:
+        rows: all of it, those without a time too.
+    """
+
+    workload: str
+    axis: str
+    operation: str
+    impl: str
+    rows: list[Any]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Size and microseconds, by size."""
+        return sorted((float(row[self.axis]), float(row["p50_us"])) for row in self.rows if row.get("p50_us"))
+
+    @property
+    def exponent(self) -> float | None:
+        return fitted_exponent([size for size, _ in self.points], [time for _, time in self.points])
+
+
+def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
+    """Of the suite "scaling"."""
+    found = grouped(
+        (row for row in rows if row["suite"] == SCALING and row["axis"]),
+        lambda row: (row["workload"], row["axis"], row["operation"], row["impl"]),
+    )
+    return [Curve(*key, of) for key, of in found.items()]
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A line per series: time is proportional to this power of the axis."""
+    """A line per curve: time is proportional to this power of the axis."""
     lines = ["", f"{'workload':12} {'operation':16} {'impl':22} {'axis':>4} {'from':>8} {'to':>8}  exponent"]
-    for (workload, axis, operation, impl), points in series(rows).items():
-        sizes, times = zip(*points, strict=True)
-        exponent = fitted_exponent(sizes, times)
-        shown = "too few above the constant cost" if exponent is None else f"{exponent:8.2f}"
-        lines.append(f"{workload:12} {operation:16} {impl:22} {axis:>4} {sizes[0]:8.0f} {sizes[-1]:8.0f}  {shown}")
+    for curve in curves(rows):
+        if curve.points:
+            (least, _), (most, _) = curve.points[0], curve.points[-1]
+            shown = "too few above the constant cost" if curve.exponent is None else f"{curve.exponent:8.2f}"
+            lines.append(
+                f"{curve.workload:12} {curve.operation:16} {curve.impl:22} {curve.axis:>4} {least:8.0f} {most:8.0f}  "
+                f"{shown}"
+            )
     return "\n".join(lines)

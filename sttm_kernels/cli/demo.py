@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sttm_kernels import dispatch
-from sttm_kernels.console import InputError, extra, one_thread
+from sttm_kernels.console import InputError, extra, threads
 from sttm_kernels.demo import result, shapes, video
 
 HELP = "Merge the tokens of a video with STTM and draw the groups."
@@ -28,22 +29,16 @@ def _count(text: str, least: int) -> int:
     return value
 
 
-def _from_zero(text: str) -> int:
-    return _count(text, 0)
-
-
-def _from_one(text: str) -> int:
-    return _count(text, 1)
+_from_zero, _from_one = partial(_count, least=0), partial(_count, least=1)
 
 
 def _keep(text: str) -> float | int:
+    if text.strip().lstrip("+-").isdigit():
+        return _count(text, 1)
     try:
-        return _count(text, 1) if text.strip().lstrip("+-").isdigit() else _fraction(float(text))
+        value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a fraction like 0.25 or a count like 16, got {text!r}") from None
-
-
-def _fraction(value: float) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"as a fraction must be above 0 and at most 1.0, got {value}")
     return value
@@ -87,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     extra("PIL", "Pillow")
 
     began = time.perf_counter()
-    with one_thread():
+    with threads(1):
         where = arguments.patch, arguments.start, arguments.frames, arguments.stride
         clip = shapes.clip(*where, arguments.seed) if arguments.video is None else video.read(arguments.video, *where)
     read_in = time.perf_counter() - began
@@ -102,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     print("\n".join(result.report(merged, implementation)))
     drawing = time.perf_counter()
-    with one_thread():
+    with threads(1):
         result.draw(merged, implementation, arguments.out, arguments.gif)
     done = time.perf_counter()
     print(f"\n{'time':<10}{done - began:.1f} s in all: {read_in:.1f} reading, {done - drawing:.1f} drawing")

@@ -85,5 +85,4 @@ def match_split(metric: Tensor, is_dst: Tensor, num_dst: int, r: int) -> MergePl
 
 
 def check_metric(metric: Tensor) -> None:
-    validate.floating("metric", metric)
-    validate.dims("metric", metric, "(B, N, D)", 3)
+    validate.features("metric", metric, "(B, N, D)", 3)

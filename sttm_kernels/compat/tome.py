@@ -110,8 +110,7 @@ def merge_wavg(merge: Function, x: Tensor, size: Tensor | None = None) -> tuple[
     Returns:
         x `(B, K, C)` in the common dtype of x and size, size `(B, K, 1)` in the dtype of size.
     """
-    validate.floating("x", x)
-    validate.dims("x", x, "(B, N, C)", 3)
+    validate.features("x", x, "(B, N, C)", 3)
     if size is None:
         size = torch.ones_like(x[..., :1])
     if not isinstance(merge, Merge):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sttm_kernels.functional import assign, compose, merge
+from sttm_kernels.functional import assign, merge
 from sttm_kernels.nn.generators import KMeans
 from sttm_kernels.nn.sttm import STTM, Grid, Keep, grid_positions
 from sttm_kernels.plan import MergedTokens, MergePlan
@@ -106,21 +105,11 @@ def _run(sttm: STTM, grid: Grid, tokens: MergedTokens, metric: Tensor) -> Stage:
 
     if tokens.x.is_cuda:
         stage()  # compiles and loads kernels, which is not to be timed
-    (merged, plan), seconds = _timed(stage, tokens.x.device)
-    return Stage(merged, plan, seconds)
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def whole_plan(first: Stage, second: Stage, impl: str = "auto") -> MergePlan:
-    """From the patches of the clip to its final groups."""
-    return compose(first.plan, second.plan, impl=impl)
+    merged, plan = stage()
+    if tokens.x.is_cuda:
+        torch.cuda.synchronize(tokens.x.device)
+    return Stage(merged, plan, time.perf_counter() - start)
 
 
 def centres(

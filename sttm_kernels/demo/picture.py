@@ -133,12 +133,6 @@ def _original(frame: Tensor, size: tuple[int, int]) -> Any:
     return Image.fromarray(frame.numpy()).resize(size, Image.Resampling.LANCZOS)
 
 
-def _font(points: int) -> Any:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(points)
-
-
 def sheet(frames: Tensor, groups: Groups, captions: list[str], title: str, lines: list[str]) -> Any:
     """The whole picture.
 
@@ -152,14 +146,14 @@ def sheet(frames: Tensor, groups: Groups, captions: list[str], title: str, lines
         A `PIL.Image`: up to 8 frames spread over the clip, 4 a row, each above its merged self.
     """
     extra("PIL", "Pillow")
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     count, (height, width) = len(frames), groups.label.shape[1:]
     shown = sorted({round(i * (count - 1) / max(1, min(SHOWN, count) - 1)) for i in range(min(SHOWN, count))})
     columns = min(COLUMNS, len(shown))
     scale = max(2, round(PANEL_WIDTH / max(width, height)))
     panel = (width * scale, height * scale)
-    title_font, text_font, small_font = _font(34), _font(20), _font(17)
+    title_font, text_font, small_font = (ImageFont.load_default(points) for points in (34, 20, 17))
     wide = max(columns * (panel[0] + GAP) - GAP, round(title_font.getlength(title)))
     wide = max(wide, *(round(text_font.getlength(line)) for line in [*lines, LEGEND])) + 2 * MARGIN
     head = MARGIN + 50 + 28 * len(lines) + 12

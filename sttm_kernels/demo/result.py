@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sttm_kernels.console import InputError, one_thread
+from sttm_kernels.console import InputError, threads
 from sttm_kernels.demo import merging, picture
 from sttm_kernels.demo.tokens import mean_colours, patch_tokens
 from sttm_kernels.demo.video import Clip
-from sttm_kernels.functional import merge
+from sttm_kernels.functional import compose, merge
 from sttm_kernels.nn.sttm import Grid, Keep
 
 GROUPS = 16
@@ -66,13 +66,13 @@ def merge_tokens(
         InputError: more tokens are to be kept than there are.
     """
     began = time.perf_counter()
-    with one_thread():
+    with threads(1):
         x, grid = patch_tokens(clip.frames, patch)
     seconds = time.perf_counter() - began
     keeps = _keeps(grid, spatial_keep, temporal_keep)
     with torch.no_grad():
         spatial, temporal = merging.merge_clip(x.to(device), grid, *keeps, impl)
-        plan = merging.whole_plan(spatial, temporal, impl)
+        plan = compose(spatial.plan, temporal.plan, impl)
         positions = spatial.tokens.positions
         assert positions is not None
         paths = merging.centres(positions, temporal.plan, grid[0], spatial.tokens.size, impl=impl)

@@ -67,14 +67,7 @@ class _Similarity:
     is the number of elements a token takes in a tile, if that is more than its K similarities.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        m: Tensor,
-        similarity: Similarity,
-        width: int = 0,
-        inverse: Tensor | None = None,
-    ):
+    def __init__(self, q: Tensor, m: Tensor, similarity: Similarity, width: int = 0, inverse: Tensor | None = None):
         self.q, self.m, self.similarity, self.inverse = q, m, similarity, inverse
         self.shape = (q.shape[0], q.shape[1], max(m.shape[1], width))
         items, tokens = _tile_shape(*self.shape, q.device)
@@ -631,13 +624,7 @@ class _SoftTokens:
     """What the passes of `soft_merge` share: tiles of similarities, and rows with masked tokens blanked."""
 
     def __init__(
-        self,
-        x: Tensor,
-        q: Tensor,
-        meta: Tensor,
-        positions: Tensor | None,
-        mask: Tensor | None,
-        similarity: Similarity,
+        self, x: Tensor, q: Tensor, meta: Tensor, positions: Tensor | None, mask: Tensor | None, similarity: Similarity
     ):
         self.m = _operand(meta, similarity.kind)
         self.x, self.p, self.mask = x, positions, mask

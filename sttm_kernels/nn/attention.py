@@ -51,8 +51,7 @@ def proportional_attention(
     Errors: `TypeError` for a wrong type, `ValueError` for a wrong shape, device or method.
     Source: Token Merging (Bolya et al., arXiv 2210.09461).
     """
-    validate.floating("q", q)
-    validate.dims("q", q, "(B, H, M, D)", 4)
+    validate.features("q", q, "(B, H, M, D)", 4)
     validate.one_of("method", method, METHODS)
     if size is None or method == "off":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)

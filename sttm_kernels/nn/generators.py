@@ -32,8 +32,7 @@ CELLS = ("square", "tall")
 
 
 def _check(q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None) -> None:
-    validate.floating("q", q)
-    validate.dims("q", q, "(B, N, D)", 3)
+    validate.features("q", q, "(B, N, D)", 3)
     if q.shape[1] != rows * columns:
         raise ValueError(f"q must hold rows * columns = {rows} * {columns} tokens, got {q.shape[1]}")
     validate.integer("num_meta", num_meta, 1)

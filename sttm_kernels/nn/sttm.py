@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sttm_kernels import validate
-from sttm_kernels.functional import assign_merge, compose, merge, size_and_positions
+from sttm_kernels.functional import assign_merge, check_rows, compose, merge, size_and_positions
 from sttm_kernels.nn.generators import make
 from sttm_kernels.plan import MergedTokens, MergePlan
 from sttm_kernels.reference import acc_dtype, mean_over_heads
@@ -223,13 +223,7 @@ class STTM(nn.Module):
         return (out, self._whole_plan(plans, x)) if return_plan else out
 
     def _stage(
-        self,
-        generator: nn.Module,
-        here: _Tokens,
-        parts: int,
-        shape: tuple[int, int],
-        num_meta: int,
-        cells: str,
+        self, generator: nn.Module, here: _Tokens, parts: int, shape: tuple[int, int], num_meta: int, cells: str
     ) -> tuple[_Tokens, MergePlan]:
         """Merges each of the `parts` equal pieces of the sequence, rows x columns tokens, into num_meta; the plan says
         for every token of the sequence where in the new sequence it went."""
@@ -283,19 +277,12 @@ class STTM(nn.Module):
         return window
 
     def _check(self, x: Tensor, grid_tokens: int, grid: Grid, metric: Tensor | None) -> None:
-        validate.floating("x", x)
-        validate.dims("x", x, "(B, N, C)", 3)
+        validate.features("x", x, "(B, N, C)", 3)
         validate.shape("x", x, "(B, N, C)", (x.shape[0], x.shape[1], self.dim))
         if x.shape[1] != self.num_prefix + grid_tokens:
             raise ValueError(f"grid must hold the N - num_prefix = {x.shape[1] - self.num_prefix} tokens, got {grid}")
         if metric is not None:
-            validate.floating("metric", metric)
-            validate.dims("metric", metric, "(B, N, D) or (B, H, N, D)", 3, 4)
-            rows = (metric.shape[0], metric.shape[-2])
-            if rows != tuple(x.shape[:2]):
-                shapes = validate.shape_text(x.shape[:2]), validate.shape_text(rows)
-                raise ValueError(f"metric must have the B and N of x, {shapes[0]}, got {shapes[1]}")
-            validate.same_device("metric", metric, "x", x)
+            check_rows("metric", metric, x, (x.shape[0], x.shape[1]))
 
     def extra_repr(self) -> str:
         return (

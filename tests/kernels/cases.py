@@ -13,6 +13,7 @@ from torch import Tensor
 from sttm_kernels import dispatch
 from sttm_kernels.checks import make_mask, make_rows
 from sttm_kernels.testing import DTYPES, LAYOUTS, RAGGED_SHAPES, Guarded, Shape, guarded, make_tokens
+from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
 SMALL = dispatch.interpreting()
 """Whether kernels run an instruction at a time: then their blocks are small, and so are the tests."""
@@ -29,8 +30,6 @@ if SMALL:
         Shape(2, 15, 17, 64, 17),
     )
 
-SIMILARITIES = ("cosine", "dot", "l2")
-REDUCTIONS = ("mean", "sum", "max", "first")
 NOT_NUMBERS = (torch.nan, torch.inf, -torch.inf, 1e30)
 
 
@@ -55,7 +54,7 @@ each_width = each("dtype", (torch.float32, torch.float16), ids=short)
 each_shape = each("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_layout = each_with_dtype("layout", LAYOUTS)
 each_similarity = each("similarity", SIMILARITIES)
-each_weight = each("weight", ("softmax", "uniform"))
+each_weight = each("weight", WEIGHTS)
 each_reduction = each("reduce", REDUCTIONS)
 SOME_DTYPES_AND_REDUCTIONS = (
     (torch.float32, "mean"),
@@ -70,8 +69,7 @@ each_dtype_and_reduction = each(
     [(dtype, reduce) for dtype in DTYPES for reduce in REDUCTIONS] if not SMALL else SOME_DTYPES_AND_REDUCTIONS,
     ids=lambda value: value if isinstance(value, str) else short(value),
 )
-each_normalize = each("normalize", ("meta", "tokens"))
-only_float64 = each("dtype", (torch.float64,), ids=short)
+each_normalize = each("normalize", NORMALIZATIONS)
 kernels_only = pytest.mark.kernels_only
 
 

@@ -13,7 +13,6 @@ from cases import (
     each_similarity,
     each_weight,
     only,
-    only_float64,
     run,
     temperature_of,
     unwritten,
@@ -144,18 +143,6 @@ def test_masked_tokens_are_not_read(backend, own, weight):
 # As assign and merge do
 
 
-@each("own", [True, False], ids=["by x", "by q"])
-@each_weight
-@each("impl", ["torch", "reference"])
-def test_is_assign_then_merge(backend, impl, weight, own):
-    """Bit for bit in plain PyTorch and in the specification."""
-    plain = type(backend)(impl, backend.device)
-    inputs, mask = tokens(plain, 2, 7, 3, 4, 5, torch.float64, own), make_mask(2, 7, backend.device)
-    fused, two = (run(verb(plain, "l2", weight, mask), given(inputs)) for verb in (call, apart))
-    for name, value in two.items():
-        assert_equal(name, fused[name], value)
-
-
 @each(("N", "K"), [(257, 3), (5, 129)])
 def test_long_sequences_give_the_bits_of_two_verbs(backend, N, K):
     inputs = given(tokens(backend, 1, N, K, 8, 4))
@@ -215,22 +202,3 @@ def test_a_token_that_is_not_a_number_spoils_its_group_only(backend, name):
         assert bool(spoiled[field][0, other].isfinite().all()), field
         if backend.impl != "triton":  # which adds up a frame with such a token in another order
             assert_equal(field, spoiled[field][0, other], clean[field][0, other])
-
-
-# Derivatives of derivatives
-
-
-@only_float64
-@each("own", [True, False], ids=["by x", "by q"])
-@each_weight
-def test_derivatives(backend, weight, own, dtype):
-    mask = torch.tensor([[True, True, False, True]])
-    inputs = given(tokens(backend, 1, 4, 2, 1, 2, dtype, own, P=1))
-    leaves = [value.to(dtype).requires_grad_() for value in inputs.values()]
-    through = call(backend, "dot", weight, mask)
-
-    def floats(*values):
-        return tuple(v for n, v in through(**dict(zip(inputs, values, strict=True))).items() if n != "index")
-
-    assert torch.autograd.gradcheck(floats, leaves)
-    assert torch.autograd.gradgradcheck(floats, leaves)

@@ -6,24 +6,15 @@ from cases import SMALL, draw, each, run, short
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
 from sttm_kernels.checks import fields
+from sttm_kernels.console import threads
 from sttm_kernels.testing import assert_equal
+from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES
 
 VERBS = [
-    "assign cosine",
-    "assign dot",
-    "assign l2",
-    "assign uniform",
-    "match",
-    "merge mean",
-    "merge sum",
-    "merge max",
-    "merge first",
-    "match, merge",
-    "assign_merge",
-    "unmerge",
-    "compose",
-    "soft_merge meta",
-    "soft_merge tokens",
+    *(f"assign {how}" for how in (*SIMILARITIES, "uniform")),
+    *(f"merge {how}" for how in REDUCTIONS),
+    *(f"soft_merge {how}" for how in NORMALIZATIONS),
+    *("match", "match window", "match, merge", "assign_merge", "unmerge", "compose"),
 ]
 each_verb = each("verb", VERBS)
 each_dtype = each("dtype", (torch.float16,) if SMALL else (torch.float32, torch.bfloat16), ids=short)
@@ -34,7 +25,8 @@ def calling(verb, impl, masked=True):
     name, _, how = verb.partition(" ")
 
     def plan_fields(plan, *more):
-        return {field: getattr(plan, field) for field in ("index", *more)} | fields(plan)
+        found = {field: getattr(plan, field) for field in ("index", *more)} | fields(plan)
+        return {field: value for field, value in found.items() if value is not None}
 
     def call(x, q, meta, size, weight, positions, fill, mask):
         mask = mask if masked else None
@@ -42,7 +34,8 @@ def calling(verb, impl, masked=True):
             settings = ("cosine", 1.0, "uniform") if how == "uniform" else (how, 0.5, "softmax")
             return plan_fields(sttm.assign(q, meta, *settings, mask, impl))
         if name == "match":
-            return plan_fields(sttm.match(q, q.shape[1] // 3, 1, impl=impl), "order", "offsets")
+            where = {"grid": (1, 1, q.shape[1]), "window": (1, 1, 7)} if how else {"num_prefix": 1}
+            return plan_fields(sttm.match(q, q.shape[1] // 3, impl=impl, **where), "order", "offsets")
         if name == "match,":
             return fields(sttm.merge(x, sttm.match(q, q.shape[1] // 3, impl=impl), size, positions, impl=impl))
         if name == "assign_merge":
@@ -69,29 +62,23 @@ def rows(inputs, items):
 @each_dtype
 def test_same_bits_in_every_run(backend, verb, dtype):
     inputs = draw((2, *((33, 9) if SMALL else (150, 13)), 20, 24), dtype, backend.device)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3) if backend.impl == "torch" else (1,):  # BLAS splits a product by the number of threads
-            torch.set_num_threads(threads)
+    for count in (1, 3) if backend.impl == "torch" else (1,):  # BLAS splits a product by the number of threads
+        with threads(count):
             expected = run(calling(verb, backend.impl), inputs)
             for _ in range(1 if SMALL else 2):
                 found = run(calling(verb, backend.impl), inputs)
                 for name, value in expected.items():
-                    assert_equal(f"{verb} with {threads} threads: {name}", found[name], value)
-    finally:
-        torch.set_num_threads(before)
+                    assert_equal(f"{verb} with {count} threads: {name}", found[name], value)
 
 
 @each_verb
 @each_dtype
-@each(("N", "K", "threads"), [(20, 9, 1)] if SMALL else [(150, 13, 2), (33, 70, 1), (700, 96, 1)])
-def test_same_bits_whatever_else_is_in_the_batch(backend, verb, dtype, N, K, threads):
+@each(("N", "K", "count"), [(20, 9, 1)] if SMALL else [(150, 13, 2), (33, 70, 1), (700, 96, 1)])
+def test_same_bits_whatever_else_is_in_the_batch(backend, verb, dtype, N, K, count):
     inputs = draw((5, N, K, 20, 24), dtype, backend.device)
     others = draw((5, N, K, 20, 24), dtype, backend.device, seed=50)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     call = calling(verb, backend.impl)
-    try:
+    with threads(count):
         full = run(call, rows(inputs, slice(0, 3 if SMALL else 5)))
         for item in (1,) if SMALL else (0, 3):
             alone = run(call, rows(inputs, slice(item, item + 1)))
@@ -101,8 +88,6 @@ def test_same_bits_whatever_else_is_in_the_batch(backend, verb, dtype, N, K, thr
                 pair = run(call, {name: torch.stack([others[name][4], t[item]]) for name, t in inputs.items()})
                 for name, value in alone.items():
                     assert_equal(f"{verb} in a batch of 2: {name}", pair[name][1:], value)
-    finally:
-        torch.set_num_threads(before)
 
 
 @each_verb
@@ -129,13 +114,13 @@ def test_results_can_be_modified_in_place(backend, verb):
 
 
 @each_verb
-def test_an_empty_batch(backend, verb):
+@each("impl", ["backend", "reference"])
+def test_an_empty_batch(backend, verb, impl):
+    call = calling(verb, backend.impl if impl == "backend" else impl, masked=False)
     one = draw((1, 9, 4, 8, 6), device=backend.device)
-    expected = run(calling(verb, backend.impl, masked=False), one)
-    found = run(calling(verb, backend.impl, masked=False), rows(one, slice(0, 0)))
-    assert {name: value.shape for name, value in found.items()} == {
-        name: (0, *value.shape[1:]) for name, value in expected.items()
-    }
+    expected, found = run(call, one), run(call, rows(one, slice(0, 0)))
+    shapes = {name: (0, *value.shape[1:]) for name, value in expected.items()}
+    assert {name: value.shape for name, value in found.items()} == shapes
 
 
 def test_no_verb_is_left_out():

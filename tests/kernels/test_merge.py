@@ -16,7 +16,6 @@ from cases import (
     each_width,
     each_with_dtype,
     only,
-    only_float64,
     run,
     unwritten,
 )
@@ -28,9 +27,7 @@ from sttm_kernels.testing import (
     DTYPES,
     LAYOUTS,
     assert_equal,
-    assert_verb_within_budget,
     assert_within_budget,
-    assign_at,
     make_index,
     make_tokens,
 )
@@ -57,8 +54,8 @@ def through(backend, index, K, reduce="mean", order=None, offsets=None):
     return call
 
 
-def check(backend, inputs, index, K, reduce="mean"):
-    check_merge(backend.impl, inputs["x"], index, K, reduce=reduce, **{n: inputs.get(n) for n in EVERYTHING})
+def check(backend, inputs, index, K, reduce="mean", **order):
+    check_merge(backend.impl, index=index, num_groups=K, reduce=reduce, **inputs, **order)
 
 
 @each_shape
@@ -118,67 +115,15 @@ def test_layouts_are_read_in_place(backend, layout, dtype):
 
 
 @each_dtype_and_reduction
-def test_a_sorted_plan(backend, reduce, dtype):
+@each("given", [EVERYTHING, ("size",)], ids="-".join)
+def test_a_sorted_plan(backend, given, reduce, dtype):
     """A plan that knows its tokens by group, as that of `match` does, merges as one that does not."""
     index = make_index(2, 40, 13, backend.device, left_out=0.0)
     order = index.argsort(dim=1, stable=True).to(torch.int32)
     starts = torch.arange(14, dtype=torch.int32, device=backend.device).repeat(2, 1)
     offsets = torch.searchsorted(index.sort(dim=1).values, starts).to(torch.int32)
-    assert_verb_within_budget(
-        reduce,
-        through(backend, index, 13, reduce, order, offsets),
-        lambda x, weight, size, positions, fill: fields(
-            reference.merge(x, sttm.MergePlan(index, 13, weight=weight), size, positions, reduce, fill)
-        ),
-        tokens(backend, 2, 40, 13, 20, dtype),
-        60,
-    )
-
-
-@each_dtype_and_reduction
-def test_along_match(backend, dtype, reduce):
-    """The plan of `match` has uniform weights, its own order, and a group for every token."""
-    N, r = (33, 10) if SMALL else (67, 21)
-    plan = sttm.match(make_tokens(2, N, 16, dtype, backend.device), r, 1, impl=backend.impl)
-    bare = sttm.MergePlan(plan.index, plan.num_groups)
-    assert_verb_within_budget(
-        reduce,
-        lambda x, size: fields(sttm.merge(x, plan, size, reduce=reduce, impl=backend.impl)),
-        lambda x, size: fields(reference.merge(x, bare, size, reduce=reduce)),
-        tokens(backend, 2, N, 1, 30, dtype, ("size",)),
-        N,
-    )
-
-
-@each_dtype
-def test_gradients_reach_the_meta_tokens_through_merge(backend, dtype):
-    inputs = only(draw((2, 30, 7, 16, 24), dtype, backend.device), "q", "meta", "x", "positions")
-    inputs["positions"] = inputs["positions"][0]
-    similarity = ("cosine", "dot", "l2", "dot")[DTYPES.index(dtype)]
-    chosen = sttm.assign(inputs["q"], inputs["meta"], similarity, 2.0, impl=backend.impl).index
-
-    def actual(q, meta, x, positions):
-        plan = sttm.assign(q, meta, similarity, 2.0, impl=backend.impl)
-        return fields(sttm.merge(x, plan, positions=positions, impl=backend.impl))
-
-    def specification(q, meta, x, positions):
-        return fields(reference.merge(x, assign_at(chosen, q, meta, similarity, 2.0), positions=positions))
-
-    assert_verb_within_budget("assign, merge", actual, specification, inputs, 30, 30 + 24 + 16)
-
-
-@each("dtypes", [("float32", "float16"), ("bfloat16", "float32")], ids=str)
-def test_metric_and_tokens_of_two_dtypes(backend, dtypes):
-    """Metric features in one dtype, tokens in another; every gradient comes back in the dtype of its input."""
-    metric, dtype = (getattr(torch, name) for name in dtypes)
-    q, meta = (make_tokens(2, n, 8, metric, backend.device, seed=n) for n in (12, 3))
-    x = make_tokens(2, 12, 5, dtype, backend.device, seed=2)
-    leaves = [t.requires_grad_() for t in (q, meta, x)]
-    hard = sttm.merge(x, sttm.assign(q, meta, impl=backend.impl), impl=backend.impl)
-    soft = sttm.soft_merge(x, q, meta, impl=backend.impl)
-    assert (hard.x.dtype, soft.x.dtype) == (dtype, dtype)
-    grads = torch.autograd.grad(hard.x.sum() + soft.x.sum(), leaves)
-    assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+    inputs = tokens(backend, 2, 40, 13, 20, dtype, given)
+    check(backend, inputs, index, 13, reduce, order=order, offsets=offsets)
 
 
 def test_an_expanded_gradient_is_read_in_place(backend):
@@ -312,20 +257,3 @@ def test_an_index_outside_means_no_group(backend, reduce, dtype, N, outputs_amid
     for name, value in expected.items():
         assert_equal(name, found[name], value)
     assert backend.impl == "torch" or len(outputs_amid_poison) >= 8
-
-
-# Derivatives of derivatives
-
-
-@only_float64
-@each_reduction
-def test_derivatives(backend, reduce, dtype):
-    index = torch.tensor([[0, 2, -1, 0, 2]], dtype=torch.int32)
-    inputs = tokens(backend, 1, 5, 3, 2, dtype)
-    leaves = [value.to(dtype).add(0.5 * (value.dim() == 2)).requires_grad_() for value in inputs.values()]
-
-    def call(*values):
-        return tuple(through(backend, index, 3, reduce)(*values).values())
-
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves)
