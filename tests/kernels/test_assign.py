@@ -182,26 +182,6 @@ def test_a_token_that_is_not_a_number_reaches_its_own_meta_token_alone(backend, 
         assert_within_budget(key, found[key][:, kept], expected, usual, 40)
 
 
-@each_similarity
-@each_weight
-@each("impl", ("backend", "reference"))
-def test_masked_tokens_are_not_read(backend, similarity, weight, impl):
-    """A masked token may hold NaN: values and gradients are bit for bit those of one that holds zeros."""
-    impl = backend.impl if impl == "backend" else impl
-    inputs, mask = metrics(backend, 2, 40, 7, 6), make_mask(2, 40, backend.device)
-
-    def found(rubbish):
-        given = inputs | {"q": inputs["q"].masked_fill(~mask[..., None], rubbish)}
-        return run(lambda q, meta: fields(sttm.assign(q, meta, similarity, 1.0, weight, mask, impl)), given)
-
-    clean, dirty = found(0.0), found(torch.nan)
-    for name, value in clean.items():
-        assert value.isfinite().all(), name
-        assert_equal(name, dirty[name], value)
-    assert not clean["gradient of q"][~mask].any()
-    assert clean["gradient of q"][mask].any(-1).any()
-
-
 @kernels_only
 @each_weight
 def test_gradients_with_any_index_stay_in_bounds(backend, weight, outputs_amid_poison):

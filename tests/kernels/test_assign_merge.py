@@ -123,23 +123,6 @@ def test_shared_meta_positions_and_fill(backend):
     check(backend, inputs | {name: inputs[name][0] for name in ("meta", "positions", "fill")})
 
 
-@each("own", [True, False], ids=["by x", "by q"])
-@each_weight
-def test_masked_tokens_are_not_read(backend, own, weight):
-    """Values and gradients are bit for bit those of tokens that hold zeros, also of an item without real tokens."""
-    inputs, mask = tokens(backend, 2, 20, 4, 20, 24, own=own), make_mask(2, 20, backend.device)
-    mask[1] = False
-
-    def found(rubbish):
-        dirty = {name: inputs[name].masked_fill(~mask[..., None], rubbish) for name in ("x", "q")[: 2 - own]}
-        return run(call(backend, "dot", weight, mask), given(inputs | dirty))
-
-    clean, dirty = found(0.0), found(torch.nan)
-    for name, value in clean.items():
-        assert_equal(name, dirty[name], value)
-        assert value.isfinite().all() or name == "index", name
-
-
 # As assign and merge do
 
 

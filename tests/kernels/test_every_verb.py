@@ -8,7 +8,7 @@ from sttm_kernels import dispatch
 from sttm_kernels.checks import fields
 from sttm_kernels.console import threads
 from sttm_kernels.testing import assert_equal
-from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES
+from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
 VERBS = [
     *(f"assign {how}" for how in (*SIMILARITIES, "uniform")),
@@ -22,7 +22,9 @@ each_dtype = each("dtype", (torch.float16,) if SMALL else (torch.float32, torch.
 
 def calling(verb, impl, masked=True):
     """A verb, with what it needs before it, as a function of its inputs by name, with named outputs."""
-    name, _, how = verb.partition(" ")
+    name, *how = verb.replace(",", "").split()
+    kind = next((word for word in how if word in SIMILARITIES), "cosine")
+    weighted = "uniform" if "uniform" in how else "softmax"
 
     def plan_fields(plan, *more):
         found = {field: getattr(plan, field) for field in ("index", *more)} | fields(plan)
@@ -31,22 +33,22 @@ def calling(verb, impl, masked=True):
     def call(x, q, meta, size, weight, positions, fill, mask):
         mask = mask if masked else None
         if name == "assign":
-            settings = ("cosine", 1.0, "uniform") if how == "uniform" else (how, 0.5, "softmax")
-            return plan_fields(sttm.assign(q, meta, *settings, mask, impl))
-        if name == "match":
-            where = {"grid": (1, 1, q.shape[1]), "window": (1, 1, 7)} if how else {"num_prefix": 1}
-            return plan_fields(sttm.match(q, q.shape[1] // 3, impl=impl, **where), "order", "offsets")
-        if name == "match,":
+            return plan_fields(sttm.assign(q, meta, kind, 0.5, weighted, mask, impl))
+        if name == "match" and "merge" in how:
             return fields(sttm.merge(x, sttm.match(q, q.shape[1] // 3, impl=impl), size, positions, impl=impl))
+        if name == "match":
+            where = {"grid": (1, 1, q.shape[1]), "window": (1, 1, 7)} if "window" in how else {"num_prefix": 1}
+            return plan_fields(sttm.match(q, q.shape[1] // 3, impl=impl, **where), "order", "offsets")
         if name == "assign_merge":
-            out, plan = sttm.assign_merge(x, q, meta, "cosine", 0.5, "softmax", mask, size, positions, fill, impl)
+            compared = (None, fill) if "itself" in how else (q, meta)
+            out, plan = sttm.assign_merge(x, *compared, kind, 0.5, weighted, mask, size, positions, fill, impl)
             return plan_fields(plan) | fields(out)
         if name == "soft_merge":
-            return fields(sttm.soft_merge(x, q, meta, "cosine", 0.3, how, size, positions, mask, impl))
+            return fields(sttm.soft_merge(x, q, meta, kind, 0.3, how[-1], size, positions, mask, impl))
         plan = sttm.assign(q.detach(), meta.detach(), mask=mask, impl=impl)
         plan = sttm.MergePlan(plan.index, plan.num_groups, weight=weight)
         if name == "merge":
-            return fields(sttm.merge(x, plan, size, positions, how, fill, impl))
+            return fields(sttm.merge(x, plan, size, positions, *how, fill, impl))
         if name == "unmerge":
             return {"x": sttm.unmerge(meta, plan, impl)}
         return {"index": sttm.compose(plan, sttm.match(meta, meta.shape[1] // 4, impl=impl), impl).index}
@@ -121,6 +123,36 @@ def test_an_empty_batch(backend, verb, impl):
     expected, found = run(call, one), run(call, rows(one, slice(0, 0)))
     shapes = {name: (0, *value.shape[1:]) for name, value in expected.items()}
     assert {name: value.shape for name, value in found.items()} == shapes
+
+
+OF_TOKENS = ("x", "q", "size", "weight", "positions")
+WITH_MASK = [
+    *(f"assign {kind} {weight}" for kind in SIMILARITIES for weight in WEIGHTS),
+    *(f"soft_merge {kind} {normalize}" for kind in SIMILARITIES for normalize in NORMALIZATIONS),
+    *(f"assign_merge {weight}{compared}" for weight in WEIGHTS for compared in ("", " itself")),
+    *(f"merge {reduce}" for reduce in REDUCTIONS),
+]
+
+
+@each("verb", WITH_MASK)
+@each("impl", ["backend", "reference"])
+def test_masked_tokens_are_not_read(backend, verb, impl):
+    """What they hold, NaN included, reaches neither a value nor a gradient, also in an item without other tokens."""
+    call = calling(verb, backend.impl if impl == "backend" else impl)
+    inputs = draw((2, 20, 4, 20, 24), torch.float16 if SMALL else torch.float32, backend.device)
+    mask = inputs["mask"]
+    mask[1] = False
+
+    def found(rubbish):
+        shapes = {name: (2, 20, *[1] * (inputs[name].dim() - 2)) for name in OF_TOKENS}
+        return run(call, inputs | {n: inputs[n].masked_fill(~mask.view(shape), rubbish) for n, shape in shapes.items()})
+
+    clean, dirty = found(0.0), found(torch.nan)
+    for name, value in clean.items():
+        assert value.isfinite().all(), name
+        assert_equal(name, dirty[name], value)
+        if name.startswith("gradient") and name.split()[-1] in OF_TOKENS:
+            assert not value[~mask].any(), name
 
 
 def test_no_verb_is_left_out():

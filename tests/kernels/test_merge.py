@@ -225,25 +225,6 @@ def test_features_that_are_not_numbers_stay_in_their_group(backend, value, N, dt
         assert_equal(f"{name} in other groups", after[name][where], one[where])
 
 
-@each("impl", ["backend", "reference"])
-@each_reduction
-def test_tokens_without_a_group_do_not_contaminate(backend, reduce, impl):
-    """What a token of index -1 holds, NaN included, reaches neither a value nor a gradient."""
-    backend = backend if impl == "backend" else type(backend)("reference", backend.device)
-    index = make_index(2, 40, 7, backend.device, left_out=0.4)
-    inputs = tokens(backend, 2, 40, 7, 6, given=("weight", "size", "positions"))
-
-    def found(rubbish):
-        without = (index < 0)[..., None]
-        given = {n: v.masked_fill(without if v.dim() == 3 else without[..., 0], rubbish) for n, v in inputs.items()}
-        return run(through(backend, index, 7, reduce), given)
-
-    clean, dirty = found(0.0), found(torch.nan)
-    for name, value in clean.items():
-        assert value.isfinite().all(), name
-        assert_equal(name, dirty[name], value)
-
-
 @each_reduction
 @each_width
 @each("N", LENGTHS)
