@@ -21,6 +21,7 @@ from sttm_kernels.testing import (
     assert_match_within_budget,
     assert_verb_within_budget,
     assign_at,
+    make_tokens,
 )
 
 
@@ -38,6 +39,32 @@ def make_rows(B: int, N: int, device: torch.device | str, seed: int, least: floa
 def make_mask(B: int, N: int, device: torch.device | str, seed: int = 9) -> Tensor:
     """bool `(B, N)`, four of five True."""
     return (torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) > 0.2).to(device)
+
+
+def draw(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str = "contiguous",
+    heads: int = 0,
+    P: int = 3,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Everything that a verb may take, by name, for B, N, K, D, C. Sizes are whole numbers."""
+    B, N, K, D, C = shape
+    q = make_tokens(B, N, D, dtype, device, seed + 1, layout)
+    if heads:
+        q = torch.stack([make_tokens(B, N, D, dtype, device, seed + 20 + h, layout) for h in range(heads)], 1)
+    return {
+        "x": make_tokens(B, N, C, dtype, device, seed, layout),
+        "q": q,
+        "meta": make_tokens(B, K, D, dtype, device, seed + 2, layout),
+        "size": torch.randint(1, 9, (B, N), generator=torch.Generator().manual_seed(seed)).to(device, torch.float32),
+        "weight": make_rows(B, N, device, seed + 3),
+        "positions": make_tokens(B, N, P, device=device, seed=seed + 4),
+        "fill": make_tokens(B, K, C, dtype, device, seed + 5, layout),
+        "mask": make_mask(B, N, device, seed + 6),
+    }
 
 
 def _terms(q: Tensor) -> int:

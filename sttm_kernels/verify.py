@@ -26,9 +26,8 @@ from sttm_kernels.checks import (
     check_merge,
     check_soft_merge,
     check_unmerge,
+    draw,
     fields,
-    make_mask,
-    make_rows,
 )
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
@@ -37,7 +36,6 @@ from sttm_kernels.testing import (
     assert_equal,
     assert_index_in_range,
     make_index,
-    make_tokens,
     observed,
 )
 
@@ -111,20 +109,15 @@ def _accuracy(
     shape: Shape, verb: str, impl: str, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Iterator[Case]:
     """Values, choices and gradients at one shape, with and without what is optional: masks, sizes, empty groups."""
-    B, N, K, D, C = shape
-    tokens = partial(make_tokens, dtype=dtype, device=device)
-    x, q = tokens(B, N, C, seed=seed), tokens(B, N, D, seed=seed + 1)
-    meta, fill = tokens(B, K, D, seed=seed + 2), tokens(B, K, C, seed=seed + 3)
-    positions = make_tokens(B, N, 3, device=device, seed=seed + 4)
-    size, weight = make_rows(B, N, device, seed + 5, 1), make_rows(B, N, device, seed + 6)
-    mask = make_mask(B, N, device, seed + 7)
+    B, N, K, D, _ = shape
+    x, q, meta, size, weight, positions, fill, mask = draw(shape, dtype, device, seed=seed).values()
     temperature = {"cosine": 0.5, "dot": D**0.5, "l2": float(D)}
     at = "x".join(map(str, shape))
     if verb == "assign":
         for kind in validate.SIMILARITIES:
             yield f"{at} {kind}", partial(check_assign, impl, q, meta, kind, temperature[kind], "softmax", mask)
         yield f"{at} uniform", partial(check_assign, impl, q, meta, weight="uniform")
-        heads = tokens(2 * B, N, D, seed=seed + 8).view(B, 2, N, D)
+        heads = draw(shape, dtype, device, heads=2, seed=seed)["q"]
         yield f"{at} 2 heads", partial(check_assign, impl, heads, meta, "dot", temperature["dot"])
     elif verb == "match":
         for r in sorted({0, 1, N // 4, N // 2}):
@@ -167,11 +160,10 @@ def _call(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Callable[..., Any], list[Tensor]]:
     """A verb as a function of its tensors, and tensors for it, the features first."""
-    B, N, K, D, C = shape
-    tokens = partial(make_tokens, dtype=dtype, device=device)
-    x, q, meta = tokens(B, N, C, seed=seed), tokens(B, N, D, seed=seed + 1), tokens(B, K, D, seed=seed + 2)
-    y, index = tokens(B, K, C, seed=seed + 3), make_index(B, N, K, device, seed)
-    size = make_rows(B, N, device, seed + 4, 1).to(dtype)
+    B, N, K, _, _ = shape
+    given = draw(shape, dtype, device, seed=seed)
+    x, q, meta, y, size = (given[name] for name in ("x", "q", "meta", "fill", "size"))
+    size, index = size.to(dtype), make_index(B, N, K, device, seed)
     run: Callable[..., Any]
     if verb == "assign":
         return lambda q, meta: functional.assign(q, meta, impl=impl), [q, meta]

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sttm_kernels as sttm
 from sttm_kernels import reference
@@ -398,7 +399,7 @@ def test_fullgraph(name):
 @pytest.mark.unpoisoned
 def test_changing_grids_do_not_compile_for_ever():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     module = STTM(8)
     run = torch.compile(module, fullgraph=True, backend=counter)
     counts = []

@@ -361,28 +361,6 @@ def test_merge_max_gradient_goes_to_the_lowest_token_of_a_tie():
     assert x.grad.flatten().tolist() == [0, 1, 0, 0]
 
 
-def test_merge_backward_is_what_the_design_says():
-    x, p = make_tokens(1, 6, 3, F64, seed=1).requires_grad_(), make_tokens(1, 6, 2, F64, seed=2).requires_grad_()
-    size, weight = (torch.rand(1, 6, generator=torch.Generator().manual_seed(s)).double() + 0.5 for s in (3, 4))
-    size.requires_grad_()
-    weight.requires_grad_()
-    index = torch.tensor([0, 1, 0, -1, 1, 1])
-    out = merge(x, plan_of(*index.tolist(), groups=2, weight=weight), size, p)
-    g, gs, gp = (make_tokens(1, 2, n, F64, seed=5 + n) for n in (3, 1, 2))
-    torch.autograd.backward([out.x, out.size, out.positions], [g, gs[..., 0], gp])
-    for n, k in enumerate(index.tolist()):
-        if k < 0:
-            assert all(t.grad[0, n].abs().sum() == 0 for t in (x, p, size, weight))
-            continue
-        w = (size * weight).detach()[0]
-        mass = w[index == k].sum()
-        dw = (g[0, k] @ (x[0, n] - out.x[0, k]) + gp[0, k] @ (p[0, n] - out.positions[0, k])) / mass
-        torch.testing.assert_close(x.grad[0, n], w[n] / mass * g[0, k])
-        torch.testing.assert_close(p.grad[0, n], w[n] / mass * gp[0, k])
-        torch.testing.assert_close(weight.grad[0, n], (size[0, n] * dw).detach())
-        torch.testing.assert_close(size.grad[0, n], (weight[0, n] * dw + gs[0, k, 0]).detach())
-
-
 # unmerge and compose
 
 

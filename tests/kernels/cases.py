@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import dispatch
-from sttm_kernels.checks import make_mask, make_rows
-from sttm_kernels.testing import DTYPES, LAYOUTS, RAGGED_SHAPES, Guarded, Shape, guarded, make_tokens
+from sttm_kernels.checks import draw as draw
+from sttm_kernels.testing import DTYPES, LAYOUTS, RAGGED_SHAPES, Guarded, Shape, guarded
 from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
 SMALL = dispatch.interpreting()
@@ -76,32 +76,6 @@ kernels_only = pytest.mark.kernels_only
 def temperature_of(similarity: str, D: int, cosine: float = 0.2) -> float:
     """What keeps similarities of order one, as a user would: dot and l2 grow with D."""
     return {"cosine": cosine, "dot": D**0.5, "l2": float(D)}[similarity]
-
-
-def draw(
-    shape: tuple[int, int, int, int, int],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    layout: str = "contiguous",
-    heads: int = 0,
-    P: int = 3,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Everything that a verb may take, by name, for B, N, K, D, C. Sizes are whole numbers."""
-    B, N, K, D, C = shape
-    q = make_tokens(B, N, D, dtype, device, seed + 1, layout)
-    if heads:
-        q = torch.stack([make_tokens(B, N, D, dtype, device, seed + 20 + h, layout) for h in range(heads)], 1)
-    return {
-        "x": make_tokens(B, N, C, dtype, device, seed, layout),
-        "q": q,
-        "meta": make_tokens(B, K, D, dtype, device, seed + 2, layout),
-        "size": torch.randint(1, 9, (B, N), generator=torch.Generator().manual_seed(seed)).to(device, torch.float32),
-        "weight": make_rows(B, N, device, seed + 3),
-        "positions": make_tokens(B, N, P, device=device, seed=seed + 4),
-        "fill": make_tokens(B, K, C, dtype, device, seed + 5, layout),
-        "mask": make_mask(B, N, device, seed + 6),
-    }
 
 
 def only(inputs: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
