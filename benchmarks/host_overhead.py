@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from sttm_kernels import dispatch
 from sttm_kernels import functional as sttm
+from sttm_kernels.bench.timing import Sample, time_in_turns
 from sttm_kernels.impl.triton.launch import launching_instead
 
 LIMIT_US = 30.0
@@ -102,18 +101,6 @@ def calls(
     }
 
 
-def microseconds(call: Callable[[], Any], repetitions: int) -> tuple[float, float]:
-    """Median and 80th percentile of one call."""
-    for _ in range(20):
-        call()
-    samples = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        call()
-        samples.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(samples), statistics.quantiles(samples, n=5)[3]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host_overhead", description=(__doc__ or "").split("\n")[0]
@@ -121,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=300)
     repetitions = parser.parse_args(argv).repetitions
     torch.set_num_threads(1)
+
+    def microseconds(call: Callable[[], Any]) -> Sample:
+        return time_in_turns({"": [call]}, torch.device("cpu"), seconds=0, least=repetitions)[""]
+
     print(f"torch {torch.__version__}, triton {triton.__version__}; limit {LIMIT_US:.0f} us")
     print(f"{'verb':22} {'p50':>7} {'p80':>7} {'with triton':>12} {'launches':>9}")
     slow = 0
@@ -129,12 +120,13 @@ def main(argv: list[str] | None = None) -> int:
             before = seen.launched
             call()
             launches = seen.launched - before
-            through, _ = microseconds(call, repetitions)
+            through = microseconds(call)
             with launching_instead(lambda *args: None):
-                median, high = microseconds(call, repetitions)
-            over = median > LIMIT_US
+                ours = microseconds(call)
+            over = ours.p50 > LIMIT_US
             slow += over
-            print(f"{name:22} {median:7.1f} {high:7.1f} {through:12.1f} {launches:9}{'  <- over the limit' * over}")
+            note = "  <- over the limit" * over
+            print(f"{name:22} {ours.p50:7.1f} {ours.p80:7.1f} {through.p50:12.1f} {launches:9}{note}")
     return 1 if slow else 0
 
 

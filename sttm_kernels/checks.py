@@ -31,9 +31,9 @@ def fields(value: MergePlan | MergedTokens) -> dict[str, Tensor]:
     return {name: getattr(value, name) for name in names if getattr(value, name) is not None}
 
 
-def make_rows(B: int, N: int, device: torch.device | str, seed: int, least: float = 0.25) -> Tensor:
-    """float32 `(B, N)` in [least, least + 1), as sizes and weights are."""
-    return (torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) + least).to(device)
+def make_rows(B: int, N: int, device: torch.device | str, seed: int) -> Tensor:
+    """float32 `(B, N)` in [0.25, 1.25), as sizes and weights are."""
+    return (torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) + 0.25).to(device)
 
 
 def make_mask(B: int, N: int, device: torch.device | str, seed: int = 9) -> Tensor:

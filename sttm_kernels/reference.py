@@ -40,11 +40,7 @@ def pairwise_similarity(q: Tensor, m: Tensor, similarity: Similarity) -> Tensor:
 
 
 def assign(
-    q: Tensor,
-    meta: Tensor,
-    similarity: Similarity = COSINE,
-    weight: str = "softmax",
-    mask: Tensor | None = None,
+    q: Tensor, meta: Tensor, similarity: Similarity = COSINE, weight: str = "softmax", mask: Tensor | None = None
 ) -> MergePlan:
     """index_n = argmax_k S[n, k], the lowest k on a tie; weight_n = exp(score_n - lse_n) or 1."""
     q = mean_over_heads(q)

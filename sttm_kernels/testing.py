@@ -115,12 +115,7 @@ def error_budget(reference: Tensor, plain: Tensor, dtype: torch.dtype, terms: in
 
 
 def assert_within_budget(
-    name: str,
-    actual: Tensor,
-    reference: Tensor,
-    plain: Tensor,
-    terms: int,
-    dtype: torch.dtype | None = None,
+    name: str, actual: Tensor, reference: Tensor, plain: Tensor, terms: int, dtype: torch.dtype | None = None
 ) -> None:
     """Checks `actual` against `reference` under `error_budget`; shapes must agree, and the dtypes of actual and plain.
 

@@ -275,8 +275,6 @@ def test_bad_inputs(name, change, error, message):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: make("k-means", 4, "cosine", "auto"), ValueError, "meta must be one of .*'kmeans'.* got 'k-means'"),
-        (lambda: make(3, 4, "cosine", "auto"), TypeError, "meta must be a name or a torch.nn.Module, got int"),
         (lambda: KMeans(-1), ValueError, "rounds must be at least 0, got -1"),
         (lambda: KMeans(1, "euclid"), ValueError, "similarity must be one of"),
         (lambda: FarthestPoint("euclid"), ValueError, "similarity must be one of"),

@@ -20,16 +20,14 @@ from sttm_kernels import functional, reference
 from sttm_kernels import partition as _partition
 from sttm_kernels.bench import rivals
 from sttm_kernels.bench.workloads import Workload
-from sttm_kernels.plan import MergePlan, Similarity
+from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
     assert_assign_within_budget,
-    assert_choice_within_budget,
     assert_equal,
     assert_match_valid,
     assert_match_within_budget,
     assert_within_budget,
     assign_at,
-    error_budget,
 )
 
 Run = Callable[["Inputs"], Any]
@@ -227,13 +225,8 @@ def check_plan(work: Workload, inputs: Inputs, plan: MergePlan) -> None:
 def check_nearest(inputs: Inputs, index: Tensor) -> None:
     """The score-gap rule for minus the squared distance."""
     assert inputs.meta is not None
-    q, meta = inputs.metric[:1], inputs.meta[:1]
-    plain_dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
-    truth = reference.pairwise_similarity(q.double(), meta.double(), Similarity("l2"))
-    plain = reference.pairwise_similarity(q.to(plain_dtype), meta.to(plain_dtype), Similarity("l2"))
-    chosen = truth.gather(-1, index[:1].long()[..., None]).squeeze(-1)
-    budget = error_budget(truth, plain, reference.acc_dtype(q.dtype), q.shape[-1])
-    assert_choice_within_budget("index", chosen, truth.max(-1).values, budget)
+    q, meta, settings = inputs.metric[:1], inputs.meta[:1], ("l2", 1.0, "uniform")
+    assert_assign_within_budget(assign_at(index[:1].to(torch.int32), q, meta, *settings), q, meta, *settings)
 
 
 def check_row_maximum(inputs: Inputs, result: tuple[Tensor, Tensor]) -> None:
