@@ -82,6 +82,14 @@ def only(inputs: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: inputs[name] for name in names}
 
 
+def spoiled(values: Tensor, value: float | None, share: float, seed: int = 2) -> Tensor:
+    """A share of the elements replaced by `value`; by every kind of what breaks arithmetic if it is None."""
+    draw = torch.Generator().manual_seed(seed)
+    bad = torch.rand(values.shape, generator=draw) < share
+    kinds = torch.tensor([*NOT_NUMBERS, 1e38, -1e38, 1e-45] if value is None else [value])
+    return torch.where(bad, kinds[torch.randint(len(kinds), bad.shape, generator=draw)], values.cpu()).to(values)
+
+
 @contextlib.contextmanager
 def unwritten(inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Copies amid poison; neither the inputs nor what lies around them may be written within it."""

@@ -2,7 +2,6 @@
 
 import torch
 from cases import (
-    NOT_NUMBERS,
     SIMILARITIES,
     SMALL,
     draw,
@@ -25,7 +24,6 @@ from sttm_kernels.testing import (
     LAYOUTS,
     assert_assign_within_budget,
     assert_equal,
-    assert_index_in_range,
     assert_within_budget,
     assign_at,
     make_tokens,
@@ -133,30 +131,6 @@ def test_rows_of_zeros_and_below_the_norm_floor(backend, similarity, weight):
 
 
 # What is not a number, not a token, or not inside
-
-
-@each("value", (*NOT_NUMBERS, None), ids=str)
-@each_similarity
-def test_features_that_are_not_numbers_leave_a_plan(backend, similarity, value, outputs_amid_poison):
-    """Every third token, all of an item and most meta tokens; None: all of these values, here and there."""
-    inputs = metrics(backend, 2, 17, 18, 20)
-    if value is None:
-        anything = torch.tensor([*NOT_NUMBERS, 1e38, -1e38, 1e-45])
-        for seed, one in enumerate(inputs.values()):
-            pick = torch.randint(4 * len(anything), one.shape, generator=torch.Generator().manual_seed(seed))
-            bad = anything[pick % len(anything)].to(one.device)
-            one.copy_(torch.where((pick < len(anything)).to(one.device), bad, one))
-    else:
-        inputs["q"][0, ::3], inputs["q"][1], inputs["meta"][0, 4:] = value, value, value
-    mask = make_mask(2, 17, backend.device)
-    for weight, real in (("softmax", None), ("uniform", mask)):
-        settings = (similarity, 1.0, weight, real, backend.impl)
-        with unwritten(inputs) as held:
-            plan = sttm.assign(*(value.requires_grad_() for value in held.values()), *settings)
-            sum(value.sum() for value in fields(plan).values()).backward()
-        assert_index_in_range("index", plan.index, 18)
-        assert_equal("index >= 0", plan.index >= 0, torch.ones_like(mask) if real is None else real)
-    assert backend.impl == "torch" or len(outputs_amid_poison) >= 6
 
 
 @each_similarity

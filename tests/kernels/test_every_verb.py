@@ -1,13 +1,13 @@
 """What holds for every verb: the same bits in every run and batch, only the gradients that are asked for, no items."""
 
 import torch
-from cases import SMALL, draw, each, run, short
+from cases import NOT_NUMBERS, SMALL, draw, each, run, short, spoiled, unwritten
 
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
 from sttm_kernels.checks import fields
 from sttm_kernels.console import threads
-from sttm_kernels.testing import assert_equal
+from sttm_kernels.testing import assert_equal, assert_index_in_range
 from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
 VERBS = [
@@ -153,6 +153,21 @@ def test_masked_tokens_are_not_read(backend, verb, impl):
         assert_equal(name, dirty[name], value)
         if name.startswith("gradient") and name.split()[-1] in OF_TOKENS:
             assert not value[~mask].any(), name
+
+
+@each("verb", WITH_MASK)
+@each("value", (torch.nan, None) if SMALL else (*NOT_NUMBERS, None), ids=str)
+@each("share", [0.3, 1.0])
+def test_features_that_are_not_numbers_stay_in_bounds(backend, verb, value, share, outputs_amid_poison):
+    """Forward and backward; and every real token has a group, every masked one none."""
+    inputs = draw((2, 17, 18, 20, 24), device=backend.device)
+    bad = {name: spoiled(t, value, share, seed) for seed, (name, t) in enumerate(inputs.items()) if name != "mask"}
+    with unwritten(inputs | bad) as held:
+        found = run(calling(verb, backend.impl), held)
+    if "index" in found:
+        assert_index_in_range("index", found["index"], 18)
+        assert_equal("index >= 0", found["index"] >= 0, inputs["mask"])
+    assert backend.impl == "torch" or len(outputs_amid_poison) >= 6
 
 
 def test_no_verb_is_left_out():

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from cases import NOT_NUMBERS, SHAPES, SMALL, each, each_dtype, each_layout, each_with_dtype, kernels_only, unwritten
+from cases import (
+    NOT_NUMBERS,
+    SHAPES,
+    SMALL,
+    each,
+    each_dtype,
+    each_layout,
+    each_with_dtype,
+    kernels_only,
+    spoiled,
+    unwritten,
+)
 
 import sttm_kernels as sttm
 from sttm_kernels import partition as splits
@@ -200,12 +211,8 @@ def test_selection_with_many_equal_scores(backend, N):
 @each("window", [None, (1, 2, 3)], ids=str)
 @each("share", [0.1, 1.0])
 def test_features_that_are_not_numbers_leave_a_plan(backend, value, window, share, outputs_amid_poison):
-    """Exactly r src merge, each into a dst it may meet, and nothing is written elsewhere. None: all of these values."""
-    draw = torch.Generator().manual_seed(2)
-    bad = torch.rand(2, 36, 24, generator=draw) < share
-    anything = torch.tensor([*NOT_NUMBERS, 1e38, -1e38, 1e-45])
-    values = anything[torch.randint(len(anything), bad.shape, generator=draw)] if value is None else value
-    metric = torch.where(bad, values, make_tokens(2, 36, 24)).to(backend.device)
+    """Exactly r src merge, each into a dst it may meet, and nothing is written elsewhere."""
+    metric = spoiled(tokens(backend, 2, 36, 24), value, share)
     block = None if window is None else splits.blocks((2, 3, 6), window, torch.device("cpu"))
     for r in (14,) if SMALL else (0, 5, 14):
         with unwritten({"metric": metric}) as held:
