@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -52,27 +53,23 @@ def stubbed_driver(arch: int = 90) -> Iterator[SimpleNamespace]:
         self.device_caches[0][0][key] = code
         return code
 
-    def runs(*args: Any) -> None:
-        """Nothing speaks against an implementation."""
-
     stub = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
-    patched = ((driver, "_active", stub), (JITFunction, "_do_compile", compile_nothing), (dispatch, "why_not", runs))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
-    for owner, name, value in patched:
-        setattr(owner, name, value)
-    dispatch.kernel.cache_clear()
-    try:
-        yield seen
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+    with (
+        mock.patch.object(driver, "_active", stub),
+        mock.patch.object(JITFunction, "_do_compile", compile_nothing),
+        mock.patch.object(dispatch, "why_not", return_value=None),
+    ):
         dispatch.kernel.cache_clear()
-        for kernel in used:
-            kernel.device_caches.pop(0, None)
+        try:
+            yield seen
+        finally:
+            dispatch.kernel.cache_clear()
+            for kernel in used:
+                kernel.device_caches.pop(0, None)
 
 
 def calls(

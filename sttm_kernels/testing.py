@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -506,7 +507,6 @@ def poisoned_empty() -> Iterator[None]:
     """
     places: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     places += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
-    originals = [getattr(owner, name) for owner, name in places]
 
     def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapped(*args: Any, **kwargs: Any) -> Tensor:
@@ -517,13 +517,10 @@ def poisoned_empty() -> Iterator[None]:
 
         return wrapped
 
-    for (owner, name), original in zip(places, originals, strict=True):
-        setattr(owner, name, poisoning(original))
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, poisoning(getattr(owner, name))))
         yield
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -296,8 +297,5 @@ def planted(verb: str) -> Iterator[None]:
 
         return wrong
 
-    dispatch.kernel = spoiled  # type: ignore[assignment]
-    try:
+    with mock.patch.object(dispatch, "kernel", spoiled):
         yield
-    finally:
-        dispatch.kernel = kernel

@@ -30,6 +30,10 @@ def build(dim: int, *args, seed: int = 0, **kwargs) -> STTM:
     return module
 
 
+def part(tokens: sttm.MergedTokens, *where: slice) -> sttm.MergedTokens:
+    return sttm.MergedTokens(tokens.x[where], tokens.size[where], tokens.positions[where])
+
+
 def assert_same_tokens(actual: sttm.MergedTokens, expected: sttm.MergedTokens) -> None:
     for field in ("x", "size", "positions"):
         assert_equal(field, getattr(actual, field), getattr(expected, field))
@@ -239,10 +243,9 @@ def test_a_temporal_window_is_a_clip_of_its_own(name):
     out = module(x, (6, 3, 4))
     assert module.output_grid((6, 3, 4)) == (3, 1, 4)
     for i in range(3):
-        part = slice(24 * i, 24 * (i + 1))
-        alone = module(x[:, part], (2, 3, 4), positions=p[part])
-        here = slice(4 * i, 4 * (i + 1))
-        assert_same_tokens(sttm.MergedTokens(out.x[:, here], out.size[:, here], out.positions[:, here]), alone)
+        window = slice(24 * i, 24 * (i + 1))
+        alone = module(x[:, window], (2, 3, 4), positions=p[window])
+        assert_same_tokens(part(out, slice(None), slice(4 * i, 4 * (i + 1))), alone)
 
 
 @each_generator
@@ -253,8 +256,7 @@ def test_a_clip_has_the_same_bits_alone_and_in_a_batch(name, backend):
     assert_same_tokens(module(x, (4, 3, 5)), out)
     for b in range(3):
         one = slice(b, b + 1)
-        expected = sttm.MergedTokens(out.x[one], out.size[one], out.positions[one])
-        assert_same_tokens(module(x[one], (4, 3, 5)), expected)
+        assert_same_tokens(module(x[one], (4, 3, 5)), part(out, one))
 
 
 def test_nan_tokens_give_an_answer_of_the_right_shape():

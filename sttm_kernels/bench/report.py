@@ -63,13 +63,9 @@ def _device(device: str, rows: Sequence[Row], pictures: Sequence[Path]) -> list[
         lines += ["", "Slower than a rival:", "", *slower]
     for dtype in compare.grouped(rows, lambda row: row["dtype"]):
         for name in plots.PICTURES:
-            file = plots.file_name(device, dtype, name)
-            lines += [
-                text
-                for picture in pictures
-                if picture.name == file
-                for text in ("", f"![{name}, {_cell(device)}, {dtype}]({picture.as_posix()})")
-            ]
+            for picture in pictures:
+                if picture.name == plots.file_name(device, dtype, name):
+                    lines += ["", f"![{name}, {_cell(device)}, {dtype}]({picture.as_posix()})"]
     for suite, of in compare.grouped(rows, lambda row: row["suite"]).items():
         lines += ["", f"#### {suite.capitalize()}"]
         if suite == SCALING:

@@ -17,6 +17,8 @@ VERBS = [
     *("match", "match window", "match, merge", "assign_merge", "unmerge", "compose"),
 ]
 each_verb = each("verb", VERBS)
+FLOAT = torch.float16 if SMALL else torch.float32
+"""Triton fuses assign_merge for what tensor cores multiply."""
 each_dtype = each("dtype", (torch.float16,) if SMALL else (torch.float32, torch.bfloat16), ids=short)
 
 
@@ -139,7 +141,7 @@ WITH_MASK = [
 def test_masked_tokens_are_not_read(backend, verb, impl):
     """What they hold, NaN included, reaches neither a value nor a gradient, also in an item without other tokens."""
     call = calling(verb, backend.impl if impl == "backend" else impl)
-    inputs = draw((2, 20, 4, 20, 24), torch.float16 if SMALL else torch.float32, backend.device)
+    inputs = draw((2, 20, 4, 20, 24), FLOAT, backend.device)
     mask = inputs["mask"]
     mask[1] = False
 
@@ -160,7 +162,7 @@ def test_masked_tokens_are_not_read(backend, verb, impl):
 @each("share", [0.3, 1.0])
 def test_features_that_are_not_numbers_stay_in_bounds(backend, verb, value, share, outputs_amid_poison):
     """Forward and backward; and every real token has a group, every masked one none."""
-    inputs = draw((2, 17, 18, 20, 24), device=backend.device)
+    inputs = draw((2, 17, 18, 20, 24), FLOAT, backend.device)
     bad = {name: spoiled(t, value, share, seed) for seed, (name, t) in enumerate(inputs.items()) if name != "mask"}
     with unwritten(inputs | bad) as held:
         found = run(calling(verb, backend.impl), held)
