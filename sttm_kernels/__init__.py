@@ -1,7 +1,7 @@
 """Token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
 
 from sttm_kernels.functional import assign, assign_merge, compose, match, merge, soft_merge, unmerge
-from sttm_kernels.integrations import apply, remove, trace
+from sttm_kernels.integrations import apply, remove, restore, trace
 from sttm_kernels.nn.sttm import STTM
 from sttm_kernels.plan import MergedTokens, MergePlan
 
@@ -18,6 +18,7 @@ __all__ = [
     "match",
     "merge",
     "remove",
+    "restore",
     "soft_merge",
     "trace",
     "unmerge",

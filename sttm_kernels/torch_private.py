@@ -22,6 +22,7 @@ _modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
 _tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", torch.jit.is_tracing)
 _transform: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", lambda: None)
 _precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+_graph_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 raw_stream: Callable[[int], int] = _find(
     "_C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
@@ -35,6 +36,11 @@ def dispatching() -> bool:
 def transforming() -> bool:
     """Whether a transform of `torch.func` is active."""
     return _transform() is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work in this thread: a forward that runs now is one that checkpointing repeats."""
+    return _graph_task() != -1
 
 
 def forward_differentiating() -> bool:

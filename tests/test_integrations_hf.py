@@ -617,7 +617,15 @@ def test_replicas_of_data_parallel_are_refused():
 
 
 def test_hidden_states_that_lost_their_counts_are_refused():
+    class Scaled(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self.layer(x * 1, *args, **kwargs)
+
     model, clip = sttm.apply(build(videomae), r=1), pixels(videomae)
-    layers_of(model)[1].register_forward_pre_hook(lambda module, args: (args[0] * 1, *args[1:]))
+    layers_of(model)[1] = Scaled(layers_of(model)[1])
     with pytest.raises(RuntimeError, match="layer 1 got are not those that layer 0 returned"):
         logits(model, clip)

@@ -1,4 +1,4 @@
-"""Token merging inside models of timm and Hugging Face transformers: `apply`, `remove` and `trace`.
+"""Token merging inside models of timm and Hugging Face transformers: `apply`, `remove`, `restore`, `trace`.
 
 Neither library is imported unless the model is of it.
 """
@@ -6,31 +6,38 @@ Neither library is imported unless the model is of it.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sttm_kernels import validate
 from sttm_kernels.compat.tome import parse_r
-from sttm_kernels.integrations import selfcheck
+from sttm_kernels.integrations import checkpoints, selfcheck
 from sttm_kernels.integrations.merging import (
+    NOTHING,
     Anatomy,
+    Layer,
     LayerTrace,
     MergingLayer,
+    Passage,
+    Record,
     Step,
-    Swapped,
     drop_own_forward,
     find_layers,
-    merging_class,
-    restore_class,
+    swap,
+    unswap,
 )
 from sttm_kernels.nn.attention import METHODS
 from sttm_kernels.nn.sttm import STTM
 
-__all__ = ["LayerTrace", "apply", "remove", "trace"]
+__all__ = ["LayerTrace", "apply", "remove", "restore", "trace"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,7 +99,6 @@ def apply(
     validate.one_of("prop_attn", prop_attn, METHODS)
     if window is not None:
         window = validate.extents("window", window, 3, "(t, h, w)")
-    remove(model)
     parts = _anatomy(model)
     depth = len(parts.layers)
     counts, stages = [0] * depth, dict[int, STTM]()
@@ -113,23 +119,29 @@ def apply(
     for name, used, given in (("method", bool(stages), method), ("window", window is not None, window)):
         if used and name in parts.refused:
             raise ValueError(f"{name} must be left out for {type(model).__name__}, got {given}: {parts.refused[name]}")
-        if used and parts.grid is None:
+        if used and not parts.gridded:
             raise ValueError(f"{name} must be left out for {type(model).__name__}, got {given}: its grid is not known")
 
+    _keep_trained(model, stages)
+    remove(model)
+    record, tried = Record() if trace else None, dict[Any, Step]()
     try:
         for number in range(depth):
-            _install(parts, number, prop_attn, check_counts=number in (0, depth - 1))
+            _install(parts, number, prop_attn, number in (0, depth - 1), tried)
         for number, layer in enumerate(parts.layers):
             step: Step = layer._sttm
             step.r = counts[number]
             step.begun = any(other < number for other in merging)
             step.last = number == depth - 1
-            step.window, step.empties, step.trace = window, bool(stages), trace
+            step.window, step.empties, step.record = window, bool(stages), record
             if number in stages:
                 parameter = next(layer.parameters())
-                layer.add_module("sttm", stages[number].to(parameter.device))
+                layer.add_module("sttm", stages[number].to(parameter.device, selfcheck.dtype_of(layer)))
+        if window is not None or stages:
+            for part in parts.gridded:
+                swap(*part)
         if parts.mixin is not None:
-            model.__class__ = merging_class(type(model), parts.mixin)
+            swap(model, parts.mixin)
     except BaseException:
         remove(model)
         raise
@@ -140,15 +152,43 @@ def remove(model: Model) -> Model:
     """Undoes `apply`, in place; a model that was not changed stays as it is.
 
     The parameters that "sttm" added go too. Returns the model.
+
+    Errors: `RuntimeError` or `ValueError`, with the model as it was, if something else has changed its modules since.
     """
-    layers = find_layers(model)
-    if isinstance(model, Swapped) and model not in layers:
-        restore_class(model)
-    for layer in layers:
-        layer._sttm.family.uninstall(layer)
-        restore_class(layer)
-        del layer._sttm
-        layer._modules.pop("sttm", None)
+    unswap(model)
+    return model
+
+
+def restore(model: Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Model:
+    """Loads the parameters that "sttm" added from where a model was saved, into a model it was applied to again.
+
+        model = VideoMAEForVideoClassification.from_pretrained(folder)  # says that it does not know them
+        sttm.restore(sttm.apply(model, method="sttm", layers=(3, 7)), folder)
+
+    Args:
+        model: after `apply(model, method="sttm", ...)` with the arguments that it had.
+        source: a folder of `save_pretrained`, a file of `safetensors` or `torch.save`, or a state_dict.
+
+    Returns:
+        The model. `load_state_dict` after `apply` loads these parameters with the others, so it needs no `restore`.
+
+    Errors: `RuntimeError` if the model has no such parameters, `ValueError` if the source has others.
+    """
+    mergers: dict[int, Layer] = {
+        layer._sttm.layer: layer.sttm for layer in find_layers(model) if hasattr(layer, "sttm")
+    }
+    if not mergers:
+        raise RuntimeError("restore needs a model changed by apply(model, method='sttm', ...)")
+    found = checkpoints.added(source)
+    for number, merger in mergers.items():
+        have, want = set(found.get(number, ())), set(merger.state_dict())
+        if have != want or set(found) != set(mergers):
+            raise ValueError(
+                f"source must have the parameters of method 'sttm' at layers {sorted(mergers)}, {sorted(want)} at "
+                f"layer {number}; got layers {sorted(found)}, {sorted(have)} at layer {number}"
+            )
+    for number, merger in mergers.items():
+        merger.load_state_dict(found[number])
     return model
 
 
@@ -160,16 +200,16 @@ def trace(model: nn.Module) -> list[LayerTrace]:
 
     Errors: `RuntimeError` if nothing was kept.
     """
-    layers = find_layers(model)
-    if not any(layer._sttm.trace for layer in layers):
+    records = [layer._sttm.record for layer in find_layers(model) if layer._sttm.record is not None]
+    if not records:
         raise RuntimeError("trace needs a model changed by apply(model, ..., trace=True)")
-    kept = [layer._sttm.traced for layer in layers if layer._sttm.traced is not None]
-    if not kept:
+    if not records[0].traced:
         raise RuntimeError("trace needs a forward of the model first, with at least one layer that merges")
-    return kept
+    return list(records[0].traced)
 
 
-def _anatomy(model: nn.Module) -> Anatomy:
+def _known(model: nn.Module) -> Anatomy | None:
+    """What a model is made of, None if it is of no known library, `ValueError` if it is but cannot be merged."""
     found = None
     if "transformers" in sys.modules:
         from sttm_kernels.integrations import huggingface
@@ -179,12 +219,40 @@ def _anatomy(model: nn.Module) -> Anatomy:
         from sttm_kernels.integrations import timm
 
         found = timm.anatomy(model)
-    if found is None:
-        raise TypeError(
-            "model must be a vision Transformer of timm or transformers, with blocks and num_prefix_tokens or a "
-            f"supported config.model_type, got {type(model).__name__}"
-        )
     return found
+
+
+def _anatomy(model: nn.Module) -> Anatomy:
+    found = _known(model)
+    if found is not None:
+        return found
+    message = (
+        "model must be a vision Transformer of timm or transformers, with blocks and num_prefix_tokens or a supported "
+        f"config.model_type, got {type(model).__name__}"
+    )
+    for name, module in model.named_modules():
+        with suppress(ValueError):
+            if name and _known(module) is not None:
+                message += f"; inside of it, model.{name} is one: apply to that"
+                break
+    raise TypeError(message)
+
+
+def _keep_trained(model: nn.Module, stages: dict[int, STTM]) -> None:
+    """Gives new mergers the parameters of those that a model has; `ValueError` if some that were trained are lost."""
+    for layer in find_layers(model):
+        old, number = getattr(layer, "sttm", None), layer._sttm.layer
+        if old is None:
+            continue
+        state = old.state_dict()
+        shapes = {name: value.shape for name, value in state.items()}
+        if number in stages and shapes == {name: value.shape for name, value in stages[number].state_dict().items()}:
+            stages[number].load_state_dict(state)
+        elif old.motion is not None and bool(old.motion.weight.any()):
+            raise ValueError(
+                f"model must not lose what it has learned: the motion weights of layer {number} are not zero, and have "
+                "no place in what is to be applied; remove(model) first if they are not wanted"
+            )
 
 
 def _layer_numbers(depth: int, layers: Sequence[int]) -> list[int]:
@@ -247,41 +315,55 @@ def _stages(parts: Anatomy, layers: Sequence[int | None] | None, options: dict[s
     return stages
 
 
-def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool) -> None:
-    """Makes a layer a merging one that merges nothing yet, of the first family that passes the checks."""
+def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tried: dict[Any, Step]) -> None:
+    """Makes a layer a merging one that merges nothing yet, of the first family that passes the checks.
+
+    A layer on the meta device is tried out as a copy that has numbers, unless one of its kind is in `tried`.
+    """
     layer = parts.layers[number]
     what = f"layer {number}, a {type(layer).__name__},"
     drop_own_forward(layer)
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
-    x = selfcheck.random_tokens(layer, parts.num_tokens, parts.dim)
+    kind = selfcheck.kind(layer)
+    if kind in tried:
+        _become(layer, replace(tried[kind], layer=number))
+        return
+    trial = layer if kind is None else selfcheck.with_numbers(layer)
+    x = selfcheck.random_tokens(trial, parts.num_tokens, parts.dim)
     arguments = {
         name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in parts.arguments.items()
     }
     try:
-        before, returns_tuple = selfcheck.run(layer, x, arguments)
+        before, returns_tuple = selfcheck.run(trial, x, arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model must take any number of tokens: {what} cannot take {x.shape[1]}: {error}") from error
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
     for family in parts.families:
-        call = family.install(layer, "auto" if prop_attn == "off" else prop_attn)
         step = Step(
             number,
             family,
-            call,
+            family.heads(layer),
             num_prefix=parts.num_prefix,
             method=prop_attn,
             names=names,
             returns_tuple=returns_tuple,
             rotary=parts.rotary,
-            grid=parts.grid,
         )
-        layer._sttm = step
-        layer.__class__ = merging_class(type(layer), MergingLayer)
-        after = selfcheck.run(layer, x, arguments)[0]
-        if selfcheck.same_bits(before, after):
+        _become(trial, step)
+        after = selfcheck.run(trial, x, {**arguments, "sttm": Passage(NOTHING)})[0]
+        if torch.equal(before, after):
             break
-        remove(layer)
+        remove(trial)
     else:
         raise ValueError(f"model must be of a known kind: {what} without merging does not give what it gave before")
-    if check_counts and prop_attn != "off" and not selfcheck.counts_work(layer, step, x, arguments, parts.unit):
+    if check_counts and prop_attn != "off" and not selfcheck.counts_work(trial, step, x, arguments, parts.unit):
         raise ValueError(f"model must take token counts into its attention: {what} takes no heed of them")
+    if kind is not None:
+        tried[kind] = step
+        _become(layer, step)
+
+
+def _become(layer: Layer, step: Step) -> None:
+    for part in step.family.parts(layer, step.method):
+        swap(*part)
+    swap(layer, MergingLayer, step)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +17,19 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from sttm_kernels.functional import compose, match, merge
 from sttm_kernels.integrations.merging import (
+    STATE,
+    THREAD,
     Anatomy,
-    Call,
     Family,
     Grid,
-    KeyHook,
     Layer,
+    MergingModel,
     State,
     Step,
+    Swapped,
+    Told,
     merge_tokens,
-    remove_key_hooks,
+    own_layers,
 )
 from sttm_kernels.nn.attention import proportional_attention
 from sttm_kernels.plan import MergePlan
@@ -46,27 +52,47 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Proportional attention; the model's own while nothing is merged, to the bit."""
-    call: InterfaceCall = module._sttm
-    if call.keys is None:
-        call.keys = key
-    if call.size is not None:
-        out = proportional_attention(query, key, value, call.size, scaling, call.method, dropout)
-        return out.transpose(1, 2).contiguous(), None
-    name = call.config._attn_implementation
-    own = call.eager if name in (None, "eager") else AttentionInterface()[name]
+    told = THREAD.told
+    if told is not None:
+        told.keys = next((before for rotated, before in told.rotations if rotated is key), key)
+        if told.size is not None:
+            out = proportional_attention(query, key, value, told.size, scaling, told.method, dropout)
+            return out.transpose(1, 2).contiguous(), None
+    name = module._sttm.config._attn_implementation
+    own = module._sttm.eager if name in (None, "eager") else AttentionInterface()[name]
     return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
-class InterfaceCall(Call):
-    """A `Call` that knows the config and the eager attention the module had."""
+@dataclass(frozen=True)
+class Own:
+    """The config and the eager attention that a module had, and the names of what it takes."""
 
-    def __init__(self, method: str, num_heads: int, config: Any, eager: Callable[..., Any]) -> None:
-        super().__init__(method, num_heads)
-        self.config = config
-        self.eager = eager
+    config: Any
+    eager: Callable[..., Any]
+    names: tuple[str, ...]
+
+
+class Interface(Swapped):
+    """A module that calls the attention interface."""
+
+    _sttm: Own
+    config: Any
+
+    def _restored(self) -> None:
+        self.config = self._sttm.config
+
+
+class RotaryInterface(Interface):
+    """One that rotates queries and keys. Keys to match by are those before: what a token shows, not where it is."""
+
+    def apply_rotary_embeddings(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rotated = super().apply_rotary_embeddings(x, *args, **kwargs)  # type: ignore[misc]
+        if THREAD.told is not None:
+            THREAD.told.rotations.append((rotated, x))
+        return rotated
 
 
 def _inner(layer: Layer) -> Layer:
@@ -74,25 +100,18 @@ def _inner(layer: Layer) -> Layer:
     return getattr(layer.attention, "attention", layer.attention)
 
 
-def _install(layer: Layer, method: str) -> Call:
+def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
     inner = _inner(layer)
-    eager = sys.modules[type(inner).__module__].eager_attention_forward
-    call = InterfaceCall(method, inner.num_attention_heads, inner.config, eager)
+    names = tuple(inspect.signature(type(inner).forward).parameters)
+    own = Own(inner.config, sys.modules[type(inner).__module__].eager_attention_forward, names)
     # A config of its own: the model's, which is saved and may be shared, stays as it is.
     inner.config = copy.copy(inner.config)
     inner.config._attn_implementation = IMPLEMENTATION
-    inner._sttm = call
-    if hasattr(inner, "apply_rotary_embeddings"):
-        # Keys to match by are those before rotation: what a token shows, not where it is.
-        inner.key.register_forward_hook(KeyHook(call, "flat"))
-    return call
+    return [(inner, RotaryInterface if hasattr(inner, "apply_rotary_embeddings") else Interface, own)]
 
 
-def _uninstall(layer: Layer) -> None:
-    inner = _inner(layer)
-    remove_key_hooks(inner)
-    inner.config = inner._sttm.config
-    del inner._sttm
+def _heads(layer: Layer) -> int:
+    return _inner(layer).num_attention_heads
 
 
 def _valid(arguments: dict[str, Any]) -> Tensor | None:
@@ -113,19 +132,16 @@ def _valid(arguments: dict[str, Any]) -> Tensor | None:
     return valid >= 0 if mask.dim() == 4 else valid > 0  # added to the logits, or 1 for a token
 
 
-def _attend(
-    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...]]:
+def _attend(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
     given = {name: value for name, value in arguments.items() if value is not None}
     if "head_mask" in given:
         raise ValueError("head_mask must be None in a model that merges tokens")
-    if size is not None:
+    if told.size is not None:
         given.pop("attention_mask", None)  # padding has a count of 0
     if hasattr(_inner(layer), "apply_rotary_embeddings"):
-        given = {name: given[name] for name in ("position_mask", "output_attentions") if name in given}
-        if ids is not None:
-            given["position_mask"] = ids
-    call.size = size
+        given = {name: given[name] for name in _inner(layer)._sttm.names if name in given}
+        if told.ids is not None:
+            given["position_mask"] = told.ids
     norm = layer.layernorm_before if hasattr(layer, "layernorm_before") else layer.norm1
     out = layer.attention(norm(x), **given)
     out, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
@@ -146,41 +162,48 @@ def _drop(layer: Layer, x: Tensor) -> Tensor:
     return x
 
 
-INTERFACE = Family(_install, _uninstall, _attend, _feed, counts=_valid)
+INTERFACE = Family(_parts, _heads, _attend, _feed, counts=_valid)
 
 
 # TimeSformer, which has an attention of its own
 
 
-def _install_timesformer(layer: Layer, method: str) -> Call:
-    inner = layer.attention.attention
-    call = Call(method, inner.num_heads)
-    inner.qkv.register_forward_hook(KeyHook(call, "qkv"))
-    return call
+class TimesformerAttention(Swapped):
+    """TimeSformer's attention, which tells its keys and takes counts; the same bits as its own while it has none."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        told = THREAD.told
+        if told is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        told.keys = k
+        if told.size is None:
+            out = self.attn_drop((q @ k.mT * self.scale).softmax(-1)) @ v
+        else:
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = proportional_attention(q, k, v, told.size, self.scale, told.method, dropout)
+        return (out.transpose(1, 2).flatten(2),)
 
 
-def _own_attention(attention: Layer, x: Tensor, size: Tensor | None, method: str) -> tuple[Tensor, ...]:
-    """TimeSformer's attention with counts, as the tuple that it returns."""
-    if size is None:
-        return attention(x)
-    inner = attention.attention
-    q, k, v = inner.qkv(x).unflatten(-1, (3, inner.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    dropout = inner.attn_drop.p if inner.training else 0.0
-    out = proportional_attention(q, k, v, size, inner.scale, method, dropout)
-    return (attention.output(out.transpose(1, 2).flatten(2)),)
+def _parts_timesformer(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
+    return [(layer.attention.attention, TimesformerAttention, None)]
+
+
+def _heads_timesformer(layer: Layer) -> int:
+    return layer.attention.attention.num_heads
 
 
 def _attend_timesformer(
-    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
+    layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...]]:
     if arguments.get("output_attentions"):
         raise ValueError("output_attentions must be False in a TimeSformer that merges tokens, got True")
     if layer.attention_type == "divided_space_time":
-        return _attend_divided(layer, x, call, size), ()
-    return x + layer.drop_path(_own_attention(layer.attention, layer.layernorm_before(x), size, call.method)[0]), ()
+        return _attend_divided(layer, x, told), ()
+    return x + layer.drop_path(layer.attention(layer.layernorm_before(x))[0]), ()
 
 
-def _attend_divided(layer: Layer, x: Tensor, call: Call, size: Tensor | None) -> Tensor:
+def _attend_divided(layer: Layer, x: Tensor, told: Told) -> Tensor:
     """Attention over time within a tube, then over space within a frame.
 
     x is `(B, 1 + P * T, C)`: the class token, then tube after tube, a tube being the T tokens of one place. Merging
@@ -196,10 +219,9 @@ def _attend_divided(layer: Layer, x: Tensor, call: Call, size: Tensor | None) ->
 
     frames = tubes.reshape(B, -1, T, C).transpose(1, 2).reshape(B * T, -1, C)
     frames = torch.cat((first.repeat(1, T, 1).reshape(B * T, 1, C), frames), 1)
-    in_frame = None
-    if size is not None:
-        in_frame = torch.cat((size[:, :1], size[:, 1::T]), 1).repeat_interleave(T, 0)
-    out = layer.drop_path(_own_attention(layer.attention, layer.layernorm_before(frames), in_frame, call.method)[0])
+    if told.size is not None:
+        told.size = torch.cat((told.size[:, :1], told.size[:, 1::T]), 1).repeat_interleave(T, 0)
+    out = layer.drop_path(layer.attention(layer.layernorm_before(frames))[0])
     class_out = out[:, 0].reshape(B, T, C).mean(1, True)
     out = out[:, 1:].reshape(B, T, -1, C).transpose(1, 2).reshape(B, -1, C)
     return torch.cat((first, tubes), 1) + torch.cat((class_out, out), 1)
@@ -209,7 +231,7 @@ def _feed_timesformer(layer: Layer, x: Tensor) -> Tensor:
     return x + layer.drop_path(layer.output(layer.intermediate(layer.layernorm_after(x))))
 
 
-def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State | None) -> tuple[Tensor, State]:
+def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
     """Merges r tubes, by their keys in all frames; x as in `_attend_divided`, keys `(B * T, H, 1 + P, D)`."""
     if layer.attention_type != "divided_space_time":
         return merge_tokens(layer, x, keys, step, state)
@@ -217,44 +239,62 @@ def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state:
     B, C = x.shape[0], x.shape[2]
     metric = keys[:, :, 1:].unflatten(0, (B, T)).permute(0, 2, 3, 1, 4).flatten(3)
     plan = match(metric, step.r)
-    tubes = merge(x[:, 1:].reshape(B, -1, T * C), plan, None if state is None else state.size[:, 1::T])
+    tubes = merge(x[:, 1:].reshape(B, -1, T * C), plan, None if state.size is None else state.size[:, 1::T])
 
     one = torch.ones_like(tubes.size[:, :1])
     size = torch.cat((one, tubes.size.repeat_interleave(T, 1)), 1)
     frame = torch.arange(T, dtype=torch.int32, device=x.device)
     index = (1 + T * plan.index[..., None] + frame).flatten(1)
     index = torch.cat((torch.zeros_like(index[:, :1]), index), 1)
-    if state is not None:
+    if state.index is not None:
         index = compose(MergePlan(state.index, x.shape[1]), MergePlan(index, size.shape[1])).index
-    return torch.cat((x[:, :1], tubes.x.reshape(B, -1, C)), 1), State(size, index)
+    return torch.cat((x[:, :1], tubes.x.reshape(B, -1, C)), 1), replace(state, size=size, index=index)
 
 
-TIMESFORMER = Family(_install_timesformer, remove_key_hooks, _attend_timesformer, _feed_timesformer, _merge_timesformer)
+TIMESFORMER = Family(_parts_timesformer, _heads_timesformer, _attend_timesformer, _feed_timesformer, _merge_timesformer)
+
+
+class Embeddings(Swapped):
+    """Tells which grid the tokens of a clip `(B, T, C, H, W)` or an image `(B, C, H, W)` are.
+
+    It finds the (t, y, x) of a patch in `_sttm`. Nothing is told where some of the tokens are left out.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        x = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        pixels = args[0] if args else next(iter(kwargs.values()))
+        t, height, width = self._sttm
+        frames = pixels.shape[1] if pixels.dim() == 5 else 1
+        # V-JEPA 2 repeats frames that are fewer than a patch has.
+        grid = (frames // t if frames >= t else frames, pixels.shape[-2] // height, pixels.shape[-1] // width)
+        if x.shape[1] - math.prod(grid) in (0, 1):
+            setattr(x, STATE, State(first_grid=grid))
+        return x
 
 
 def _pair(extent: Any) -> tuple[int, int]:
     return (extent, extent) if isinstance(extent, int) else (extent[0], extent[1])
 
 
-def _grid(config: Any) -> Grid:
-    """(T, H, W) of a clip of the size the config says."""
-    (height, width), tubelet = _pair(getattr(config, "crop_size", None) or config.image_size), config.tubelet_size
-    frames = config.frames_per_clip if hasattr(config, "frames_per_clip") else config.num_frames
-    t, y, x = tubelet if not isinstance(tubelet, int) else (tubelet, *_pair(config.patch_size))
-    return frames // t, height // y, width // x
+def _patch(config: Any) -> Grid:
+    """(t, y, x) of a patch."""
+    tubelet = getattr(config, "tubelet_size", 1)
+    return (tubelet, *_pair(config.patch_size)) if isinstance(tubelet, int) else tuple(tubelet)
 
 
-def _image_grid(config: Any) -> Grid:
-    (height, width), (y, x) = _pair(config.image_size), _pair(config.patch_size)
-    return 1, height // y, width // x
+def _videomae(config: Any) -> dict[str, Any]:
+    if config.use_mean_pooling:
+        return {"num_prefix": 0}
+    reason = "its head reads the first token of the grid, which stays alone"
+    return {"num_prefix": 1, "refused": {"method": reason, "window": reason}}
 
 
 def _timesformer(config: Any) -> dict[str, Any]:
     if config.attention_type != "divided_space_time":
-        return {"grid": None, "refused": {"method": "the grid of its tokens is not known"}}
+        reason = "the grid of its tokens is not known"
+        return {"refused": {"method": reason, "window": reason}}
     reason = "divided attention needs the same tokens in every frame, which only merging whole tubes leaves"
     return {
-        "grid": None,
         "num_tokens": 1 + config.num_frames * (config.image_size // config.patch_size),
         "unit": config.num_frames,
         "refused": {"method": reason, "window": reason},
@@ -262,10 +302,10 @@ def _timesformer(config: Any) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "vit": lambda config: {"num_prefix": 1, "grid": _image_grid(config)},
-    "videomae": lambda config: {"num_prefix": 0, "grid": _grid(config)},
-    "vivit": lambda config: {"num_prefix": 1, "grid": _grid(config)},
-    "vjepa2": lambda config: {"num_prefix": 0, "grid": _grid(config), "rotary": True},
+    "vit": lambda config: {"num_prefix": 1},
+    "videomae": _videomae,
+    "vivit": lambda config: {"num_prefix": 1},
+    "vjepa2": lambda config: {"num_prefix": 0, "rotary": True},
     "timesformer": lambda config: {"num_prefix": 1, "families": (TIMESFORMER,), **_timesformer(config)},
 }
 """What is special about each `config.model_type`, as arguments of `Anatomy`."""
@@ -288,11 +328,14 @@ def anatomy(model: Layer) -> Anatomy | None:
             layers = model.base_model.get_submodule(path)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"model must have its layers at one of {LAYERS}, {name} has none there")
+    at = "embeddings" if hasattr(model.base_model, "embeddings") else "encoder.embeddings"
     special = KINDS[config.model_type](config)
     common = {
         "families": (INTERFACE,),
         "dim": config.hidden_size,
         "rotary": False,
         "num_tokens": special["num_prefix"] + 16,
+        "gridded": [(model.base_model.get_submodule(at), Embeddings, _patch(config))],
+        "mixin": MergingModel,
     }
-    return Anatomy(layers=list(layers), **{**common, **special})
+    return Anatomy(layers=own_layers(list(layers)), **{**common, **special})

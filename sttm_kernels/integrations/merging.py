@@ -1,19 +1,24 @@
 """A Transformer layer that merges its tokens between attention and MLP, whatever library it comes from.
 
-A layer of a library is given a subclass of its own class, made by `merging_class`: modules, parameters and hooks stay
+A module of a library is given a subclass of its own class, made by `merging_class`: modules, parameters and hooks stay
 what they are, so state_dict, checkpointing, sharding and pickling do too. How a kind of layer attends and feeds
 forward is said by its `Family`; everything else is here.
 
-Between layers, counts and maps travel as an attribute of the hidden tensor, never in the model: a checkpointed layer
-that runs again, or a second forward before the first backward, finds those of its own input. The last layer copies the
-groups back to their tokens, so whatever follows (norm, mean pooling, attentive pooling, dense heads) sees every token
-and weighs every group by its count.
+Modules keep nothing but what `apply` was told. What is known of the tokens of one call, its `State`, is an attribute of
+the hidden tensor between layers, and an argument inside a layer: `MergingLayer.__call__` takes it off the tensor before
+any hook of the module runs and puts the new one on what comes out after them. So hooks, sharding and casts may replace
+tensors, a checkpointed layer that runs again finds the state of its own input, and threads do not meet. The last layer
+copies the groups back to their tokens, so whatever follows (norm, mean pooling, attentive pooling, dense heads) sees
+every token and weighs every group by its count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from torch import Tensor, nn
 
 from sttm_kernels.functional import compose, match, merge, unmerge
 from sttm_kernels.plan import MergePlan
+from sttm_kernels.torch_private import in_backward
 
 STATE = "_sttm_state"
 """The attribute of a hidden tensor that holds its `State`."""
@@ -31,29 +37,6 @@ Layer = Any
 
 
 @dataclass(frozen=True)
-class State:
-    """What is known of merged tokens.
-
-    Attributes:
-        size: `(B, N)`, float32: how many of the first tokens stand behind each.
-        index: int32 `(B, N0)`: where each of the first tokens is now.
-        ids: int64 `(B, N - num_prefix)` or None: which first token, prefix aside, lends its place to a group. Only in
-            models with rotary positions.
-        grid, positions: of the tokens, when STTM merged them.
-        padded: whether some of the first tokens were padding, which counts 0.
-        tokens: the merged tokens, if the tensor that carries this is their copy back to all places.
-    """
-
-    size: Tensor
-    index: Tensor
-    ids: Tensor | None = None
-    grid: Grid | None = None
-    positions: Tensor | None = None
-    padded: bool = False
-    tokens: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class LayerTrace:
     """What one layer merged in the last forward.
 
@@ -61,56 +44,115 @@ class LayerTrace:
         layer: which, counted from 0.
         size: float32 `(B, K)`: how many of the first tokens stand behind each token that left the layer's attention.
         index: int32 `(B, N0)`: the group in [0, K) of each of the first tokens.
+        r: how many tokens the layer was told to merge away.
+        merged: how many it merged away: fewer, where that was more than can merge.
     """
 
     layer: int
-    size: Tensor
-    index: Tensor
+    size: Tensor = field(repr=False)
+    index: Tensor = field(repr=False)
+    r: int
+    merged: int
 
 
-class Call:
-    """What an attention module is told and what it tells while its layer runs; empty in between.
+@dataclass(frozen=True)
+class State:
+    """What is known of the tokens of one call.
 
-    One thread at a time may run a layer.
+    Attributes:
+        size: `(B, N)`, float32: how many of the first tokens stand behind each; None while none has merged.
+        index: int32 `(B, N0)`: where each of the first tokens is now.
+        ids: int64 `(B, N - num_prefix)` or None: which first token, prefix aside, lends its place to a group. Only in
+            models with rotary positions.
+        first_grid: (T, H, W) of the first tokens, where it is asked for.
+        grid, positions: of the tokens, when STTM merged them.
+        padded: whether some of the first tokens were padding, which counts 0.
+        dense: whether every layer's tokens are copied back to all places, for who looks at them between layers.
+        tokens: the merged tokens, if the tensor that carries this is their copy back to all places.
+        traced: what the layers merged, if it is to be kept.
     """
 
-    def __init__(self, method: str, num_heads: int | None = None) -> None:
+    size: Tensor | None = None
+    index: Tensor | None = None
+    ids: Tensor | None = None
+    first_grid: Grid | None = None
+    grid: Grid | None = None
+    positions: Tensor | None = None
+    padded: bool = False
+    dense: bool = False
+    tokens: Tensor | None = None
+    traced: tuple[LayerTrace, ...] = ()
+
+    def of(self, x: Tensor, layer: int) -> State:
+        """The state on x's device; `RuntimeError` if x `(B, N, C)` cannot be the tokens it tells of."""
+        if self.size is None:
+            return self
+        if self.size.shape != x.shape[:2]:
+            raise RuntimeError(
+                f"the hidden states that layer {layer} got must be the {tuple(self.size.shape)} tokens that the layer "
+                f"before it returned, got {tuple(x.shape[:2])}: a hook may replace them, but not by others"
+            )
+        if self.size.device == x.device:
+            return self
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: v.to(x.device) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+NOTHING = State()
+
+
+@dataclass
+class Passage:
+    """The state on its way through a call of a layer; as an argument of it, so that checkpointing keeps it."""
+
+    before: State
+    after: State | None = None
+
+
+class _Thread(threading.local):
+    """What modules of a library, which pass on none of our arguments, find out while a layer calls them."""
+
+    told: Told | None = None
+    dense = False
+
+
+THREAD = _Thread()
+
+
+class Told:
+    """What the attention of one call is told, and the keys it tells; a context in which it can be found.
+
+    Attributes:
+        size: `(B, N)` counts, or None before the first merge.
+        ids: the places `(B, N - num_prefix)` of rotary positions, or None before the first merge.
+        method: of `sttm_kernels.nn.proportional_attention`.
+        keys: `(B, H, N, D)`, not rotated.
+        rotations: pairs (rotated, not rotated).
+    """
+
+    def __init__(self, size: Tensor | None, ids: Tensor | None, method: str) -> None:
+        self.size = size
+        self.ids = ids
         self.method = method
-        self.num_heads = num_heads
-        self.size: Tensor | None = None
         self.keys: Tensor | None = None
+        self.rotations: list[tuple[Tensor, Tensor]] = []
+        self.outer: Told | None = None
 
-    def take_keys(self) -> Tensor:
-        """The keys `(B, H, N, D)` of the call that just ended."""
-        keys, self.keys, self.size = self.keys, None, None
-        if keys is None:
-            raise RuntimeError("the attention of this layer gave no keys to match tokens by")
-        return keys
+    def __enter__(self) -> None:
+        self.outer, THREAD.told = THREAD.told, self
 
-
-class KeyHook:
-    """A forward hook that keeps the keys an inner module of attention puts out.
-
-    `layout` is that of the output: "heads" `(B, H, N, D)`, "flat" `(B, N, H * D)` or "qkv" `(B, N, 3 * H * D)`.
-    """
-
-    def __init__(self, call: Call, layout: str) -> None:
-        self.call = call
-        self.layout = layout
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.layout == "qkv":
-            output = output.chunk(3, -1)[1]
-        if self.layout != "heads":
-            output = output.unflatten(-1, (self.call.num_heads, -1)).transpose(1, 2)
-        self.call.keys = output
+    def __exit__(self, *error: object) -> None:
+        THREAD.told = self.outer
 
 
-def remove_key_hooks(module: nn.Module) -> None:
-    for part in module.modules():
-        for number, hook in list(part._forward_hooks.items()):
-            if isinstance(hook, KeyHook):
-                del part._forward_hooks[number]
+@contextmanager
+def densely() -> Iterator[None]:
+    """Within it, tokens of this thread are copied back to all places after every layer."""
+    THREAD.dense = True
+    try:
+        yield
+    finally:
+        THREAD.dense = False
 
 
 @dataclass(frozen=True)
@@ -118,18 +160,18 @@ class Family:
     """How a kind of layer works, in functions that find its parts by name.
 
     Attributes:
-        install: `(layer, method) -> Call`: makes the layer's attention give its keys and take counts.
-        uninstall: `(layer)`: undoes that.
-        attend: `(layer, x, call, size, ids, arguments) -> (x, rest)`: norm, attention, residual; `size` and `ids` are
-            None before the first merge, `arguments` those of the layer by name; `rest` is what the layer returns after
-            x, if it returns a tuple.
+        parts: `(layer, method) -> [(module, mixin, told)]`: what to `swap` so that attention tells its keys and takes
+            counts; method is that of `Told`.
+        heads: `(layer) -> int`: of the attention.
+        attend: `(layer, x, told, arguments) -> (x, rest)`: norm, attention, residual; `arguments` are those of the
+            layer by name; `rest` is what the layer returns after x, if it returns a tuple.
         feed: `(layer, x) -> x`: norm, MLP, residual.
         merge: `(layer, x, keys, step, state) -> (x, State)`, if `merge_tokens` is not it.
         counts: `(arguments) -> (B, N)` or None: the counts the tokens start with, 0 for padding.
     """
 
-    install: Callable[[Layer, str], Call]
-    uninstall: Callable[[Layer], None]
+    parts: Callable[[Layer, str], list[tuple[nn.Module, type, Any]]]
+    heads: Callable[[Layer], int]
     attend: Callable[..., tuple[Tensor, tuple[Any, ...]]]
     feed: Callable[[Layer, Tensor], Tensor]
     merge: Callable[..., tuple[Tensor, State]] | None = None
@@ -146,8 +188,8 @@ class Anatomy:
         num_prefix: class, distillation and register tokens at the front.
         dim: C.
         rotary: whether attention rotates keys by their places.
-        grid: (T, H, W) of the tokens, or None if it cannot be said.
         num_tokens, arguments: tokens, and arguments by name, that a layer can be tried out with.
+        gridded: what to `swap`, as in `Family.parts`, so that the first layer gets the grid of its tokens.
         unit: how many tokens merge as one piece.
         refused: what this model cannot do, as argument name to reason: "method" 'sttm' or "window".
         mixin: of `merging_class` for the model itself.
@@ -158,12 +200,19 @@ class Anatomy:
     num_prefix: int
     dim: int
     rotary: bool
-    grid: Grid | None
     num_tokens: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    gridded: Sequence[tuple[nn.Module, type, Any]] = ()
     unit: int = 1
     refused: Mapping[str, str] = field(default_factory=dict)
     mixin: type | None = None
+
+
+@dataclass
+class Record:
+    """What the layers of a model merged in the last forward, of whichever thread that was."""
+
+    traced: tuple[LayerTrace, ...] = ()
 
 
 @dataclass
@@ -172,39 +221,38 @@ class Step:
 
     Attributes:
         layer: its number.
-        family, call: how.
+        family: how.
+        heads: of its attention.
         num_prefix: tokens at the front that stay.
         method: `prop_attn`.
         names: of the positional parameters of the layer's own forward, hidden states aside.
         returns_tuple: whether the layer returns a tuple.
         rotary: whether places must be carried.
-        grid: (T, H, W) of all tokens, or None if it is not known.
         r: how many tokens to merge away here.
         begun: whether a layer before this one merges.
         last: whether the tokens are copied back here.
         window: of `match`.
         empties: whether groups may be empty.
-        trace: whether to keep `traced`.
-        dense: whether this layer, too, copies its tokens back for who looks at them.
+        record: where to keep what was merged, or None.
     """
 
     layer: int
     family: Family
-    call: Call
+    heads: int
     num_prefix: int
     method: str
     names: tuple[str, ...]
     returns_tuple: bool
     rotary: bool
-    grid: Grid | None
     r: int = 0
     begun: bool = False
     last: bool = False
     window: Grid | None = None
     empties: bool = False
-    trace: bool = False
-    dense: bool = False
-    traced: LayerTrace | None = None
+    record: Record | None = None
+
+
+# Classes
 
 
 class Swapped:
@@ -214,8 +262,10 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is in no module for pickle to find: it is made again from the library's.
-        base = next(each for each in type(self).__mro__ if not issubclass(each, Swapped))
-        return _empty, (base, self._mixin), self.__dict__
+        return _empty, (library_class(self), self._mixin), self.__dict__
+
+    def _restored(self) -> None:
+        """Called before the class changes back."""
 
 
 _CLASSES: dict[tuple[type, type], Any] = {}
@@ -229,9 +279,37 @@ def merging_class(base: type, mixin: type) -> Any:
     return _CLASSES[base, mixin]
 
 
+def library_class(module: Layer) -> type:
+    """Undoes `merging_class`; `RuntimeError` if something else has made another class of that since."""
+    if "_mixin" not in vars(type(module)):
+        raise RuntimeError(
+            f"token merging must be removed before what came after it: a {type(module).__name__} has a class that was "
+            "made from the merging one, as fully_shard does"
+        )
+    return type(module).__bases__[1]
+
+
 def _empty(base: type, mixin: type) -> Any:
     made = merging_class(base, mixin)
     return made.__new__(made)
+
+
+def swap(module: Layer, mixin: type, told: Any = None) -> None:
+    """Puts `mixin` in front of the class of a module, which finds `told` in its `_sttm`."""
+    module.__class__ = merging_class(type(module), mixin)
+    module._sttm = told
+
+
+def unswap(model: nn.Module) -> None:
+    """Undoes `swap` in all modules of a model, or in none if it cannot be undone in one."""
+    swapped = [module for module in model.modules() if isinstance(module, Swapped)]
+    classes = [library_class(module) for module in swapped]
+    for module in swapped:
+        drop_own_forward(module)
+    for module, own in zip(swapped, classes, strict=True):
+        module._restored()
+        del module._sttm
+        module.__class__ = own
 
 
 def drop_own_forward(module: Layer) -> None:
@@ -242,16 +320,74 @@ def drop_own_forward(module: Layer) -> None:
         return
     if getattr(own, "__func__", None) is not type(module).forward:
         raise ValueError(
-            f"model must have layers without a forward of their own, a {type(module).__name__} has {own!r}: undo that "
-            "first"
+            f"model must have modules without a forward of their own, a {type(module).__name__} has {own!r}: undo "
+            "that, apply or remove, and then do it again"
         )
     del module.forward
 
 
-def restore_class(module: Layer) -> None:
-    """Undoes `module.__class__ = merging_class(...)`."""
-    drop_own_forward(module)
-    module.__class__ = next(each for each in type(module).__mro__ if not issubclass(each, Swapped))
+WRAPPERS = {
+    "_orig_mod": "compiled",
+    "_fsdp_wrapped_module": "wrapped by FullyShardedDataParallel",
+}
+
+
+def own_layers(layers: Sequence[nn.Module]) -> list[Layer]:
+    """The layers inside of activation checkpointing; `ValueError` if they are wrapped in what must come after."""
+    found = []
+    for number, layer in enumerate(layers):
+        while "_checkpoint_wrapped_module" in layer._modules:
+            layer = layer._modules["_checkpoint_wrapped_module"]  # type: ignore[assignment]
+        for name, how in WRAPPERS.items():
+            if name in layer._modules:
+                raise ValueError(
+                    f"model must have plain layers, layer {number} is {how}: apply first, and then do that"
+                )
+        if any(is_sharded(parameter) for parameter in layer.parameters()):
+            raise ValueError(f"model must have whole layers, layer {number} is sharded: apply first, and then shard it")
+        found.append(layer)
+    return found
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
+
+
+class ShowsKeys(Swapped):
+    """A module inside of attention that puts out its keys `(B, H, N, D)`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        keys = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if THREAD.told is not None:
+            THREAD.told.keys = keys
+        return keys
+
+
+class Carries(Swapped):
+    """A module between embeddings and layers: what it puts out is in the state of what it got."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = getattr(x, STATE, None)
+        x = super().__call__(x, *args, **kwargs)  # type: ignore[misc]
+        if state is not None:
+            setattr(x, STATE, state)
+        return x
+
+
+class MergingModel(Swapped):
+    """A model whose layers merge."""
+
+    @property
+    def r(self) -> int:
+        raise AttributeError("r")
+
+    @r.setter
+    def r(self, value: Any) -> None:
+        raise AttributeError(
+            f"r is no attribute of a model that merges tokens, got {value!r}: give it to sttm.apply(model, r=..., "
+            "schedule=...)"
+        )
 
 
 class MergingLayer(Swapped, nn.Module):
@@ -259,85 +395,153 @@ class MergingLayer(Swapped, nn.Module):
 
     _sttm: Step
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        step: Step = self._sttm
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         state: State | None = getattr(hidden_states, STATE, None)
-        x = hidden_states
-        if state is None and step.begun:
+        if state is None:
+            state = NOTHING
+            if THREAD.dense:  # said to the tensor, for a checkpointed layer that runs again
+                state = State(dense=True)
+                setattr(hidden_states, STATE, state)
+        x = hidden_states if state.tokens is None else state.tokens
+        passage = Passage(state)
+        out = super().__call__(x, *args, sttm=passage, **kwargs)
+        state, passage.after = passage.after, None
+        if state is None:
+            return out
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        tokens = None
+        if state.dense and state.index is not None:
+            tokens, x = x, unmerge(x, MergePlan(state.index, x.shape[1]))
+        setattr(x, STATE, replace(state, tokens=tokens))
+        return (x, *rest) if isinstance(out, tuple) else x
+
+    def forward(self, hidden_states: Tensor, *args: Any, sttm: Passage | None = None, **kwargs: Any) -> Any:
+        step, x = self._sttm, hidden_states
+        if sttm is None:
+            raise RuntimeError(f"layer {step.layer} merges tokens: it must be called, not its forward")
+        state = sttm.before.of(x, step.layer)
+        if state.size is None and step.begun:
             raise RuntimeError(
                 f"the hidden states that layer {step.layer} got are not those that layer {step.layer - 1} returned: "
-                "token counts travel with that tensor. Something in between replaced it; if it is activation "
-                "checkpointing, it must be called with use_reentrant=False"
+                "token counts travel with that tensor, and something outside of the layers replaced it. A hook of the "
+                "layer may: register_forward_pre_hook, register_forward_hook"
             )
         if getattr(self, "_is_replica", False):
             raise RuntimeError("token merging needs DistributedDataParallel in place of DataParallel")
         merging = step.r > 0 or hasattr(self, "sttm")
-        if x.requires_grad and not torch.is_grad_enabled() and (merging or state is not None):
+        if x.requires_grad and not torch.is_grad_enabled() and (merging or state.size is not None):
             raise RuntimeError(
                 "token merging needs activation checkpointing with use_reentrant=False, got use_reentrant=True"
             )
-        if state is not None and state.tokens is not None:
-            x = state.tokens
         arguments = {**dict(zip(step.names, args, strict=False)), **kwargs}
-        ids = None if state is None else state.ids
-        x, rest = step.family.attend(self, x, step.call, _counts(step, state), ids, arguments)
-        keys = step.call.take_keys()
-        if merging and state is None and step.family.counts is not None:
-            state = _start(x, step.family.counts(arguments))
+        told = Told(_counts(step, state), state.ids, "auto" if step.method == "off" else step.method)
+        with told:
+            x, rest = step.family.attend(self, x, told, arguments)
+        keys = _all_heads(self, told.keys)
+        if merging and state.size is None and step.family.counts is not None:
+            state = _start(x, step.family.counts(arguments), state)
         if merging:
+            before = x.shape[1]
             x, state = (step.family.merge or merge_tokens)(self, x, keys, step, state)
-        if step.trace:
-            step.traced = None if state is None else LayerTrace(step.layer, state.size.detach(), state.index)
+            if step.record is not None:
+                state = _trace(step, state, before - x.shape[1])
+        elif step.record is not None and state.size is not None:
+            state = _trace(step, state, 0)
         x = step.family.feed(self, x)
-        if state is not None:
-            merged = x
-            if step.last or step.dense:
-                x = unmerge(x, MergePlan(state.index, x.shape[1]))
-            if not step.last:
-                setattr(x, STATE, replace(state, tokens=None if merged is x else merged))
+        if not step.last:
+            sttm.after = None if state is NOTHING else state
+        elif state.index is not None:
+            x = unmerge(x, MergePlan(state.index, x.shape[1]))
         return (x, *rest) if step.returns_tuple else x
 
+    def _restored(self) -> None:
+        self._modules.pop("sttm", None)
 
-def _start(x: Tensor, counts: Tensor | None) -> State | None:
+    def extra_repr(self) -> str:
+        merges = "sttm" if hasattr(self, "sttm") else f"r={self._sttm.r}"
+        return ", ".join(part for part in (super().extra_repr(), f"merges {merges}") if part)
+
+
+def _trace(step: Step, state: State, merged: int) -> State:
+    """The state, with what a layer merged noted in it and kept."""
+    assert step.record is not None
+    assert state.size is not None
+    assert state.index is not None
+    here = LayerTrace(step.layer, state.size.detach(), state.index, step.r, merged)
+    state = replace(state, traced=(*state.traced, here))
+    # Neither the tensors of an export nor the layers that checkpointing runs again are of the last forward.
+    if torch.compiler.is_compiling():
+        if not torch.compiler.is_exporting():
+            step.record.traced = state.traced
+    elif not in_backward():
+        step.record.traced = state.traced
+    return state
+
+
+def _start(x: Tensor, counts: Tensor | None, state: State) -> State:
     """The state of tokens that none has merged, if some of them are padding."""
     if counts is None:
-        return None
+        return state
     token = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    return State(counts.expand(x.shape[:2]).float(), token.expand(x.shape[0], -1).contiguous(), padded=True)
+    index = token.expand(x.shape[0], -1).contiguous()
+    return replace(state, size=counts.expand(x.shape[:2]).float(), index=index, padded=True)
 
 
-def _counts(step: Step, state: State | None) -> Tensor | None:
+def _counts(step: Step, state: State) -> Tensor | None:
     """What attention is told of the counts."""
-    if state is None or step.method != "off":
-        return None if state is None else state.size
+    if state.size is None or step.method != "off":
+        return state.size
     # Empty groups, which STTM may leave, and padding are never attended to.
     return (state.size > 0).to(state.size.dtype) if step.empties or state.padded else None
 
 
-def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State | None) -> tuple[Tensor, State]:
+def _all_heads(layer: MergingLayer, keys: Tensor | None) -> Tensor:
+    """Keys whose mean over heads is that of all heads, from those `(B, H, N, D)` that this process computes."""
+    step = layer._sttm
+    if keys is None:
+        raise RuntimeError(f"the attention of layer {step.layer} gave no keys to match tokens by: what gives them was "
+                           "replaced; apply again")  # fmt: skip
+    here = keys.shape[1]
+    if here == step.heads:
+        return keys
+    mesh = next((p.device_mesh for p in layer.parameters() if is_sharded(p)), None)  # type: ignore[attr-defined]
+    if mesh is None or here * mesh.size() != step.heads:
+        raise RuntimeError(f"layer {step.layer} must have {step.heads} heads, as when merging was applied, got {here}")
+    if hasattr(layer, "sttm"):
+        raise RuntimeError("method must be 'tome' where the heads of a layer are in several processes, got 'sttm'")
+    from torch.distributed import _functional_collectives as collectives
+
+    total = collectives.all_reduce(keys.detach().sum(1, keepdim=True), "sum", mesh)
+    return total / step.heads
+
+
+def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
     """Merges x `(B, N, C)` by keys `(B, H, N, D)`, with the layer's STTM if it has one, else as Token Merging does."""
     prefix = step.num_prefix
     sttm = getattr(layer, "sttm", None)
     ids = None
-    if state is not None and state.padded:
+    grid = state.first_grid if state.grid is None else state.grid
+    if grid is None and (sttm is not None or step.window is not None):
+        raise RuntimeError(
+            f"the grid of the tokens of layer {step.layer} is not known: it travels with what the embeddings return, "
+            "and some of the tokens were left out or something replaced that tensor"
+        )
+    if state.padded:
+        assert state.size is not None
         keys = keys.masked_fill((state.size == 0)[:, None, :, None], 0)  # like nothing: padding tells nothing
     if sttm is not None:
-        grid = step.grid if state is None or state.grid is None else state.grid
-        size, positions = (None, None) if state is None else (state.size, state.positions)
-        out, plan = sttm(x, grid, size, positions, metric=keys, return_plan=True)
+        out, plan = sttm(x, grid, state.size, state.positions, metric=keys, return_plan=True)
         if step.rotary:
-            ids = _nearest_place(out.positions[:, prefix:], step.grid)
-        new = State(out.size, plan.index, ids, sttm.output_grid(grid), out.positions)
+            ids = _nearest_place(out.positions[:, prefix:], state.first_grid)
+        new = replace(state, grid=sttm.output_grid(grid), positions=out.positions)
     else:
-        plan = match(keys, step.r, prefix, grid=step.grid if step.window else None, window=step.window)
-        out = merge(x, plan, None if state is None else state.size)
+        plan = match(keys, step.r, prefix, grid=grid if step.window else None, window=step.window)
+        out = merge(x, plan, state.size)
         if step.rotary:
-            ids = _places(plan, None if state is None else state.ids, prefix)
-        new = State(out.size, plan.index, ids)
-    if state is not None:
-        index = compose(MergePlan(state.index, x.shape[1]), plan).index
-        new = replace(new, index=index, padded=state.padded)
-    return out.x, new
+            ids = _places(plan, state.ids, prefix)
+        new = state
+    index = plan.index if state.index is None else compose(MergePlan(state.index, x.shape[1]), plan).index
+    return out.x, replace(new, size=out.size, index=index, ids=ids)
 
 
 def _places(plan: MergePlan, ids: Tensor | None, prefix: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,54 +11,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sttm_kernels.integrations.merging import Step
+from sttm_kernels.integrations.merging import Layer, Step, Told
 
 COPIES = 8
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def kind(layer: nn.Module) -> Any:
+    """None; but of a layer on the meta device what it has in common with others that would pass the same checks."""
+    on_meta = any(each.is_meta for each in (*layer.parameters(), *layer.buffers()))
+    return (type(layer), repr(layer)) if on_meta else None
+
+
+def with_numbers(layer: Layer) -> Layer:
+    """A copy of a layer that has none, on the CPU, with random ones."""
+    copied = copy.deepcopy(layer).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in (*copied.parameters(), *copied.buffers()):
+            if each.is_floating_point():
+                each.copy_(0.1 * torch.randn(each.shape, generator=generator))
+            else:
+                each.zero_()
+    return copied
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """That of the first floating parameter: quantised weights are integers."""
+    return next((each.dtype for each in layer.parameters() if each.is_floating_point()), torch.get_default_dtype())
 
 
 @contextmanager
 def quietly(layer: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without gradients and without autocast."""
+    """In evaluation mode, without gradients, without autocast and without hooks, which belong to the user."""
     training = {module: module.training for module in layer.modules()}
+    hooks = [(module, name, getattr(module, name)) for module in training for name in HOOKS if getattr(module, name)]
     layer.eval()
+    for module, name, _ in hooks:
+        setattr(module, name, OrderedDict())
     try:
-        device = next(layer.parameters()).device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(next(layer.parameters()).device.type, enabled=False):
             yield
     finally:
+        for module, name, found in hooks:
+            setattr(module, name, found)
         for module, mode in training.items():
             module.training = mode
 
 
 def random_tokens(layer: nn.Module, num_tokens: int, dim: int) -> Tensor:
     """`(2, num_tokens, dim)` in the layer's dtype, on its device."""
-    parameter = next(layer.parameters())
     x = torch.randn(2, num_tokens, dim, generator=torch.Generator().manual_seed(0))
-    return x.to(parameter.device, parameter.dtype)
+    return x.to(next(layer.parameters()).device, dtype_of(layer))
 
 
-def run(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, bool]:
+def run(layer: Layer, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, bool]:
     """What the layer makes of x, and whether it returned that in a tuple."""
     with quietly(layer):
-        out = layer(x, **arguments)
+        out = layer.forward(x, **arguments)
     return (out[0], True) if isinstance(out, tuple) else (out, False)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
-
-
-def counts_work(layer: nn.Module, step: Step, x: Tensor, arguments: dict[str, Any], unit: int) -> bool:
+def counts_work(layer: Layer, step: Step, x: Tensor, arguments: dict[str, Any], unit: int) -> bool:
     """Whether a token that counts for several is attended to as that many tokens.
 
     x holds the prefix and then pieces of `unit` tokens; the last piece is the one that is repeated.
     """
 
     def attend(x: Tensor, size: Tensor | None, places: Tensor) -> Tensor:
-        ids = places.expand(x.shape[0], -1) if step.rotary else None
-        out = step.family.attend(layer, x, step.call, size, ids, arguments)[0]
-        step.call.take_keys()
-        return out
+        told = Told(size, places.expand(x.shape[0], -1) if step.rotary else None, step.method)
+        with told:
+            return step.family.attend(layer, x, told, arguments)[0]
 
     tokens = x.shape[1]
     places = torch.arange(tokens - step.num_prefix, device=x.device)
@@ -67,8 +92,6 @@ def counts_work(layer: nn.Module, step: Step, x: Tensor, arguments: dict[str, An
         counted = attend(x, size, places)
         copies = torch.cat((x, *[x[:, -unit:]] * (COPIES - 1)), 1)
         copied = attend(copies, None, torch.cat((places, *[places[-unit:]] * (COPIES - 1))))[:, :tokens]
-    if x.is_meta:
-        return counted.shape == copied.shape
     plain, counted, copied = (each.double() for each in (plain, counted, copied))
     rounding = 4 * torch.finfo(x.dtype).eps * copied.norm()
     return bool((counted - copied).norm() <= 0.1 * (plain - copied).norm() + rounding)

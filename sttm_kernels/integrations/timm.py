@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sttm_kernels.integrations.merging import (
+    STATE,
     Anatomy,
-    Call,
+    Carries,
     Family,
-    KeyHook,
     Layer,
+    MergingModel,
+    ShowsKeys,
+    State,
     Swapped,
-    find_layers,
-    remove_key_hooks,
+    Told,
+    densely,
+    own_layers,
 )
 from sttm_kernels.nn.attention import choose_method, proportional_attention, size_bias
 
@@ -40,34 +44,34 @@ class _Counting(TorchFunctionMode):
         return proportional_attention(q, k, v, self.size, method=self.method, dropout=dropout)
 
 
-def _install(layer: Layer, method: str) -> Call:
-    call = Call(method)
+def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
     if method in ("augment", "flex") and not layer.attn.fused_attn:
         raise ValueError(
             f"prop_attn must be 'mask', 'auto' or 'off' where timm's attention is not fused, got {method!r}"
         )
-    layer.attn.k_norm.register_forward_hook(KeyHook(call, "heads"))
-    return call
+    return [(layer.attn.k_norm, ShowsKeys, None)]
 
 
-def _attention(
-    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
-) -> Tensor:
+def _heads(layer: Layer) -> int:
+    return layer.attn.num_heads
+
+
+def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> Tensor:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if "attn_mask" in arguments or arguments.pop("is_causal", False):
         raise ValueError("attn_mask must be None and is_causal False in a model that merges tokens")
-    if ids is not None and "rope" in arguments:
-        arguments["rope"] = _rows(arguments["rope"], ids)
-    if size is None:
+    if told.ids is not None and "rope" in arguments:
+        arguments["rope"] = _rows(arguments["rope"], told.ids)
+    if told.size is None:
         return layer.attn(x, **arguments)
-    method = call.method
+    method = told.method
     if method == "auto":
         fused = layer.attn.fused_attn
         method = choose_method(x.device, x.dtype, layer.attn.head_dim) if fused else "mask"
     if method in ("augment", "flex"):
-        with _Counting(size, method):
+        with _Counting(told.size, method):
             return layer.attn(x, **arguments)
-    return layer.attn(x, attn_mask=size_bias(size, x.dtype), **arguments)
+    return layer.attn(x, attn_mask=size_bias(told.size, x.dtype), **arguments)
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
@@ -86,43 +90,56 @@ def _scaled(layer: Layer, branch: int, x: Tensor) -> Tensor:
     return getattr(layer, f"drop_path{branch}")(x)
 
 
-def _attend_pre(
-    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...]]:
-    return x + _scaled(layer, 1, _attention(layer, layer.norm1(x), call, size, ids, arguments)), ()
+def _attend_pre(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    return x + _scaled(layer, 1, _attention(layer, layer.norm1(x), told, arguments)), ()
 
 
 def _feed_pre(layer: Layer, x: Tensor) -> Tensor:
     return x + _scaled(layer, 2, layer.mlp(layer.norm2(x)))
 
 
-def _attend_post(
-    layer: Layer, x: Tensor, call: Call, size: Tensor | None, ids: Tensor | None, arguments: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...]]:
-    return x + _scaled(layer, 1, layer.norm1(_attention(layer, x, call, size, ids, arguments))), ()
+def _attend_post(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    return x + _scaled(layer, 1, layer.norm1(_attention(layer, x, told, arguments))), ()
 
 
 def _feed_post(layer: Layer, x: Tensor) -> Tensor:
     return x + _scaled(layer, 2, layer.norm2(layer.mlp(x)))
 
 
-PRE_NORM = Family(_install, remove_key_hooks, _attend_pre, _feed_pre)
-POST_NORM = Family(_install, remove_key_hooks, _attend_post, _feed_post)
+PRE_NORM = Family(_parts, _heads, _attend_pre, _feed_pre)
+POST_NORM = Family(_parts, _heads, _attend_post, _feed_post)
 
 
-class MergingModel(Swapped):
-    """What a model whose layers merge does otherwise."""
+class PatchEmbed(Swapped):
+    """Tells which grid the patches `(B, N, C)` or `(B, H, W, C)` of an image are."""
 
-    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, image: Tensor) -> Tensor:
+        patches = super().__call__(image)  # type: ignore[misc]
+        if patches.dim() == 4:
+            height, width = patches.shape[1:3]
+        else:
+            size, pad = self.patch_size[1], self.dynamic_img_pad  # type: ignore[attr-defined]
+            width = (image.shape[3] + (size - 1 if pad else 0)) // size
+            height = patches.shape[1] // width
+        setattr(patches, STATE, State(first_grid=(1, height, width)))
+        return patches
+
+
+class TimmModel(MergingModel):
+    """What a model of timm does otherwise when its layers merge."""
+
+    def _pos_embed(self, x: Tensor) -> Any:
+        """timm's; the tokens are in the state of the patches, unless some were dropped."""
+        out = super()._pos_embed(x)  # type: ignore[misc]
+        state = getattr(x, STATE, None)
+        if state is not None:
+            setattr(out[0] if isinstance(out, tuple) else out, STATE, state)
+        return out
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """timm's, with every layer's tokens copied back to all places."""
-        layers = find_layers(self)
-        for layer in layers:
-            layer._sttm.dense = True
-        try:
+        with densely():
             return super().forward_intermediates(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for layer in layers:
-                layer._sttm.dense = False
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("remove(model) before layers are pruned, then apply again: the last layer ends the merging")
@@ -133,7 +150,13 @@ def anatomy(model: Layer) -> Anatomy | None:
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not isinstance(prefix, int) or not len(blocks):
         return None
-    for number, layer in enumerate(blocks):
+    if not hasattr(model, "patch_embed"):
+        raise ValueError(
+            f"model must have one grid of patches for all images of a batch, {type(model).__name__} packs images of "
+            "different sizes and masks what is left over"
+        )
+    layers = own_layers(list(blocks))
+    for number, layer in enumerate(layers):
         for path in ("norm1", "attn.k_norm", "drop_path1", "norm2", "mlp", "drop_path2"):
             try:
                 layer.get_submodule(path)
@@ -150,15 +173,19 @@ def anatomy(model: Layer) -> Anatomy | None:
             table = table[0]
         arguments["rope"] = table[..., :tokens, :]
         tokens = min(tokens, table.shape[-2])
-    size = getattr(model.patch_embed, "grid_size", None)
+    gridded: list[tuple[nn.Module, type, Any]] = []
+    if hasattr(model.patch_embed, "dynamic_img_pad"):
+        gridded.append((model.patch_embed, PatchEmbed, None))
+    if isinstance(getattr(model, "norm_pre", None), nn.Module):
+        gridded.append((model.norm_pre, Carries, None))
     return Anatomy(
-        layers=list(blocks),
+        layers=layers,
         families=(PRE_NORM, POST_NORM),
         num_prefix=prefix,
         dim=model.embed_dim,
         rotary=rope is not None,
-        grid=None if size is None else (1, size[0], size[1]),
         num_tokens=prefix + tokens,
         arguments=arguments,
-        mixin=MergingModel if hasattr(model, "forward_intermediates") else None,
+        gridded=gridded,
+        mixin=TimmModel,
     )
