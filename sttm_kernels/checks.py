@@ -103,16 +103,18 @@ def check_match(
     partition: str | Tensor = "alternate",
     grid: tuple[int, int, int] | None = None,
     window: tuple[int, int, int] | None = None,
+    protect: Tensor | None = None,
 ) -> None:
-    plan = functional.match(metric, r, num_prefix, partition, grid, window, impl)
+    plan = functional.match(metric, r, num_prefix, partition, grid, window, impl, protect=protect)
     N = metric.shape[-2]
-    expected = functional.match(metric.cpu().double(), r, num_prefix, partition, grid, window, "reference")
+    exact = metric.cpu().double()
+    expected = functional.match(exact, r, num_prefix, partition, grid, window, "reference", protect=protect)
     if plan.num_groups != expected.num_groups:
         raise AssertionError(f"num_groups must be {expected.num_groups}, got {plan.num_groups}")
     cpu = torch.device("cpu")
-    is_dst = _partition.destinations(partition, N, num_prefix, grid, (2, 2), None, cpu)
+    is_dst = _partition.destinations(partition, N, num_prefix, grid, (2, 2), None, cpu, protect)
     block = None if window is None or grid is None else _partition.blocks(grid, window, cpu)
-    assert_match_within_budget(plan, metric, N - plan.num_groups, num_prefix, is_dst, block)
+    assert_match_within_budget(plan, metric, N - plan.num_groups, num_prefix, is_dst, block, protect)
 
 
 def check_merge(

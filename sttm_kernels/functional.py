@@ -19,11 +19,13 @@ Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sttm_kernels import dispatch, ops, reference, validate
+from sttm_kernels import dispatch, ops, reference, torch_private, validate
 from sttm_kernels import partition as _partition
 from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
@@ -155,10 +157,12 @@ def match(
     *,
     cell: tuple[int, int] = (2, 2),
     generator: torch.Generator | None = None,
+    protect: Tensor | Iterable[int] | None = None,
 ) -> MergePlan:
     """Bipartite soft matching: every src token finds its most similar dst token, the best r src merge into theirs.
 
-    The groups are the prefix, then the unmerged src by token index, then dst by token index: also with r = 0.
+    The groups are the prefix, then the protected tokens, then the unmerged src, then dst, each by token index: also
+    with r = 0. So what was protected is at the end of a longer prefix of num_prefix + P tokens for whatever follows.
 
     Args:
         metric: `(B, N, D)`, or `(B, H, N, D)` meaning the mean over heads (ToMe: the attention keys). Compared by
@@ -176,6 +180,11 @@ def match(
         impl: see the module.
         cell: (sy, sx) of "random2d".
         generator: draws for "random2d"; on any device.
+        protect: P tokens anywhere that neither merge nor receive, the same in every batch item: a bool tensor `(N,)` or
+            their indices, in any order, counted from the first token (those of the prefix are so anyway). All other
+            tokens are src or dst as without it; where "random2d" has protected tokens in a cell, its dst is one of the
+            others. r is clamped to what then can merge. A tensor must be on the CPU, where it is read: inside
+            `torch.compile` and `torch.export` give a list. Costs one copy of `metric`.
 
     Returns:
         A `MergePlan` with `index`, `num_groups` = N - r, `score`, `order` and `offsets`; its weights are uniform.
@@ -193,35 +202,80 @@ def match(
     validate.partition(partition)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
     geometry = _check_grid(partition, grid, window, N - num_prefix)
+    protected = () if protect is None else _check_protect(protect, N, num_prefix)
     if isinstance(partition, Tensor):
-        _check_partition_mask(partition, B, N, num_prefix)
+        partition = _check_partition_mask(partition, B, N, num_prefix, protected)
     blocks = None
     if window is not None and geometry is not None:
         blocks = geometry, validate.extents("window", window, 3, "(t, h, w)")
 
-    num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell)
-    alternate = isinstance(partition, str) and partition == "alternate"
-    if alternate:  # no more than there are src tokens, spelled in one way: tracers compare the spellings of an extent
-        r = min(r, (N - num_prefix) // 2)
-    if blocks is not None:
-        r = min(r, _partition.num_matchable(partition, N, num_prefix, *blocks))
-    elif not alternate:
-        r = min(r, N - num_prefix - num_dst if num_dst > 0 else 0)
+    fixed = num_prefix + len(protected)
+    num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell, protected)
+    r = _partition.clamped(r, partition, N, num_prefix, num_dst, blocks, protected)
 
-    src = dst = None
-    if impl == "reference" or blocks is not None or not alternate:
-        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, metric.device)
+    src = dst = moved = None
+    metric = metric.detach() if metric.requires_grad else metric
+    every_second = isinstance(partition, str) and partition == "alternate" and blocks is None
+    if protected:
+        moved = _moved(protected, N, num_prefix, metric.device)
+    if every_second and impl != "reference":
+        if moved is not None:
+            src, dst = _partition.alternate_lists(moved, num_prefix, protected)
+    else:
+        kept = None if moved is None else moved.protected
+        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, metric.device, kept)
         if impl == "reference":
             block = None if blocks is None else _partition.blocks(*blocks, metric.device)
-            return reference.match(metric, r, num_prefix, is_dst, block)
-        if blocks is None:
-            src, dst = _partition.lists(is_dst, num_dst, num_prefix)
+            return reference.match(metric, r, num_prefix, is_dst, block, kept)
+        if blocks is not None:
+            bound = _partition.window_bound(partition, blocks[1])
+            src, dst = _partition.window_lists(is_dst, num_prefix, *blocks, bound, moved)
         else:
-            src, dst = _partition.window_lists(
-                is_dst, num_prefix, *blocks, _partition.window_bound(partition, blocks[1])
+            in_place = is_dst if moved is None else is_dst[:, moved.token]
+            src, dst = _partition.lists(in_place, num_dst, fixed)
+    if moved is None:
+        return ops.match(metric, r, num_prefix, src, dst, impl)
+    return _back_in_place(ops.match(metric.index_select(-2, moved.token), r, fixed, src, dst, impl), moved)
+
+
+def _check_protect(protect: Any, N: int, num_prefix: int) -> tuple[int, ...]:
+    """The tokens behind the prefix that it names, ascending."""
+    if isinstance(protect, Tensor):
+        if protect.device.type != "cpu":
+            raise ValueError(
+                f"protect must be on the CPU, where it is read without waiting for a device, got a tensor on "
+                f"{protect.device}: make it there, or give the indices as a list"
             )
-    metric = metric.detach() if metric.requires_grad else metric
-    return ops.match(metric, r, num_prefix, src, dst, impl)
+        if protect.dtype == torch.bool:
+            validate.shape("protect", protect, "(N,)", (N,))
+            protect = protect.nonzero().flatten()
+        elif protect.is_floating_point() or protect.is_complex():
+            raise TypeError(f"protect must be a bool mask or integer indices, got {protect.dtype}")
+        validate.dims("protect", protect, "(P,)", 1, batched=1)
+        tokens = protect.tolist()
+    elif isinstance(protect, Iterable) and not isinstance(protect, str):
+        tokens = [validate.integer("every entry of protect", n, 0) for n in protect]
+    else:
+        raise TypeError(f"protect must be a bool mask (N,) or token indices, got {type(protect).__name__}")
+    for n in tokens:
+        if not 0 <= n < N:
+            raise ValueError(f"protect must hold tokens in [0, N), N = {N}, got {n}")
+    return tuple(sorted({n for n in tokens if n >= num_prefix}))
+
+
+def _moved(protected: tuple[int, ...], N: int, num_prefix: int, device: torch.device) -> _partition.Moved:
+    listened = torch.compiler.is_compiling() or torch_private.observed()  # then these are tensors of the listener's
+    return (_partition.move if listened else _partition.moved_before)(protected, N, num_prefix, device)
+
+
+def _back_in_place(plan: MergePlan, moved: _partition.Moved) -> MergePlan:
+    """The plan of the tokens, given that of their places."""
+    assert plan.score is not None
+    assert plan.order is not None
+    order = moved.token.to(torch.int32).index_select(0, plan.order.flatten()).view_as(plan.order)
+    return dataclasses.replace(
+        plan, index=plan.index.index_select(1, moved.place), score=plan.score.index_select(1, moved.place), order=order
+    )
 
 
 def _check_grid(
@@ -244,13 +298,17 @@ def _check_grid(
     return t, h, w
 
 
-def _check_partition_mask(partition: Tensor, B: int, N: int, num_prefix: int) -> None:
+def _check_partition_mask(partition: Tensor, B: int, N: int, num_prefix: int, protected: tuple[int, ...]) -> Tensor:
+    """Returns it without the protected tokens."""
     if tuple(partition.shape) not in ((N,), (B, N)):
         shape = validate.shape_text(partition.shape)
         raise ValueError(f"partition must have shape (N,) = ({N},) or (B, N) = ({B}, {N}), got {shape}")
+    if protected:
+        partition = partition & ~_moved(protected, N, num_prefix, partition.device).protected
     counts = partition.reshape(-1, N)[:, num_prefix:].sum(1)
     if counts.numel() > 1 and not torch.compiler.is_compiling() and bool((counts != counts[0]).any()):
         raise ValueError(f"partition must have equally many dst tokens in every row, got {counts.tolist()}")
+    return partition
 
 
 def merge(

@@ -1,12 +1,53 @@
-"""How `match` splits tokens into src and dst, and which pairs a window lets meet. Pure tensor arithmetic."""
+"""How `match` splits tokens into src and dst, and which pairs a window lets meet. Pure tensor arithmetic.
+
+`protected` is the tokens behind the prefix that are neither, ascending.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PARTITIONS = ("alternate", "frames", "random2d")
 Grid = tuple[int, int, int]
+
+
+class Moved(NamedTuple):
+    """The sequence with its protected tokens moved behind the prefix, where they are a longer prefix.
+
+    Attributes:
+        protected: bool `(N,)`: which tokens are moved there.
+        place: int64 `(N,)`: where each token is now.
+        token: int64 `(N,)`: which token is at each place.
+    """
+
+    protected: Tensor
+    place: Tensor
+    token: Tensor
+
+
+def mark(protected: tuple[int, ...], num_tokens: int, device: torch.device) -> Tensor:
+    """Bool `(N,)`: True at these tokens."""
+    marked = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+    return marked.index_fill(0, torch.tensor(protected, dtype=torch.int64, device=device), True)
+
+
+def move(protected: tuple[int, ...], num_tokens: int, num_prefix: int, device: torch.device) -> Moved:
+    n, is_protected = torch.arange(num_tokens, device=device), mark(protected, num_tokens, device)
+    rank = is_protected.cumsum(0)
+    place = torch.where(is_protected, num_prefix + rank - 1, n + (n >= num_prefix) * (len(protected) - rank))
+    return Moved(is_protected, place, torch.zeros_like(n).scatter(0, place, n))
+
+
+@lru_cache(maxsize=64)
+def moved_before(protected: tuple[int, ...], num_tokens: int, num_prefix: int, device: torch.device) -> Moved:
+    """`move`, once for each sequence: the host would wait for the device at every copy of `protected` to it."""
+    with torch.inference_mode(False):
+        return move(protected, num_tokens, num_prefix, device)
 
 
 def destinations(
@@ -17,8 +58,10 @@ def destinations(
     cell: tuple[int, int],
     generator: torch.Generator | None,
     device: torch.device,
+    protected: Tensor | None = None,
 ) -> Tensor:
-    """Bool `(1 or B, N)`: True where a token is dst. Prefix tokens are False here and never src either."""
+    """Bool `(1 or B, N)`: True where a token is dst. Prefix tokens and those of `protected`, bool `(N,)`, are False
+    here and never src either."""
     token = torch.arange(num_tokens, device=device)
     if isinstance(partition, Tensor):
         is_dst = partition.to(device).reshape(-1, num_tokens)
@@ -29,35 +72,56 @@ def destinations(
         is_dst = ((token - num_prefix) // (grid[1] * grid[2]) % 2 == 1)[None]
     else:
         assert grid is not None
-        is_dst = torch.cat(
-            [token.new_zeros(num_prefix, dtype=torch.bool), _random_cells(grid, cell, generator, device)]
-        )[None]
-    return is_dst & (token >= num_prefix)
+        free = None if protected is None else ~protected[num_prefix:]
+        drawn = _random_cells(grid, cell, generator, device, free)
+        is_dst = torch.cat([token.new_zeros(num_prefix, dtype=torch.bool), drawn])[None]
+    is_dst = is_dst & (token >= num_prefix)
+    return is_dst if protected is None else is_dst & ~protected
 
 
-def _random_cells(grid: Grid, cell: tuple[int, int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Bool `(T * H * W,)`: one True, drawn uniformly, in every whole sy x sx cell of every frame."""
+def _random_cells(
+    grid: Grid, cell: tuple[int, int], generator: torch.Generator | None, device: torch.device, free: Tensor | None
+) -> Tensor:
+    """Bool `(T * H * W,)`: one True, drawn uniformly, in every whole sy x sx cell of every frame; where `free`, of the
+    same shape, is given, one of those of the cell."""
     (t, h, w), (sy, sx) = grid, cell
     rows, cols = h // sy, w // sx
     draw_on = device if generator is None else generator.device
-    pick = torch.randint(sy * sx, (t, rows, cols, 1), generator=generator, device=draw_on).to(device)
-    inside = (pick == torch.arange(sy * sx, device=device)).view(t, rows, cols, sy, sx)
+    if free is None:
+        pick = torch.randint(sy * sx, (t, rows, cols, 1), generator=generator, device=draw_on).to(device)
+        inside = pick == torch.arange(sy * sx, device=device)
+    else:
+        in_cells = free.view(t, h, w)[:, : rows * sy, : cols * sx].unflatten(1, (rows, sy)).unflatten(3, (cols, sx))
+        may = in_cells.transpose(2, 3).flatten(3)
+        drawn = torch.rand((t, rows, cols, 1), generator=generator, device=draw_on).to(device)
+        inside = may & (may.cumsum(3) == (drawn * may.sum(3, keepdim=True)).long() + 1)
+    inside = inside.view(t, rows, cols, sy, sx)
     is_dst = torch.zeros(t, h, w, dtype=torch.bool, device=device)
     is_dst[:, : rows * sy, : cols * sx] = inside.transpose(2, 3).reshape(t, rows * sy, cols * sx)
     return is_dst.flatten()
 
 
 def num_destinations(
-    partition: str | Tensor, num_tokens: int, num_prefix: int, grid: Grid | None, cell: tuple[int, int]
+    partition: str | Tensor,
+    num_tokens: int,
+    num_prefix: int,
+    grid: Grid | None,
+    cell: tuple[int, int],
+    protected: tuple[int, ...] = (),
 ) -> int:
-    """How many dst tokens a batch item has; known from shapes alone except for a mask, whose values are read."""
+    """How many dst tokens a batch item has; known from shapes alone except for a mask, whose values are read and none
+    of whose dst is protected."""
     if isinstance(partition, Tensor):
         return int(partition.reshape(-1, num_tokens)[0, num_prefix:].sum())
     if partition == "alternate":
-        return num_tokens // 2 - num_prefix // 2
+        return num_tokens // 2 - num_prefix // 2 - sum(n % 2 for n in protected)
     assert grid is not None
-    t, h, w = grid
-    return t // 2 * h * w if partition == "frames" else t * (h // cell[0]) * (w // cell[1])
+    (t, h, w), (sy, sx) = grid, cell
+    places = [((n - num_prefix) // (h * w), (n - num_prefix) // w % h, (n - num_prefix) % w) for n in protected]
+    if partition == "frames":
+        return t // 2 * h * w - sum(frame % 2 for frame, _, _ in places)
+    in_cell = Counter((frame, y // sy, x // sx) for frame, y, x in places if y < h // sy * sy and x < w // sx * sx)
+    return t * (h // sy) * (w // sx) - sum(count == sy * sx for count in in_cell.values())
 
 
 def blocks(grid: Grid, window: Grid, device: torch.device) -> Tensor:
@@ -75,12 +139,26 @@ def lists(is_dst: Tensor, num_dst: int, num_prefix: int) -> tuple[Tensor, Tensor
     return tuple(part[:, None].to(torch.int32) for part in ascending.split([num_src, num_dst], dim=1))
 
 
+def alternate_lists(moved: Moved, num_prefix: int, protected: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Places, ascending, of src `(1, 1, S)` and dst `(1, 1, T)` of "alternate", int32."""
+    last = moved.place.shape[0]
+    place = torch.where(moved.protected, last, moved.place)
+
+    def every_second(first: int) -> Tensor:
+        ascending = place[first::2].sort().values
+        width = ascending.shape[0] - sum((n - first) % 2 == 0 for n in protected)
+        return ascending[:width].to(torch.int32)[None, None]
+
+    odd = num_prefix % 2
+    return every_second(num_prefix + odd), every_second(num_prefix + 1 - odd)
+
+
 def window_lists(
-    is_dst: Tensor, num_prefix: int, grid: Grid, window: Grid, bound: tuple[int, int]
+    is_dst: Tensor, num_prefix: int, grid: Grid, window: Grid, bound: tuple[int, int], moved: Moved | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token indices per window, ascending and padded with -1: src `(1 or B, G, S)` and dst `(1 or B, G, T)`, int32.
 
-    `bound` is (S, T): no window may hold more src or dst tokens than that.
+    `bound` is (S, T): no window may hold more src or dst tokens than that. With `moved`, places in place of tokens.
     """
     (t, h, w), (wt, wh, ww) = grid, window
     device = is_dst.device
@@ -97,6 +175,9 @@ def window_lists(
     outside = t * h * w + num_prefix
     token = torch.where(token < t * h * w, token + num_prefix, outside)
     dst_here = torch.nn.functional.pad(is_dst, (0, 1))[:, token]
+    if moved is not None:
+        place = torch.where(moved.protected, outside, moved.place)
+        token = torch.nn.functional.pad(place, (0, 1), value=outside)[token]
 
     def compact(keep: Tensor, width: int) -> Tensor:
         ascending = torch.where(keep & (token < outside), token, outside).sort(dim=-1).values[..., :width]
@@ -115,17 +196,52 @@ def window_bound(partition: str | Tensor, window: Grid) -> tuple[int, int]:
     return t * h * -(-w // 2), t * h * -(-w // 2)
 
 
-def num_matchable(partition: str | Tensor, num_tokens: int, num_prefix: int, grid: Grid, window: Grid) -> int:
+def num_matchable(
+    partition: str | Tensor,
+    num_tokens: int,
+    num_prefix: int,
+    grid: Grid,
+    window: Grid,
+    protected: tuple[int, ...] = (),
+) -> int:
     """How many src tokens have a dst token in their window (for a mask: the fewest of any batch item)."""
     device = torch.device("cpu")
-    if not isinstance(partition, Tensor):
+    if not isinstance(partition, Tensor) and not protected:
         (t, h, w), (wt, _, ww) = grid, window
         if partition == "frames":
             frames = [range(start, min(start + wt, t)) for start in range(0, t, wt)]
             return sum(sum(f % 2 == 0 for f in here) for here in frames if any(f % 2 for f in here)) * h * w
         if ww > 1 and w % ww != 1:
             return num_tokens - num_prefix - num_destinations(partition, num_tokens, num_prefix, grid, (1, 1))
-    is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device)[:, num_prefix:]
+    kept = mark(protected, num_tokens, device)
+    is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device, kept)[:, num_prefix:]
     block = blocks(grid, window, device).expand_as(is_dst)
-    has_dst = torch.zeros(is_dst.shape, dtype=torch.bool).scatter_reduce(1, block, is_dst, "amax")
-    return int((~is_dst & has_dst.gather(1, block)).sum(1).min())
+    has_dst = torch.zeros_like(is_dst).scatter_reduce(1, block, is_dst, "amax")
+    return int((~is_dst & ~kept[num_prefix:] & has_dst.gather(1, block)).sum(1).min())
+
+
+def clamped(
+    r: int,
+    partition: str | Tensor,
+    num_tokens: int,
+    num_prefix: int,
+    num_dst: int,
+    windows: tuple[Grid, Grid] | None = None,
+    protected: tuple[int, ...] = (),
+) -> int:
+    """r, at most the src with a dst to go to, and of "alternate" at most half of the tokens, as in ToMe.
+
+    `windows` is a grid and the window that tiles it. Extents are spelled so that tracers can compare them.
+    """
+    tokens = num_tokens - num_prefix - len(protected)
+    alternate = isinstance(partition, str) and partition == "alternate"
+    if alternate:
+        r = min(r, tokens // 2)
+    if windows is not None:
+        return min(r, num_matchable(partition, num_tokens, num_prefix, *windows, protected))
+    if alternate and not protected:  # half of the tokens are no more than the src
+        return r
+    num_src = tokens - num_dst
+    if alternate:
+        num_src = (num_tokens + 1) // 2 - (num_prefix + 1) // 2 - sum(n % 2 == 0 for n in protected)
+    return min(r, num_src) if num_dst > 0 else 0

@@ -64,17 +64,21 @@ def match(
     num_prefix: int,
     is_dst: Tensor,
     block: Tensor | None = None,
+    protected: Tensor | None = None,
 ) -> MergePlan:
     """Each src finds its most similar dst; the r src of highest score merge into it, ties to the lower token.
 
     `is_dst` is bool `(1 or B, N)`; `block` `(N - num_prefix,)` names the window of each token, and only tokens of one
-    window may meet. Groups: the prefix, then unmerged src by token index, then dst by token index.
+    window may meet. `protected`, bool `(N,)`, are not src either. Groups: the prefix, then the protected, then the
+    unmerged src, then dst, each by token index.
     """
     metric = mean_over_heads(metric.detach())
     B, N, _ = metric.shape
     is_dst = is_dst.expand(B, N)
-    after_prefix = torch.arange(N, device=metric.device) >= num_prefix
-    is_src = ~is_dst & after_prefix
+    stays = torch.arange(N, device=metric.device) < num_prefix
+    if protected is not None:
+        stays = stays | protected
+    is_src = ~is_dst & ~stays
     may_meet = is_src[:, :, None] & is_dst[:, None, :]
     if block is not None:
         block = torch.nn.functional.pad(block, (num_prefix, 0), value=-1)
@@ -86,12 +90,13 @@ def match(
     best_first = score.argsort(dim=-1, descending=True, stable=True)
     merged = torch.zeros_like(is_src).scatter(1, best_first[:, :r], True)
 
-    first_unmerged, first_dst = num_prefix, num_prefix + is_src.sum(1, keepdim=True) - r
+    first_unmerged = stays.sum()
+    first_dst = first_unmerged + is_src.sum(1, keepdim=True) - r
     unmerged = is_src & ~merged
     group = torch.where(
         is_dst,
         first_dst + is_dst.cumsum(1) - 1,
-        torch.where(unmerged, first_unmerged + unmerged.cumsum(1) - 1, torch.arange(N, device=metric.device)),
+        torch.where(unmerged, first_unmerged + unmerged.cumsum(1) - 1, stays.cumsum(0) - 1),
     )
     index = torch.where(merged, group.gather(1, partner), group)
     return MergePlan(index.to(torch.int32), N - r, score)

@@ -338,19 +338,26 @@ def assert_order(index: Tensor, num_groups: int, order: Tensor | None, offsets: 
 
 
 def assert_match_valid(
-    plan: MergePlan, r: int, num_prefix: int, is_dst: Tensor, block: Tensor | None = None
+    plan: MergePlan,
+    r: int,
+    num_prefix: int,
+    is_dst: Tensor,
+    block: Tensor | None = None,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Checks what holds for a plan of `match` whatever the features, NaN included.
 
-    Exactly r src tokens merge, each into a dst it may meet; the prefix is untouched; groups are the prefix, then the
-    unmerged src by token index, then dst by token index; `order` and `offsets` agree with `index`.
+    Exactly r src tokens merge, each into a dst it may meet; the prefix and protected tokens are untouched; groups are
+    the prefix, then the protected, then the unmerged src, then dst, each by token index; `order` and `offsets` agree
+    with `index`.
 
     Args:
         plan: with B batch items of N tokens.
         r: tokens merged, after clamping.
         num_prefix: tokens that stay apart.
-        is_dst: bool `(N,)`, `(1, N)` or `(B, N)`, False on the prefix.
+        is_dst: bool `(N,)`, `(1, N)` or `(B, N)`, False on the prefix and on protected tokens.
         block: int64 `(N - num_prefix,)`, the window of each token, or None.
+        protected: bool `(N,)` or None.
 
     Returns:
         merged, bool `(B, N)`, and partner, int64 `(B, N)`: the dst token that shares the group, of merged tokens.
@@ -362,13 +369,14 @@ def assert_match_valid(
         raise AssertionError(f"num_groups must be N - r = {N - r}, got {plan.num_groups}")
     is_dst = is_dst.to(device).reshape(-1, N).expand(B, N)
     token = torch.arange(N, device=device)
-    is_src = ~is_dst & (token >= num_prefix)
-    first_dst = num_prefix + is_src.sum(1, keepdim=True) - r
+    alone = _alone(N, num_prefix, protected, device)
+    is_src = ~is_dst & ~alone
+    first_dst = alone.sum() + is_src.sum(1, keepdim=True) - r
     merged = is_src & (index >= first_dst)
     assert_equal("merged tokens per item", merged.sum(1), torch.full((B,), r, device=device))
     unmerged = is_src & ~merged
-    expected = torch.where(is_dst, first_dst + is_dst.cumsum(1) - 1, token)
-    expected = torch.where(unmerged, num_prefix + unmerged.cumsum(1) - 1, expected)
+    expected = torch.where(is_dst, first_dst + is_dst.cumsum(1) - 1, alone.cumsum(0) - 1)
+    expected = torch.where(unmerged, alone.sum() + unmerged.cumsum(1) - 1, expected)
     assert_equal("index of tokens that stay", index.masked_fill(merged, -1), expected.masked_fill(merged, -1))
     assert_order(plan.index, plan.num_groups, plan.order, plan.offsets)
 
@@ -387,8 +395,20 @@ def assert_match_valid(
     return merged, partner
 
 
+def _alone(num_tokens: int, num_prefix: int, protected: Tensor | None, device: torch.device) -> Tensor:
+    """Bool `(N,)`: the tokens that neither merge nor receive."""
+    prefix = torch.arange(num_tokens, device=device) < num_prefix
+    return prefix if protected is None else prefix | protected.to(device)
+
+
 def assert_match_within_budget(
-    plan: MergePlan, metric: Tensor, r: int, num_prefix: int, is_dst: Tensor, block: Tensor | None = None
+    plan: MergePlan,
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    is_dst: Tensor,
+    block: Tensor | None = None,
+    protected: Tensor | None = None,
 ) -> None:
     """Checks the plan that an implementation of `match` made of finite features.
 
@@ -397,9 +417,9 @@ def assert_match_within_budget(
     """
     metric = metric.detach()
     N, device = metric.shape[-2], metric.device
-    merged, partner = assert_match_valid(plan, r, num_prefix, is_dst, block)
+    merged, partner = assert_match_valid(plan, r, num_prefix, is_dst, block, protected)
     is_dst = is_dst.to(device).reshape(-1, N).expand(metric.shape[0], N)
-    is_src = ~is_dst & (torch.arange(N, device=device) >= num_prefix)
+    is_src = ~is_dst & ~_alone(N, num_prefix, protected, device)
     may_meet = is_src[:, :, None] & is_dst[:, None, :]
     if block is not None:
         window = torch.nn.functional.pad(block.to(device), (num_prefix, 0), value=-1)

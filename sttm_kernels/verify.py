@@ -29,6 +29,7 @@ from sttm_kernels.checks import (
     check_unmerge,
     draw,
     fields,
+    make_mask,
 )
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
@@ -127,6 +128,7 @@ def _accuracy(
             grid = (1, 2, (N - 1) // 2)
             cut = q[:, : 1 + 2 * grid[2]]
             yield f"{at} window", partial(check_match, impl, cut, N // 4, 1, "alternate", grid, (1, 2, 4))
+            yield f"{at} protect", partial(check_match, impl, q, N // 4, 1, protect=make_mask(1, N, "cpu", seed)[0])
     elif verb == "merge":
         index = make_index(B, N, K, device, seed)
         for reduce in validate.REDUCTIONS:

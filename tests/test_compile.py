@@ -157,6 +157,17 @@ def match_windows(x: Tensor, meta: Tensor) -> Tensor:
     return sttm.merge(x, sttm.match(x, 8, grid=(x.shape[1] // 8, 2, 4), window=(2, 2, 2))).x
 
 
+def match_protected(x: Tensor, meta: Tensor) -> Tensor:
+    plan = sttm.match(x, 8, num_prefix=1, protect=[3, 30, 8])
+    out = sttm.merge(x, plan)
+    return torch.cat([out.x, out.size[..., None]], -1)
+
+
+def match_protected_windows(x: Tensor, meta: Tensor) -> Tensor:
+    plan = sttm.match(x, 8, partition="frames", grid=(x.shape[1] // 8, 2, 4), protect=[3, 30, 8])
+    return sttm.merge(x, plan).x
+
+
 def soft(x: Tensor, meta: Tensor) -> Tensor:
     out = sttm.soft_merge(x, x, meta, temperature=0.5)
     return torch.cat([out.x, out.size[..., None]], -1)
@@ -173,7 +184,10 @@ def reduce_max(x: Tensor, meta: Tensor) -> Tensor:
     return sttm.unmerge(sttm.merge(merged, second).x, sttm.compose(first, second)) + x
 
 
-PROGRAMS = [assign_merge, match_merge, match_frames, match_windows, soft, unmerge, reduce_max]
+PROGRAMS = [
+    assign_merge, match_merge, match_frames, match_windows, match_protected, match_protected_windows, soft, unmerge,
+    reduce_max,
+]  # fmt: skip
 
 
 def run(program, N: int) -> list[Tensor]:
@@ -272,6 +286,19 @@ def test_export_with_any_number_of_tokens():
                 ("index", plan.index, plan_.index),
             ):  # fmt: skip
                 assert_equal(name, got, expected)
+
+
+class Protecting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return sttm.merge(x, sttm.match(x, 6, num_prefix=1, protect=[4, 5, 11])).x
+
+
+def test_protection_is_exported_with_any_number_of_tokens():
+    module, tokens = Protecting(), torch.export.Dim("tokens", min=24, max=4096)
+    program = torch.export.export(module, (make_tokens(2, 40, 8),), dynamic_shapes={"x": {1: tokens}})
+    for N in (40, 24, 151):
+        x = make_tokens(2, N, 8, seed=N)
+        assert_equal("x", program.module()(x), module(x))
 
 
 # pytrees, checkpointing, copies

@@ -231,6 +231,90 @@ def test_match_random2d_uses_every_place_of_a_cell():
     assert found == {0, 1, 2, 3}
 
 
+def test_match_protected_by_hand():
+    plan = match(SIX, 2, protect=[1, 4])  # src 0, 2; dst 3, 5
+    assert plan.num_groups == 4
+    assert plan.index.tolist() == [[3, 0, 2, 2, 1, 3]]  # 1 and 4 come first
+    assert (plan.score[0, [1, 4]] == -math.inf).all()
+    assert match(SIX, 1, protect=[1, 4]).index.tolist() == [[2, 0, 3, 3, 1, 4]]  # 0 is left over
+    assert match(SIX, 1, 1, protect=[4, 0]).index.tolist() == [[0, 2, 3, 3, 1, 4]]  # the prefix is so anyway
+
+
+@pytest.mark.parametrize(
+    ("protect", "most"), [([0], 2), ([0, 2], 1), ([0, 2, 4], 0), ([1, 3], 2), ([1, 3, 5], 0), (range(6), 0)]
+)
+def test_match_clamps_r_to_what_protection_leaves(protect, most):
+    """Half of the others, as in Token Merging, and of those only src that have a dst."""
+    assert match(SIX, 99, protect=protect).num_groups == 6 - most
+    assert match(SIX, 99, protect=protect, grid=(1, 1, 6), window=(1, 1, 6)).num_groups == 6 - most
+
+
+def test_protected_tokens_do_not_look_at_their_number():
+    """What is protected may hold anything; the others merge as in a sequence that has the protected ones in front."""
+    metric, protect = make_tokens(2, 30, 6, F64), [3, 4, 12, 29, 17]
+    front = protect[:2] + [12, 17, 29]
+    rest = [n for n in range(30) if n not in protect]
+    is_dst = torch.arange(30) % 2 == 1
+    plan = match(metric, 9, 0, protect=protect)
+    moved = match(metric[:, front + rest], 9, 5, partition=is_dst[front + rest])
+    assert torch.equal(plan.index[:, front + rest], moved.index)
+    spoiled = metric.clone()
+    spoiled[:, protect] = torch.nan
+    assert torch.equal(match(spoiled, 9, protect=protect).index, plan.index)
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"partition": "frames"}, {"window": (2, 2, 3)}, {"partition": "random2d"}], ids=str
+)
+def test_protection_of_the_first_tokens_is_a_prefix(case):
+    metric, grid = make_tokens(2, 6 + 24, 4, F64), (2, 3, 4)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    plain, protected = (
+        match(metric, 5, 6, grid=grid, generator=generator, protect=protect, **case)
+        for generator, protect in zip(generators, (None, range(6)), strict=True)
+    )
+    assert torch.equal(plain.index, protected.index)
+
+
+def test_match_random2d_draws_one_unprotected_dst_per_cell():
+    grid, protect = (1, 4, 6), torch.zeros(1, 4, 6, dtype=torch.bool)
+    protect[0, :2, :2] = True  # all of a cell, and of its neighbour all but one place
+    protect[0, :2, 2:4] = torch.tensor([[True, True], [False, True]])
+    metric, found = make_tokens(1, 24, 2), set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        plan = match(metric, 99, partition="random2d", grid=grid, generator=generator, protect=protect.flatten())
+        assert plan.num_groups == 7 + 5
+        is_dst = (plan.score == -math.inf).view(4, 6) & ~protect[0]
+        cells = is_dst.view(2, 2, 3, 2).transpose(1, 2).sum((-1, -2))
+        assert cells.tolist() == [[0, 1, 1], [1, 1, 1]]
+        assert bool(is_dst[1, 2])
+        found.add(int(is_dst[:2, 4:].flatten().nonzero()))
+    assert found == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("case", [{}, {"partition": "frames"}, {"window": (2, 3, 2)}], ids=str)
+def test_protected_tokens_in_plain_loops(case):
+    (t, h, w), num_prefix, protect = (3, 4, 5), 1, {7, 8, 21, 22, 40, 60, 33}
+    window, frames, N = case.get("window", (t, h, w)), "partition" in case, 1 + 60
+    metric, x, size = make_tokens(1, N, 4, F64, seed=2), make_tokens(1, N, 2, F64), torch.ones(1, N, dtype=F64)
+    place = {n: ((n - 1) // (h * w), (n - 1) // w % h, (n - 1) % w) for n in range(num_prefix, N)}
+    is_dst = {n: (place[n][0] if frames else n) % 2 == 1 for n in place if n not in protect}
+
+    def window_of(n):
+        return tuple(coordinate // extent for coordinate, extent in zip(place[n], window, strict=True))
+
+    src, dst = [n for n in is_dst if not is_dst[n]], [n for n in is_dst if is_dst[n]]
+    for r in (1, 9, 99):
+        plan = match(metric, r, num_prefix, grid=(t, h, w), protect=protect, **case)
+        expected = loop_merge(
+            x[0].tolist(), metric[0].tolist(), size[0].tolist(), N - plan.num_groups, src, dst,
+            lambda a, b: window_of(a) == window_of(b),
+        )  # fmt: skip
+        assert_same_groups(plan, merge(x, plan), expected)
+        assert plan.index[0, [0, *sorted(protect)]].tolist() == list(range(8))
+
+
 def loop_merge(x, metric, sizes, r, src, dst, may_meet=lambda a, b: True):
     """Token merging in plain loops, of one item: returns {set of tokens: weighted mean of their features}.
 

@@ -95,7 +95,8 @@ class State:
         if self.size.device == x.device:
             return self
         values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: v.to(x.device) for name, v in values.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: v.to(x.device) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 NOTHING = State()

@@ -137,6 +137,61 @@ def test_random2d_draws_what_the_specification_draws(backend, N, grid, cell):
     assert_match_within_budget(plan, metric, min(20, int((~is_dst[0, 1:]).sum())), 1, is_dst)
 
 
+# Protected tokens
+
+
+def protected(N, share=0.25, seed=5):
+    return torch.rand(N, generator=torch.Generator().manual_seed(seed)) < share
+
+
+GUARDED = [  # partition, grid, window, num_prefix, share that is protected
+    ("alternate", None, None, 0, 0.25),
+    ("alternate", None, None, 3, 0.8),
+    ("frames", (3, 4, 5), None, 1, 0.25),
+    (mask_of(40, 7), None, None, 2, 1.0),
+    ("alternate", (3, 5, 6), (2, 2, 3), 1, 0.25),
+    ("frames", (4, 3, 4), (2, 3, 3), 0, 0.25),
+]
+
+
+@each_with_dtype("case", GUARDED, ids=name_of)
+def test_protected_tokens_are_alone_and_at_the_front(backend, case, dtype):
+    partition, grid, window, num_prefix, share = case
+    N = num_prefix + math.prod(grid) if grid else 40
+    protect = protected(N, share)
+    if isinstance(partition, torch.Tensor):
+        protect = ~partition.any(0)  # as many dst in either row
+        protect[5:9] = False
+    metric = tokens(backend, 2, N, 12, dtype=dtype, seed=3)
+    for r in (4, 1000) if SMALL else (0, 3, 7, 1000):
+        check_match(backend.impl, metric, r, num_prefix, partition, grid, window, protect)
+
+
+@each_dtype
+def test_protection_of_several_heads_in_place(backend, dtype):
+    metric = tokens(backend, 2, 38, 48, dtype=dtype).view(2, 38, 3, 16).transpose(1, 2)
+    with unwritten({"metric": metric}) as held:
+        check_match(backend.impl, held["metric"], 9, 1, protect=protected(38))
+
+
+def test_ways_to_name_the_protected_tokens(backend):
+    metric = tokens(backend, 2, 20, 8)
+    expected = match(backend, metric, 4, protect=[3, 8, 19])
+    mask = torch.zeros(20, dtype=torch.bool)
+    mask[[3, 8, 19]] = True
+    for name, way in (
+        ("mask", mask), ("indices", torch.tensor([19, 3, 8])), ("unordered", (8, 19, 3, 3)),
+        ("int32", mask.nonzero()[:, 0].int()),
+    ):  # fmt: skip
+        plan = match(backend, metric, 4, protect=way)
+        for field in ("index", "score", "order", "offsets"):
+            assert_equal(f"{name} {field}", getattr(plan, field), getattr(expected, field))
+    none = match(backend, metric, 4, protect=[])
+    assert_equal("none", none.index, match(backend, metric, 4).index)
+    with torch.inference_mode():
+        assert_equal("inference", match(backend, metric, 4, protect=mask).index, expected.index)
+
+
 # Equal scores
 
 
