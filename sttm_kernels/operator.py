@@ -129,7 +129,7 @@ class Operator:
 
     def listened(self, a: tuple[Any, ...]) -> Any:
         """The results, by way of whoever listens or differentiates."""
-        if any(hasattr(arg, "device_mesh") for arg in a):
+        if any(isinstance(arg, Tensor) and hasattr(arg, "device_mesh") for arg in a):
             return self._over_ranks(self.inputs(*a))
         if torch.compiler.is_compiling():
             found = self.overload(*a)
