@@ -61,8 +61,7 @@ def noting(found: dict[Launch, str], where: Callable[[], str]) -> Iterator[None]
     """Within it launches run as ever, and the first of each kind is in `found` with what `where()` says."""
 
     def note(kernel: Any, grid: Any, args: Any, config: Config, constexprs: dict[str, Any]) -> None:
-        # WIDEN is what the interpreter needs in place of a GPU's products.
-        constants = {**config.blocks, **constexprs, **({"WIDEN": False} if "WIDEN" in constexprs else {})}
+        constants = {**config.blocks, **constexprs}
         one = Launch(
             kernel.fn.__module__, kernel.__name__, tuple(map(_seen_as, args)), tuple(sorted(constants.items())),
             (config.num_warps, config.num_stages),

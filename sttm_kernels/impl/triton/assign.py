@@ -198,8 +198,10 @@ def assign_backward_kernel(
         )
 
     if not (SOFT or TOKENS):
-        unbounded = tl.sum((acc - acc != 0).to(tl.int32), 1) + (along - along != 0).to(tl.int32)
-        if tl.sum(unbounded, 0) > 0:
+        spoiled = (along - along != 0).to(tl.int32)
+        for _ in range(0, K, K):  # one round: Triton 3.6 and 3.7 cannot lay out this sum for sm_100 outside of a loop
+            spoiled += tl.sum((acc - acc != 0).to(tl.int32), 1)
+        if tl.sum(spoiled, 0) > 0:
             acc, along = _pull_back_one_by_one(
                 mine, other, plan, first + lanes, part, inverse_temperature,
                 D, HEADS, SIMILARITY, BLOCK_OWN, BLOCK_D, SLICE,

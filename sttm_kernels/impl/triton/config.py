@@ -28,7 +28,7 @@ REGISTERS = 65536
 """Of 32 bits, per multiprocessor; one thread has at most 255."""
 
 INTERPRET = dispatch.interpreting()
-"""Passed to kernels as a constexpr where the interpreter needs other code: it cannot multiply bfloat16."""
+"""Whether kernels run in Triton's interpreter, which needs other code in places: it cannot multiply bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
