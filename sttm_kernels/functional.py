@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,7 +201,9 @@ def match(
     validate.partition(partition)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
     geometry = _check_grid(partition, grid, window, N - num_prefix)
-    protected = () if protect is None else _check_protect(protect, N, num_prefix)
+    protected: tuple[int, ...] = ()
+    if protect is not None:
+        protected = tuple(n for n in validate.tokens("protect", protect, N) if n >= num_prefix)
     if isinstance(partition, Tensor):
         partition = _check_partition_mask(partition, B, N, num_prefix, protected)
     blocks = None
@@ -236,31 +237,6 @@ def match(
     if moved is None:
         return ops.match(metric, r, num_prefix, src, dst, impl)
     return _back_in_place(ops.match(metric.index_select(-2, moved.token), r, fixed, src, dst, impl), moved)
-
-
-def _check_protect(protect: Any, N: int, num_prefix: int) -> tuple[int, ...]:
-    """The tokens behind the prefix that it names, ascending."""
-    if isinstance(protect, Tensor):
-        if protect.device.type != "cpu":
-            raise ValueError(
-                f"protect must be on the CPU, where it is read without waiting for a device, got a tensor on "
-                f"{protect.device}: make it there, or give the indices as a list"
-            )
-        if protect.dtype == torch.bool:
-            validate.shape("protect", protect, "(N,)", (N,))
-            protect = protect.nonzero().flatten()
-        elif protect.is_floating_point() or protect.is_complex():
-            raise TypeError(f"protect must be a bool mask or integer indices, got {protect.dtype}")
-        validate.dims("protect", protect, "(P,)", 1, batched=1)
-        tokens = protect.tolist()
-    elif isinstance(protect, Iterable) and not isinstance(protect, str):
-        tokens = [validate.integer("every entry of protect", n, 0) for n in protect]
-    else:
-        raise TypeError(f"protect must be a bool mask (N,) or token indices, got {type(protect).__name__}")
-    for n in tokens:
-        if not 0 <= n < N:
-            raise ValueError(f"protect must hold tokens in [0, N), N = {N}, got {n}")
-    return tuple(sorted({n for n in tokens if n >= num_prefix}))
 
 
 def _moved(protected: tuple[int, ...], N: int, num_prefix: int, device: torch.device) -> _partition.Moved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,34 @@ def extents(name: str, value: Any, count: int, layout: str) -> Any:
         extent if type(extent) is int and extent > 0 else integer(f"every extent of {name} {layout}", extent, 1)
         for extent in value
     )
+
+
+def tokens(name: str, value: Any, count: int | None) -> list[int]:
+    """Indices of tokens, of `count` if that is known, from a bool mask `(N,)` or indices, ascending and each once."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be on the CPU, where it is read without waiting for a device, got a tensor on "
+                f"{value.device}: make it there, or give the indices as a list"
+            )
+        if value.dtype == torch.bool:
+            if count is None:
+                dims(name, value, "(N,)", 1, batched=1)
+            else:
+                shape(name, value, "(N,)", (count,))
+            value = value.nonzero().flatten()
+        elif value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must be a bool mask or integer indices, got {value.dtype}")
+        dims(name, value, "(P,)", 1, batched=1)
+        found = value.tolist()
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        found = [integer(f"every entry of {name}", n, 0) for n in value]
+    else:
+        raise TypeError(f"{name} must be a bool mask (N,) or token indices, got {type(value).__name__}")
+    for n in found:
+        if n < 0 or (count is not None and n >= count):
+            raise ValueError(f"{name} must hold tokens in [0, N), N = {count}, got {n}")
+    return sorted(set(found))
 
 
 def partition(value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +35,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
     return (weight / weight.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
 
 
-def match(keys: Tensor, r: int, prefix: int) -> Groups:
+def match(keys: Tensor, r: int, prefix: int, protect: Collection[int] = ()) -> Groups:
     """Of one clip's metric `(N, D)`."""
-    src = [n for n in range(prefix, len(keys)) if n % 2 == 0]
-    dst = [n for n in range(prefix, len(keys)) if n % 2 == 1]
+    may = [n for n in range(prefix, len(keys)) if n not in protect]
+    src, dst = [n for n in may if n % 2 == 0], [n for n in may if n % 2 == 1]
     best = {n: max(dst, key=lambda m: (float(F.cosine_similarity(keys[n], keys[m], 0)), -m)) for n in src}
     score = {n: float(F.cosine_similarity(keys[n], keys[m], 0)) for n, m in best.items()}
-    gone = sorted(src, key=lambda n: (-score[n], n))[: min(r, (len(keys) - prefix) // 2)]
-    kept = [[n] for n in range(prefix)] + [[n] for n in src if n not in gone]
+    gone = sorted(src, key=lambda n: (-score[n], n))[: min(r, len(may) // 2)]
+    kept = [[n] for n in range(prefix)] + [[n] for n in sorted(protect)] + [[n] for n in src if n not in gone]
     return kept + [[m] + [n for n in gone if best[n] == m] for m in dst]
 
 
@@ -52,9 +52,12 @@ def merge(x: Tensor, size: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     return torch.stack(new), torch.stack([sum(size[n] for n in group) for group in groups])
 
 
-def forward(x: Tensor, layers: list[PlainLayer], counts: list[int], prefix: int) -> Tensor:
+def forward(
+    x: Tensor, layers: list[PlainLayer], counts: list[int], prefix: int, protect: Collection[int] = ()
+) -> Tensor:
     """x `(B, N, C)` through the layers, the l-th merging counts[l] tokens; every token gets what its group became."""
     batch, tokens = x.shape[:2]
+    first = True
     size = x.new_ones(batch, tokens)
     where = torch.arange(tokens).repeat(batch, 1)
     places = torch.arange(tokens - prefix).repeat(batch, 1)
@@ -69,13 +72,17 @@ def forward(x: Tensor, layers: list[PlainLayer], counts: list[int], prefix: int)
         if r:
             clips, sizes, ids = [], [], []
             for b in range(batch):
-                groups = match(metric[b], r, prefix)
+                if first:
+                    groups = match(metric[b], r, prefix, protect)
+                else:  # the first merge has put them behind the prefix
+                    groups = match(metric[b], r, prefix + len(protect))
                 clip, counted = merge(x[b], size[b], groups)
                 clips.append(clip)
                 sizes.append(counted)
                 ids.append(torch.stack([places[b, group[0] - prefix] for group in groups[prefix:]]))
                 went = {n: number for number, group in enumerate(groups) for n in group}
                 where[b] = torch.tensor([went[int(n)] for n in where[b]])
+            first = False
             x, size, places = torch.stack(clips), torch.stack(sizes), torch.stack(ids)
         x = x + (layer.norm2(layer.mlp(x)) if layer.post_norm else layer.mlp(layer.norm2(x)))
     return x.gather(1, where[..., None].expand(-1, -1, x.shape[2]))

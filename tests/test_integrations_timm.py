@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import plain_models
@@ -128,7 +128,7 @@ def plain(layer: nn.Module, rope: Tensor | None, prefix: int, post_norm: bool) -
     )
 
 
-def plain_logits(name: str, model: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
+def plain_logits(name: str, model: nn.Module, x: Tensor, counts: list[int], protect: Sequence[int] = ()) -> Tensor:
     tokens = model.patch_embed(x)
     tokens = model._pos_embed(tokens)
     rope = None
@@ -140,7 +140,7 @@ def plain_logits(name: str, model: nn.Module, x: Tensor, counts: list[int]) -> T
     layers = [
         plain(layer, table, prefix, "post-norm" in name) for layer, table in zip(model.blocks, tables, strict=True)
     ]
-    return model.forward_head(model.norm(plain_models.forward(tokens, layers, counts, prefix)))
+    return model.forward_head(model.norm(plain_models.forward(tokens, layers, counts, prefix, protect)))
 
 
 @pytest.mark.parametrize("r", [3, [0, 6, 4], 1000], ids=str)
@@ -152,6 +152,21 @@ def test_merging_model_is_the_plain_network(name, r):
         expected = plain_logits(name, model, x, counts)
         close("unmerged", plain_logits(name, model, x, [0, 0, 0]), model(x), 1e-7)
         close("logits", sttm.apply(model, r=r)(x), expected, 1e-7)
+
+
+@pytest.mark.parametrize("counts", [[3, 3, 3], [0, 6, 4], [1000] * 3], ids=str)
+@pytest.mark.parametrize("name", ["vit", "siglip", "dinov2 registers", "rope mixed", "dinov3"])
+def test_merging_around_protected_tokens_is_the_plain_network(name, counts):
+    model, x, protect = build(name, torch.float64), image(torch.float64), [30, 9, 10, 17]
+    with torch.no_grad():
+        expected = plain_logits(name, model, x, counts, protect)
+        sttm.apply(model, r=counts, protect=protect, trace=True)
+        close("logits", model(x), expected, 1e-7)
+    prefix = model.num_prefix_tokens
+    for each in sttm.trace(model):  # they are alone, right behind the prefix
+        here = torch.arange(prefix, prefix + 4, dtype=torch.int32).expand(2, -1)
+        assert_equal("places", each.index[:, sorted(protect)], here)
+        assert bool((each.size[:, prefix : prefix + 4] == 1).all())
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2 registers", "deit distilled", "dinov3"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from sttm_kernels import validate
 from sttm_kernels.compat.tome import parse_r
-from sttm_kernels.integrations import checkpoints, selfcheck
+from sttm_kernels.integrations import budget, checkpoints, selfcheck
+from sttm_kernels.integrations.amounts import Amount, merges
 from sttm_kernels.integrations.merging import (
     NOTHING,
     Anatomy,
+    Grid,
     Layer,
     LayerTrace,
     MergingLayer,
@@ -47,13 +49,17 @@ SCHEDULES = {"constant": 0.0, "rising": 1.0, "falling": -1.0}
 
 def apply(
     model: Model,
-    r: int | list[int] | None = None,
+    r: float | list[int] | None = None,
     schedule: str | float = "constant",
     method: str = "tome",
     layers: Sequence[int] | None = None,
     prop_attn: str = "auto",
     window: tuple[int, int, int] | None = None,
     trace: bool = False,
+    *,
+    keep: int | None = None,
+    flops: float | None = None,
+    protect: Tensor | Iterable[int] | None = None,
     **sttm: Any,
 ) -> Model:
     """Makes a model merge its tokens, in place; applied again, it starts from the model as it was before.
@@ -67,10 +73,11 @@ def apply(
         model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) or Eva (EVA02, rotary ViTs, DINOv3); or
             ViT, VideoMAE, ViViT, V-JEPA 2 or TimeSformer of transformers, with or without a head.
         r: for "tome", the tokens to merge away in each layer, or a list with one number per layer, filled up with 0;
-            clamped in each layer to half of what can merge. In TimeSformer's divided attention, of places: each of them
-            is a token in every frame.
-        schedule: of a single r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or a
-            number between -1 (falling) and 1 (rising).
+            clamped in each layer to half of what can merge. A float between 0 and 0.5 is a share of the tokens that are
+            there, prefix and protected ones aside, rounded down. In TimeSformer's divided attention r and `keep` are of
+            places: each of them is a token in every frame.
+        schedule: of a single whole r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or
+            a number between -1 (falling) and 1 (rising).
         method: "tome"; or "sttm", a `sttm_kernels.STTM` at one layer for its spatial stage and at another for its
             temporal stage. Motion features are parameters of the model, `<layer>.sttm.motion.weight`, and start at 0.
         layers: which layers merge, counted from 0, -1 the last; default all. For "sttm" the two layers (spatial,
@@ -78,10 +85,20 @@ def apply(
         prop_attn: `method` of `sttm_kernels.nn.proportional_attention`; "off" attends without regard to counts.
         window: (t, h, w) of `sttm_kernels.match`. Only with a single merging layer, which still finds the grid.
         trace: whether to keep what each layer merged, for `trace(model)`.
+        keep: in place of r: how many tokens are left after the last merging layer, the prefix not counted, from inputs
+            of any size; in equal steps, the first ones greater where they must be.
+        flops: in place of r: the floating-point operations of the model as a share of those without merging, at most 1.
+            It gets the `keep` whose count comes nearest, for one input of the size it is configured for, by running a
+            copy on PyTorch's meta device.
+        protect: tokens that never merge, as in `sttm_kernels.match`, counted in the sequence that comes to the layers,
+            prefix included. In TimeSformer's divided attention the places of these tokens.
         **sttm: for "sttm", arguments of `STTM`: spatial_keep, temporal_keep, meta, motion and so on.
 
     Returns:
         The model.
+
+    The `repr` of the model says what each layer merges away; where it was said by intent and the size of the input is
+    known, with the tokens that come and go.
 
     Before anything is changed, every layer is run on random tokens: merging nothing it must give what it gave, bit for
     bit, and a token that counts for several must be attended to as that many tokens.
@@ -101,37 +118,36 @@ def apply(
         window = validate.extents("window", window, 3, "(t, h, w)")
     parts = _anatomy(model)
     depth = len(parts.layers)
-    counts, stages = [0] * depth, dict[int, STTM]()
+    protected = () if protect is None else _pieces(parts, validate.tokens("protect", protect, None))
+    amounts: list[Amount] = [0] * depth
+    stages, by_intent = dict[int, STTM](), False
     if method == "tome":
         if sttm:
             raise TypeError(f"{min(sttm)} must be left out with method 'tome', got {sttm[min(sttm)]!r}")
-        counts = _counts(depth, r, schedule, layers)
+        by_intent = budget.check(r, keep, flops, schedule)
+        numbers = list(range(depth)) if layers is None else _layer_numbers(depth, layers)
+        if by_intent:
+            spread = budget.amounts(len(numbers), r, keep, flops, len(protected))
+        else:
+            spread = _counts(len(numbers), r, schedule)
+        for number, amount in zip(numbers, spread, strict=True):
+            amounts[number] = amount
     else:
-        if r is not None:
-            raise ValueError(f"r must be None with method 'sttm', which takes spatial_keep and temporal_keep, got {r}")
+        _must_be_none(r=r, keep=keep, flops=flops, protect=protect)
         stages = _stages(parts, layers, sttm)
-    merging = [layer for layer in range(depth) if counts[layer] or layer in stages]
-    if window is not None and (stages or len(merging) > 1):
-        raise ValueError(
-            "window must be None unless a single layer merges, by 'tome': later layers have no grid; "
-            f"got {window} with merging layers {merging}"
-        )
-    for name, used, given in (("method", bool(stages), method), ("window", window is not None, window)):
-        if used and name in parts.refused:
-            raise ValueError(f"{name} must be left out for {type(model).__name__}, got {given}: {parts.refused[name]}")
-        if used and not parts.gridded:
-            raise ValueError(f"{name} must be left out for {type(model).__name__}, got {given}: its grid is not known")
+    merging = [layer for layer in range(depth) if merges(amounts[layer]) or layer in stages]
+    _check_grid(type(model).__name__, parts, method, window, merging, flops)
 
     _keep_trained(model, stages)
     remove(model)
+    plain = budget.try_on_meta(model) if by_intent else None
     record, tried = Record() if trace else None, dict[Any, Step]()
     try:
         for number in range(depth):
             _install(parts, number, prop_attn, number in (0, depth - 1), tried)
         for number, layer in enumerate(parts.layers):
             step: Step = layer._sttm
-            step.r = counts[number]
-            step.begun = any(other < number for other in merging)
+            step.r, step.protect, step.begun = amounts[number], protected, any(other < number for other in merging)
             step.last = number == depth - 1
             step.window, step.empties, step.record = window, bool(stages), record
             if number in stages:
@@ -142,6 +158,8 @@ def apply(
                 swap(*part)
         if parts.mixin is not None:
             swap(model, parts.mixin)
+        if by_intent:
+            budget.fit(model, plain, parts, keep, flops)
     except BaseException:
         remove(model)
         raise
@@ -266,9 +284,43 @@ def _layer_numbers(depth: int, layers: Sequence[int]) -> list[int]:
     return numbers
 
 
-def _counts(depth: int, r: int | list[int] | None, schedule: str | float, layers: Sequence[int] | None) -> list[int]:
-    """Tokens to merge away in each layer."""
-    numbers = list(range(depth)) if layers is None else _layer_numbers(depth, layers)
+def _check_grid(
+    name: str, parts: Anatomy, method: str, window: Grid | None, merging: Sequence[int], flops: float | None
+) -> None:
+    """Checks what needs the grid of the tokens of a model of this name."""
+    if window is not None and (method == "sttm" or len(merging) > 1):
+        raise ValueError(
+            "window must be None unless a single layer merges, by 'tome': later layers have no grid; "
+            f"got {window} with merging layers {merging}"
+        )
+    if window is not None and flops is not None:
+        raise ValueError(f"window must be None with flops, got {window}")
+    for what, used, given in (("method", method == "sttm", method), ("window", window is not None, window)):
+        if used and what in parts.refused:
+            raise ValueError(f"{what} must be left out for {name}, got {given}: {parts.refused[what]}")
+        if used and not parts.gridded:
+            raise ValueError(f"{what} must be left out for {name}, got {given}: its grid is not known")
+
+
+def _must_be_none(**arguments: Any) -> None:
+    """Checks that what is of the other method was left out."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None with method 'sttm', which takes spatial_keep and temporal_keep, got {value}"
+            )
+
+
+def _pieces(parts: Anatomy, protected: Sequence[int]) -> tuple[int, ...]:
+    """Protected tokens behind the prefix; where tokens merge in pieces, the pieces that hold them."""
+    behind = [n for n in protected if n >= parts.num_prefix]
+    if parts.unit is None:
+        return tuple(behind)
+    return tuple(sorted({(n - parts.num_prefix) // parts.unit for n in behind}))
+
+
+def _counts(layers: int, r: float | list[int] | None, schedule: str | float) -> list[Amount]:
+    """Tokens to merge away in each of so many layers."""
     if isinstance(schedule, str):
         validate.one_of("schedule", schedule, tuple(SCHEDULES))
         inflection = SCHEDULES[schedule]
@@ -281,17 +333,12 @@ def _counts(depth: int, r: int | list[int] | None, schedule: str | float, layers
     if isinstance(r, (list, tuple)):
         if inflection:
             raise ValueError(f"schedule must be 'constant' where r is a list, got {schedule!r}")
-        if len(r) > len(numbers):
-            raise ValueError(f"r must have at most one entry per merging layer, {len(numbers)}, got {len(r)}")
+        if len(r) > layers:
+            raise ValueError(f"r must have at most one entry per merging layer, {layers}, got {len(r)}")
         r = [validate.integer("every entry of r", each, 0) for each in r]
-        spread = parse_r(len(numbers), r) if numbers else []
-    else:
-        r = validate.integer("r", r, 0)
-        spread = parse_r(len(numbers), (r, inflection)) if numbers else []
-    counts = [0] * depth
-    for number, count in zip(numbers, spread, strict=True):
-        counts[number] = count
-    return counts
+        return [*parse_r(layers, r)] if layers else []
+    r = validate.integer("r", r, 0)
+    return [*parse_r(layers, (r, inflection))] if layers else []
 
 
 def _stages(parts: Anatomy, layers: Sequence[int | None] | None, options: dict[str, Any]) -> dict[int, STTM]:
@@ -356,7 +403,7 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         remove(trial)
     else:
         raise ValueError(f"model must be of a known kind: {what} without merging does not give what it gave before")
-    if check_counts and prop_attn != "off" and not selfcheck.counts_work(trial, step, x, arguments, parts.unit):
+    if check_counts and prop_attn != "off" and not selfcheck.counts_work(trial, step, x, arguments, parts.unit or 1):
         raise ValueError(f"model must take token counts into its attention: {what} takes no heed of them")
     if kind is not None:
         tried[kind] = step

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from sttm_kernels.functional import compose, match, merge
+from sttm_kernels.functional import compose, merge
 from sttm_kernels.integrations.merging import (
     STATE,
     THREAD,
@@ -28,6 +28,7 @@ from sttm_kernels.integrations.merging import (
     Step,
     Swapped,
     Told,
+    find_pairs,
     merge_tokens,
     own_layers,
 )
@@ -238,7 +239,7 @@ def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state:
     T = layer.config.num_frames
     B, C = x.shape[0], x.shape[2]
     metric = keys[:, :, 1:].unflatten(0, (B, T)).permute(0, 2, 3, 1, 4).flatten(3)
-    plan = match(metric, step.r)
+    plan = find_pairs(metric, step, 0)
     tubes = merge(x[:, 1:].reshape(B, -1, T * C), plan, None if state.size is None else state.size[:, 1::T])
 
     one = torch.ones_like(tubes.size[:, :1])
@@ -274,6 +275,15 @@ class Embeddings(Swapped):
 
 def _pair(extent: Any) -> tuple[int, int]:
     return (extent, extent) if isinstance(extent, int) else (extent[0], extent[1])
+
+
+def _example(model: Layer) -> tuple[str, tuple[int, ...]]:
+    """The name and shape of one image or clip of the size the config says."""
+    config = model.config
+    size = _pair(getattr(config, "crop_size", None) or config.image_size)
+    channels = config.num_channels if hasattr(config, "num_channels") else config.in_chans
+    frames = [getattr(config, name) for name in ("num_frames", "frames_per_clip") if hasattr(config, name)]
+    return model.main_input_name, (1, *frames, channels, *size)
 
 
 def _patch(config: Any) -> Grid:
@@ -335,6 +345,7 @@ def anatomy(model: Layer) -> Anatomy | None:
         "dim": config.hidden_size,
         "rotary": False,
         "num_tokens": special["num_prefix"] + 16,
+        "example": _example(model),
         "gridded": [(model.base_model.get_submodule(at), Embeddings, _patch(config))],
         "mixin": MergingModel,
     }

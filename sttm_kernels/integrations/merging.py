@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sttm_kernels.functional import compose, match, merge, unmerge
+from sttm_kernels.integrations.amounts import Amount, Toward, described, merges, of_tokens
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.torch_private import in_backward
 
@@ -191,7 +192,8 @@ class Anatomy:
         rotary: whether attention rotates keys by their places.
         num_tokens, arguments: tokens, and arguments by name, that a layer can be tried out with.
         gridded: what to `swap`, as in `Family.parts`, so that the first layer gets the grid of its tokens.
-        unit: how many tokens merge as one piece.
+        unit: of how many tokens each piece is, where they merge in pieces.
+        example: the name and shape of one input of the configured size, or None if it is not known.
         refused: what this model cannot do, as argument name to reason: "method" 'sttm' or "window".
         mixin: of `merging_class` for the model itself.
     """
@@ -204,7 +206,8 @@ class Anatomy:
     num_tokens: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     gridded: Sequence[tuple[nn.Module, type, Any]] = ()
-    unit: int = 1
+    unit: int | None = None
+    example: tuple[str, tuple[int, ...]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     mixin: type | None = None
 
@@ -230,6 +233,8 @@ class Step:
         returns_tuple: whether the layer returns a tuple.
         rotary: whether places must be carried.
         r: how many tokens to merge away here.
+        protect: which of the first tokens never merge, by place in the sequence, prefix aside; of pieces, the pieces.
+        planned: tokens that come and go for an input of the configured size, where r was said by intent.
         begun: whether a layer before this one merges.
         last: whether the tokens are copied back here.
         window: of `match`.
@@ -245,7 +250,9 @@ class Step:
     names: tuple[str, ...]
     returns_tuple: bool
     rotary: bool
-    r: int = 0
+    r: Amount = 0
+    protect: tuple[int, ...] = ()
+    planned: tuple[int, int] | None = None
     begun: bool = False
     last: bool = False
     window: Grid | None = None
@@ -429,7 +436,7 @@ class MergingLayer(Swapped, nn.Module):
             )
         if getattr(self, "_is_replica", False):
             raise RuntimeError("token merging needs DistributedDataParallel in place of DataParallel")
-        merging = step.r > 0 or hasattr(self, "sttm")
+        merging = merges(step.r) or hasattr(self, "sttm")
         if x.requires_grad and not torch.is_grad_enabled() and (merging or state.size is not None):
             raise RuntimeError(
                 "token merging needs activation checkpointing with use_reentrant=False, got use_reentrant=True"
@@ -459,8 +466,8 @@ class MergingLayer(Swapped, nn.Module):
         self._modules.pop("sttm", None)
 
     def extra_repr(self) -> str:
-        merges = "sttm" if hasattr(self, "sttm") else f"r={self._sttm.r}"
-        return ", ".join(part for part in (super().extra_repr(), f"merges {merges}") if part)
+        what = "sttm" if hasattr(self, "sttm") else described(self._sttm.r, self._sttm.planned)
+        return ", ".join(part for part in (super().extra_repr(), f"merges {what}") if part)
 
 
 def _trace(step: Step, state: State, merged: int) -> State:
@@ -468,7 +475,8 @@ def _trace(step: Step, state: State, merged: int) -> State:
     assert step.record is not None
     assert state.size is not None
     assert state.index is not None
-    here = LayerTrace(step.layer, state.size.detach(), state.index, step.r, merged)
+    r = step.r if isinstance(step.r, int) else merged
+    here = LayerTrace(step.layer, state.size.detach(), state.index, r, merged)
     state = replace(state, traced=(*state.traced, here))
     # Neither the tensors of an export nor the layers that checkpointing runs again are of the last forward.
     if torch.compiler.is_compiling():
@@ -516,6 +524,22 @@ def _all_heads(layer: MergingLayer, keys: Tensor | None) -> Tensor:
     return total / step.heads
 
 
+def find_pairs(metric: Tensor, step: Step, prefix: int, grid: Grid | None = None) -> MergePlan:
+    """`match` of what may merge in a layer, as many as it is told."""
+    fixed = prefix + len(step.protect)
+    r = of_tokens(step.r, metric.shape[-2] - fixed)
+    if step.begun:  # then the protected tokens are behind the prefix already
+        plan = match(metric, r, fixed, grid=grid, window=step.window)
+    else:
+        plan = match(metric, r, prefix, grid=grid, window=step.window, protect=step.protect or None)
+    if isinstance(step.r, Toward) and step.r.layers == 1 and plan.num_groups > fixed + step.r.keep:
+        raise RuntimeError(
+            f"keep must be within reach of the merging layers, layer {step.layer} must leave "
+            f"{len(step.protect) + step.r.keep} tokens of this input, got {plan.num_groups - prefix}"
+        )
+    return plan
+
+
 def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
     """Merges x `(B, N, C)` by keys `(B, H, N, D)`, with the layer's STTM if it has one, else as Token Merging does."""
     prefix = step.num_prefix
@@ -536,7 +560,7 @@ def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State
             ids = _nearest_place(out.positions[:, prefix:], state.first_grid)
         new = replace(state, grid=sttm.output_grid(grid), positions=out.positions)
     else:
-        plan = match(keys, step.r, prefix, grid=grid if step.window else None, window=step.window)
+        plan = find_pairs(keys, step, prefix, grid if step.window else None)
         out = merge(x, plan, state.size)
         if step.rotary:
             ids = _places(plan, state.ids, prefix)

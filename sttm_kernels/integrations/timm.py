@@ -178,6 +178,8 @@ def anatomy(model: Layer) -> Anatomy | None:
         gridded.append((model.patch_embed, PatchEmbed, None))
     if isinstance(getattr(model, "norm_pre", None), nn.Module):
         gridded.append((model.norm_pre, Carries, None))
+    image, project = getattr(model.patch_embed, "img_size", None), getattr(model.patch_embed, "proj", None)
+    channels = getattr(project, "in_channels", None)
     return Anatomy(
         layers=layers,
         families=(PRE_NORM, POST_NORM),
@@ -186,6 +188,7 @@ def anatomy(model: Layer) -> Anatomy | None:
         rotary=rope is not None,
         num_tokens=prefix + tokens,
         arguments=arguments,
+        example=None if image is None or channels is None else ("x", (1, channels, *image)),
         gridded=gridded,
         mixin=TimmModel,
     )

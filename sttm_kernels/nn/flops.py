@@ -27,8 +27,13 @@ def flops(model: nn.Module, clip_shape: Shape, dtype: torch.dtype = torch.float3
     """
     state = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
     clip = torch.empty(*clip_shape, dtype=dtype, device="meta")
+    return count(lambda: torch.func.functional_call(model, state, clip))
+
+
+def count(run: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, without gradients."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model, state, clip)
+        run()
     return counter.get_total_flops()
 
 
