@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,9 +203,8 @@ def match(
     validate.partition(partition)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
     geometry = _check_grid(partition, grid, window, N - num_prefix)
-    protected: tuple[int, ...] = ()
-    if protect is not None:
-        protected = tuple(n for n in validate.tokens("protect", protect, N) if n >= num_prefix)
+    named = [] if protect is None else validate.tokens("protect", protect, N)
+    protected = tuple(n for n in named if n >= num_prefix)
     if isinstance(partition, Tensor):
         partition = _check_partition_mask(partition, B, N, num_prefix, protected)
     blocks = None
@@ -214,11 +215,10 @@ def match(
     num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell, protected)
     r = _partition.clamped(r, partition, N, num_prefix, num_dst, blocks, protected)
 
-    src = dst = moved = None
+    src = dst = None
+    moved = _moved(protected, N, num_prefix, metric.device) if protected else None
     metric = metric.detach() if metric.requires_grad else metric
     every_second = isinstance(partition, str) and partition == "alternate" and blocks is None
-    if protected:
-        moved = _moved(protected, N, num_prefix, metric.device)
     if every_second and impl != "reference":
         if moved is not None:
             src, dst = _partition.alternate_lists(moved, num_prefix, protected)
@@ -232,11 +232,9 @@ def match(
             bound = _partition.window_bound(partition, blocks[1])
             src, dst = _partition.window_lists(is_dst, num_prefix, *blocks, bound, moved)
         else:
-            in_place = is_dst if moved is None else is_dst[:, moved.token]
-            src, dst = _partition.lists(in_place, num_dst, fixed)
-    if moved is None:
-        return ops.match(metric, r, num_prefix, src, dst, impl)
-    return _back_in_place(ops.match(metric.index_select(-2, moved.token), r, fixed, src, dst, impl), moved)
+            src, dst = _partition.lists(is_dst if moved is None else is_dst[:, moved.token], num_dst, fixed)
+    run = ops.match if moved is None else partial(_match_moved, moved)
+    return run(metric, r, fixed, src, dst, impl)
 
 
 def _moved(protected: tuple[int, ...], N: int, num_prefix: int, device: torch.device) -> _partition.Moved:
@@ -244,14 +242,18 @@ def _moved(protected: tuple[int, ...], N: int, num_prefix: int, device: torch.de
     return (_partition.move if listened else _partition.moved_before)(protected, N, num_prefix, device)
 
 
-def _back_in_place(plan: MergePlan, moved: _partition.Moved) -> MergePlan:
-    """The plan of the tokens, given that of their places."""
+def _match_moved(moved: _partition.Moved, metric: Tensor, *args: Any) -> MergePlan:
+    """The plan of the tokens, by way of that of their places."""
+    if hasattr(metric, "device_mesh"):
+        from sttm_kernels import sharding  # not before there are DTensors: it imports torch.distributed.tensor
+
+        moved = _partition.Moved(*(sharding.on_every_rank(each, metric) for each in moved))
+    plan = ops.match(metric.index_select(-2, moved.token), *args)
     assert plan.score is not None
     assert plan.order is not None
-    order = moved.token.to(torch.int32).index_select(0, plan.order.flatten()).view_as(plan.order)
-    return dataclasses.replace(
-        plan, index=plan.index.index_select(1, moved.place), score=plan.score.index_select(1, moved.place), order=order
-    )
+    index, score = (each.index_select(1, moved.place) for each in (plan.index, plan.score))
+    order = moved.token.to(torch.int32).expand(plan.order.shape).gather(1, plan.order.long())
+    return dataclasses.replace(plan, index=index, score=score, order=order)
 
 
 def _check_grid(

@@ -26,6 +26,12 @@ PARTITION = ("src", "dst")
 """Inputs that are plain tensors, made on every rank."""
 
 
+def on_every_rank(value: Tensor, beside: Any) -> DTensor:
+    """A plain tensor that is alike on every rank, as a DTensor of the mesh of another."""
+    mesh = beside.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def run(operator: Any, a: Any) -> Any:
     """The results of an operator on inputs of which one is a DTensor: DTensors, sharded as the first input is."""
     lead = next(arg for arg in a if isinstance(arg, DTensor))

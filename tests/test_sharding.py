@@ -26,6 +26,11 @@ def match(x, q, size, positions, **_):
     return out.x, out.size, out.positions, sttm.unmerge(out.x, plan)
 
 
+def protected(x, q, **_):
+    plan = sttm.match(q, 3, num_prefix=1, protect=[2, 7, 8])
+    return sttm.merge(x, plan).x, plan.score.nan_to_num(neginf=0.0), sttm.unmerge(x[:, :9], plan)
+
+
 def frames(x, q, **_):
     first = sttm.match(q, 3, partition="frames", grid=(2, 2, 3), window=(2, 1, 3))
     second = sttm.match(sttm.merge(q.mean(1), first).x, 2)
@@ -53,7 +58,7 @@ def soft_merge(x, q, meta, size, **_):
     return out.x, out.size
 
 
-PROGRAMS = [match, frames, assign, assign_merge, carried, soft_merge]
+PROGRAMS = [match, protected, frames, assign, assign_merge, carried, soft_merge]
 SHARDINGS = {
     "batch": lambda name, t: Shard(0),
     "channels": lambda name, t: Shard(t.dim() - 1) if name in ("x", "fill") else Replicate(),
