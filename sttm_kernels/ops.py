@@ -555,9 +555,7 @@ _compose = Operator(
     "compose",
     ComposeIn,
     ComposeOut,
-    lambda run, a: ComposeOut(
-        run(MergePlan(a.index1, a.index2.shape[1]), MergePlan(a.index2, a.num_groups)).index,
-    ),
+    lambda run, a: ComposeOut(run(MergePlan(a.index1, a.index2.shape[1]), MergePlan(a.index2, a.num_groups)).index),
     lambda a: [torch.empty_like(a.index1, memory_format=torch.contiguous_format)],
 )
 

@@ -32,14 +32,7 @@ from sttm_kernels.checks import (
     make_mask,
 )
 from sttm_kernels.plan import MergePlan
-from sttm_kernels.testing import (
-    Comparison,
-    Shape,
-    assert_equal,
-    assert_index_in_range,
-    make_index,
-    observed,
-)
+from sttm_kernels.testing import Comparison, Shape, assert_equal, assert_index_in_range, make_index, observed
 
 SMALL_SHAPE = Shape(3, 65, 17, 64, 80)
 """Where properties are checked."""

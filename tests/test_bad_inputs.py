@@ -18,6 +18,7 @@ META = torch.randn(B, K, D)
 INDEX = torch.zeros(B, N, dtype=torch.int32)
 PLAN = sttm.MergePlan(INDEX, K)
 MASK = torch.ones(B, N, dtype=torch.bool)
+ONE_EACH = torch.eye(2, N, dtype=torch.bool)
 UNEVEN = torch.stack([MASK[0], ~MASK[0]])
 GRID = (1, 3, 4)
 
@@ -111,13 +112,9 @@ TABLE = [
     (
         lambda: sttm.match(Q, 2, protect=elsewhere(MASK[0])),
         ValueError,
-        r"protect must be on the CPU, .* without waiting .*, got a tensor on meta: .* list",
+        r"protect must be on the CPU, .* on meta: .* list",
     ),
-    (
-        lambda: sttm.match(Q, 2, partition=torch.eye(2, 12, dtype=torch.bool), protect=[1]),
-        ValueError,
-        r"partition must have equally many dst tokens in every row, got \[1, 0\]",
-    ),
+    (lambda: sttm.match(Q, 2, partition=ONE_EACH, protect=[1]), ValueError, r"partition must have .*, got \[1, 0\]"),
     # merge
     (lambda: sttm.merge(None, PLAN), TypeError, r"x must be a torch\.Tensor, got NoneType"),
     (lambda: sttm.merge(X.int(), PLAN), TypeError, r"x must be float32, .*int32"),

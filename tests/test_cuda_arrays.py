@@ -18,12 +18,7 @@ C = cuda._extension()
 
 def arguments(**changed):
     """Of unmerge, in order."""
-    given = {
-        "x": make_tokens(2, 3, 4),
-        "index": make_index(2, 5, 3),
-        "y": torch.empty(2, 5, 4),
-        "stream": 0,
-    }
+    given = {"x": make_tokens(2, 3, 4), "index": make_index(2, 5, 3), "y": torch.empty(2, 5, 4), "stream": 0}
     return tuple({**given, **changed}.values())
 
 

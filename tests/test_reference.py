@@ -293,28 +293,6 @@ def test_match_random2d_draws_one_unprotected_dst_per_cell():
     assert found == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("case", [{}, {"partition": "frames"}, {"window": (2, 3, 2)}], ids=str)
-def test_protected_tokens_in_plain_loops(case):
-    (t, h, w), num_prefix, protect = (3, 4, 5), 1, {7, 8, 21, 22, 40, 60, 33}
-    window, frames, N = case.get("window", (t, h, w)), "partition" in case, 1 + 60
-    metric, x, size = make_tokens(1, N, 4, F64, seed=2), make_tokens(1, N, 2, F64), torch.ones(1, N, dtype=F64)
-    place = {n: ((n - 1) // (h * w), (n - 1) // w % h, (n - 1) % w) for n in range(num_prefix, N)}
-    is_dst = {n: (place[n][0] if frames else n) % 2 == 1 for n in place if n not in protect}
-
-    def window_of(n):
-        return tuple(coordinate // extent for coordinate, extent in zip(place[n], window, strict=True))
-
-    src, dst = [n for n in is_dst if not is_dst[n]], [n for n in is_dst if is_dst[n]]
-    for r in (1, 9, 99):
-        plan = match(metric, r, num_prefix, grid=(t, h, w), protect=protect, **case)
-        expected = loop_merge(
-            x[0].tolist(), metric[0].tolist(), size[0].tolist(), N - plan.num_groups, src, dst,
-            lambda a, b: window_of(a) == window_of(b),
-        )  # fmt: skip
-        assert_same_groups(plan, merge(x, plan), expected)
-        assert plan.index[0, [0, *sorted(protect)]].tolist() == list(range(8))
-
-
 def loop_merge(x, metric, sizes, r, src, dst, may_meet=lambda a, b: True):
     """Token merging in plain loops, of one item: returns {set of tokens: weighted mean of their features}.
 
@@ -367,30 +345,33 @@ def test_match_and_merge_is_token_merging(N, r, num_prefix):
         assert_same_groups(plan, out, expected, b)
 
 
+@pytest.mark.parametrize("protected", [False, True])
 @pytest.mark.parametrize("partition", ["alternate", "frames"])
-@pytest.mark.parametrize(("grid", "window"), [((3, 4, 5), (2, 3, 2)), ((4, 3, 3), (2, 2, 3)), ((2, 2, 2), (9, 9, 9))])
-def test_match_in_windows_is_token_merging_in_windows(partition, grid, window):
+@pytest.mark.parametrize(
+    ("grid", "window"), [((3, 4, 5), None), ((3, 4, 5), (2, 3, 2)), ((4, 3, 3), (2, 2, 3)), ((2, 2, 2), (9, 9, 9))]
+)
+def test_match_in_a_grid_is_token_merging(partition, grid, window, protected):
+    """Within each window, of the tokens that are not protected."""
     (t, h, w), num_prefix = grid, 1
     N = num_prefix + t * h * w
-    place = {}
-    for n in range(num_prefix, N):
-        i = n - num_prefix
-        place[n] = (i // (h * w), i // w % h, i % w)
-    is_dst = {n: (n if partition == "alternate" else place[n][0]) % 2 == 1 for n in place}
+    protect = [n for n in range(N) if protected and n % 3 == 2]
+    place = {n: ((n - 1) // (h * w), (n - 1) // w % h, (n - 1) % w) for n in range(num_prefix, N)}
+    is_dst = {n: (n if partition == "alternate" else place[n][0]) % 2 == 1 for n in place if n not in protect}
 
     def window_of(n):
-        return tuple(coordinate // extent for coordinate, extent in zip(place[n], window, strict=True))
+        return tuple(coordinate // extent for coordinate, extent in zip(place[n], window or grid, strict=True))
 
     metric = make_tokens(1, N, 4, F64, seed=N)
     x, size = make_tokens(1, N, 2, F64), torch.ones(1, N, dtype=F64)
-    src, dst = [n for n in place if not is_dst[n]], [n for n in place if is_dst[n]]
+    src, dst = [n for n in is_dst if not is_dst[n]], [n for n in is_dst if is_dst[n]]
     for r in (1, 5, 99):
-        plan = match(metric, r, num_prefix, partition=partition, grid=grid, window=window)
+        plan = match(metric, r, num_prefix, partition=partition, grid=grid, window=window, protect=protect)
         expected = loop_merge(
             x[0].tolist(), metric[0].tolist(), size[0].tolist(), N - plan.num_groups, src, dst,
             lambda a, b: window_of(a) == window_of(b),
         )  # fmt: skip
         assert_same_groups(plan, merge(x, plan), expected)
+        assert plan.index[0, [0, *protect]].tolist() == list(range(1 + len(protect)))
     if partition == "frames":  # alternate is clamped to half of the tokens, as without windows
         reachable = [a for a in src if any(window_of(a) == window_of(b) for b in dst)]
         assert N - plan.num_groups == len(reachable)

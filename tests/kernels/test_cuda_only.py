@@ -124,10 +124,7 @@ def test_lists_that_point_outside_are_not_followed(name, monkeypatch):
 
 
 @each("kind", ["random", "even", "one", "none"])
-@each(
-    ("N", "K"),
-    [(1, 1), (16, 40), (77, 5), (257, 255), (300, 256), (300, 1023), (300, 1024), (ONE_LAUNCH + 5, 3000)],
-)
+@each(("N", "K"), [(1, 1), (16, 40), (77, 5), (257, 255), (300, 256), (300, 1023), (300, 1024), (ONE_LAUNCH + 5, 3000)])
 def test_tokens_are_sorted_by_group(N, K, kind):
     """By one digit or two, by small blocks or large ones; tokens without a group come last."""
     index = make_index(2, N, K, DEVICE, kind=kind)

@@ -23,14 +23,7 @@ from cases import (
 import sttm_kernels as sttm
 from sttm_kernels import reference
 from sttm_kernels.checks import check_merge, fields, make_rows
-from sttm_kernels.testing import (
-    DTYPES,
-    LAYOUTS,
-    assert_equal,
-    assert_within_budget,
-    make_index,
-    make_tokens,
-)
+from sttm_kernels.testing import DTYPES, LAYOUTS, assert_equal, assert_within_budget, make_index, make_tokens
 
 EVERYTHING = ("weight", "size", "positions", "fill")
 LENGTHS = (20,) if SMALL else (20, 60)
