@@ -116,6 +116,12 @@ def test_the_nearest_cost_is_found_in_few_calls(power):
         assert len(asked) <= 16
 
 
+def test_protected_tokens_are_not_compared():
+    with FlopCounterMode(display=False) as counter:
+        sttm.match(torch.empty(2, 20, 8, device="meta"), 4, 1, protect=[3, 5, 10])
+    assert counter.get_total_flops() == 2 * 2 * 8 * (9 - 1) * (10 - 2)
+
+
 # Models
 
 
@@ -148,6 +154,19 @@ def test_a_share_is_what_merges_in_each_layer(name):
     second = first - first // 4
     expected = [prefix + n * pieces for n in (first, first, second)]
     assert counts(model, pixels(name))[:3] == expected
+
+
+def test_intents_within_windows():
+    x = pixels("vit")
+    model = sttm.apply(vit(), keep=100, layers=[1], window=(1, 4, 4), trace=True)
+    assert counts(model, x)[-1] == 101
+    model = sttm.apply(model, r=0.25, layers=[1], window=(1, 4, 4), protect=[4, 9, 40, 41], trace=True)
+    assert counts(model, x)[-1] == 145 - 140 // 4
+    model = sttm.apply(model, keep=130, layers=[1], window=(1, 4, 1))  # columns: nothing of a window may meet
+    with pytest.raises(RuntimeError, match="keep must be within reach of the merging layers"):
+        model(x)
+    with pytest.raises(ValueError, match="window must be None with flops"):
+        sttm.apply(model, flops=0.9, layers=[1], window=(1, 4, 4))
 
 
 def test_nothing_merges_of_a_share_of_none():

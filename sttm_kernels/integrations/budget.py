@@ -97,6 +97,8 @@ def fit(model: nn.Module, plain: Any, parts: Anatomy, keep: int | None, flops: f
             step.r = amount
     for step in steps:
         step.begun = any(merges(other.r) for other in steps[: step.layer])
+    if any(step.window is not None for step in steps):
+        return  # what can merge within windows is known when the grid is
     before = found
     for step, left in zip(steps, tokens.after([step.r for step in steps]), strict=True):
         after = left if unit is None else parts.num_prefix + left * unit
