@@ -504,7 +504,7 @@ def test_sttm_without_counts_leaves_out_empty_groups():
 @pytest.mark.parametrize(
     ("family", "arguments", "error", "message"),
     [
-        (vit, {"r": None}, TypeError, "r must be an int"),
+        (vit, {"r": None}, TypeError, "exactly one of r, keep and flops must be given"),
         (vit, {"r": -1}, ValueError, "r must be at least 0"),
         (vit, {"r": [1, 1, 1, 1]}, ValueError, "r must have at most one entry per merging layer, 3, got 4"),
         (vit, {"r": [1], "schedule": "rising"}, ValueError, "schedule must be 'constant'"),
