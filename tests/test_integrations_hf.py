@@ -183,19 +183,20 @@ def head(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.classifier(tokens[:, 0])
 
 
+@pytest.mark.parametrize("protect", [(), (11, 3, 4)], ids=["", "protected"])
 @pytest.mark.parametrize("r", [1, 5, [0, 6, 3], [7], 1000], ids=str)
 @pytest.mark.parametrize("family", [vit, videomae, vivit, vjepa2, timesformer_joint])
-def test_merging_model_is_the_plain_network(family, r):
+def test_merging_model_is_the_plain_network(family, r, protect):
     model, clip = build(family, torch.float64), pixels(family, dtype=torch.float64)
     prefix = 0 if family in (videomae, vjepa2) else 1
     counts = (r + [0, 0])[:3] if isinstance(r, list) else [r] * 3
     make = plain_timesformer if family is timesformer_joint else plain
     with torch.no_grad():
         tokens = plain_models.forward(
-            first_hidden(model, clip), [make(layer) for layer in layers_of(model)], counts, prefix
+            first_hidden(model, clip), [make(layer) for layer in layers_of(model)], counts, prefix, protect
         )
         expected = head(model, tokens)
-        sttm.apply(model, r=r)
+        sttm.apply(model, r=r, protect=protect)
         close("logits", logits(model, clip), expected)
 
 
