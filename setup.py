@@ -1,8 +1,11 @@
-"""Builds the CUDA extension `sttm_kernels._C` where there is an nvcc; needs no GPU and no PyTorch.
+"""Builds `sttm_kernels._cpu`, kernels for CPUs, with a C++ compiler, and `sttm_kernels._C`, those for GPUs, with nvcc.
+
+Needs no GPU and no PyTorch.
 
 Environment variables:
-    STTM_BUILD_CUDA: "auto" (default) builds it if nvcc is found, and installs without it, saying why in
+    STTM_BUILD_CPU: "auto" (default) builds the former if there is a compiler, and installs without it, saying why in
         `sttm-kernels info`, if not; "1" fails if it cannot be built; "0" installs without it.
+    STTM_BUILD_CUDA: likewise for the latter, if nvcc is found.
     CUDA_HOME: the toolkit; else that of the nvcc on PATH, else /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST: as for PyTorch, such as "8.0;9.0a+PTX". Default: DEFAULT_ARCHITECTURES as far as nvcc knows
         them, and PTX of the last of them, for GPUs yet to come.
@@ -14,11 +17,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +38,20 @@ CSRC = ROOT / "csrc"
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 0)
 OLDEST_ARCHITECTURE = 80
+COMPILERS = ("c++", "g++", "clang++")
+CPU_FLAGS = (
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DSTTM_CPU"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": (),
+        "avx2": _AVX2,
+        "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    }
+}
+"""Per machine, those that csrc/cpu/launch.cpp chooses from; on others, the baseline alone."""
 
 
 class CannotBuild(Exception):
@@ -45,11 +65,33 @@ class Nvcc:
     architectures: tuple[str, ...]  # without their letters
 
 
-def mode() -> str:
-    found = os.environ.get("STTM_BUILD_CUDA", "auto").strip() or "auto"
+def mode(variable: str = "STTM_BUILD_CUDA") -> str:
+    found = os.environ.get(variable, "auto").strip() or "auto"
     if found not in ("auto", "0", "1"):
-        raise SystemExit(f"STTM_BUILD_CUDA must be auto, 0 or 1, got {found!r}")
+        raise SystemExit(f"{variable} must be auto, 0 or 1, got {found!r}")
     return found
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    if given and shutil.which(given[0]) is None:
+        raise CannotBuild(f"CXX is {os.environ['CXX']}, but there is no such program")
+    found = given or [path for path in map(shutil.which, COMPILERS) if path is not None][:1]
+    if not found:
+        raise CannotBuild(f"there is no C++ compiler: CXX is not set, and none of {', '.join(COMPILERS)} is on PATH")
+    return found
+
+
+@cache
+def cpu_decision() -> tuple[list[str], str | None]:
+    """The compiler to build the CPU kernels with, or none and the reason why they are not built."""
+    if mode("STTM_BUILD_CPU") == "0":
+        return [], "STTM_BUILD_CPU=0"
+    try:
+        return find_compiler(), None
+    except CannotBuild as error:
+        return [], str(error)
 
 
 def find_nvcc() -> Nvcc:
@@ -155,18 +197,56 @@ def ninja_file(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> str:
     return "\n".join(lines)
 
 
+def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
+    import pybind11
+
+    include = [CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    compile_ = [*compiler, *CPU_FLAGS, *(f"-I{path}" for path in include)]
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    once = {CSRC / "cpu" / f"{name}.cpp" for name in ("launch", "module", "pool")}
+    once |= set((CSRC / "bindings").glob("*.cpp")) - {CSRC / "bindings" / "module.cpp"}
+    sets = INSTRUCTION_SETS.get(platform.machine().replace("AMD64", "x86_64"), {"baseline": ()})
+    rules = {"once": ("-O1",), **{name: ("-O3", *flags) for name, flags in sets.items()}}
+    lines = ["ninja_required_version = 1.5"]
+    for name, flags in rules.items():
+        isa = [] if name == "once" else [f"-DSTTM_ISA={name}"]
+        lines += [
+            f"rule {name}",
+            f"  command = {shlex.join([*compile_, *flags, *isa])} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    lines += ["rule link", f"  command = {shlex.join([*compiler, '-shared', '-pthread', *undefined])} $in -o $out"]
+    objects = []
+    for source in [*sorted(once), *sorted(set((CSRC / "cpu").glob("*.cpp")) - once)]:
+        for rule in ["once"] if source in once else sets:
+            objects.append(build / f"{rule}.{source.name}.o")
+            lines.append(f"build {_escape(objects[-1])}: {rule} {_escape(source)}")
+    lines += [f"build {_escape(target)}: link {' '.join(map(_escape, objects))}", ""]
+    return "\n".join(lines)
+
+
+def compile_cpu(compiler: list[str], build: Path, target: Path) -> None:
+    run_ninja({"build.ninja": cpu_ninja_file(compiler, build, target)}, build, target, compiler[0])
+
+
 def _escape(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def compile_extension(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> None:
+    about = {"STTM_NVCC_VERSION": nvcc.version, "STTM_ARCHITECTURES": " ".join(names)}
+    header = "".join(f'#define {name} "{value}"\n' for name, value in about.items())
+    texts = {"sttm_build_info.hpp": header, "build.ninja": ninja_file(nvcc, names, build, target)}
+    run_ninja(texts, build, target, str(nvcc.path))
+
+
+def run_ninja(texts: dict[str, str], build: Path, target: Path, compiler: str) -> None:
+    """Writes the files of a build and builds."""
     import ninja
 
     build.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    about = {"STTM_NVCC_VERSION": nvcc.version, "STTM_ARCHITECTURES": " ".join(names)}
-    header = "".join(f'#define {name} "{value}"\n' for name, value in about.items())
-    texts = {"sttm_build_info.hpp": header, "build.ninja": ninja_file(nvcc, names, build, target)}
     for name, text in texts.items():
         if not (build / name).exists() or (build / name).read_text() != text:
             (build / name).write_text(text)
@@ -174,44 +254,72 @@ def compile_extension(nvcc: Nvcc, names: list[str], build: Path, target: Path) -
     try:
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "-j", jobs], check=True)
     except subprocess.CalledProcessError as error:
-        raise CannotBuild(f"{nvcc.path} failed; what it said is in the log of this build (pip -v shows it)") from error
+        raise CannotBuild(f"{compiler} failed; what it said is in the log of this build (pip -v shows it)") from error
 
 
 class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        nvcc, names, reason = decision()
-        try:
-            if nvcc is None:
-                raise CannotBuild(reason)
-            build = Path(self.build_temp).resolve() / "sttm"
-            compile_extension(nvcc, names, build, Path(self.get_ext_fullpath(ext.name)).resolve())
-        except CannotBuild as error:
-            if mode() == "1":
-                raise SystemExit(f"STTM_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}") from None
-            print(f"sttm_kernels is installed without its CUDA kernels: {error}")
-            note(self, str(error))
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "sttm"
+        if ext.name == CPU.name:
+            self.attempt("cpu_reason", "STTM_BUILD_CPU", "CPU", lambda: build_cpu(build / "cpu", target))
         else:
-            note(self, None)
+            self.attempt("reason", "STTM_BUILD_CUDA", "CUDA", lambda: build_cuda(build, target))
+
+    def attempt(self, key: str, variable: str, kind: str, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except CannotBuild as error:
+            if mode(variable) == "1":
+                raise SystemExit(f"{variable}=1, but the {kind} kernels cannot be built: {error}") from None
+            print(f"sttm_kernels is installed without its {kind} kernels: {error}")
+            note(self, **{key: str(error)})
+        else:
+            note(self, **{key: None})
+
+
+def build_cpu(build: Path, target: Path) -> None:
+    compiler, reason = cpu_decision()
+    if reason is not None:
+        raise CannotBuild(reason)
+    compile_cpu(compiler, build, target)
+
+
+def build_cuda(build: Path, target: Path) -> None:
+    nvcc, names, reason = decision()
+    if nvcc is None:
+        raise CannotBuild(reason)
+    compile_extension(nvcc, names, build, target)
 
 
 class BuildPackage(build_py):
     def run(self) -> None:
         super().run()
-        if not self.distribution.has_ext_modules():
-            note(self, decision()[2])
+        note(self)
 
 
-def note(command: build_ext | build_py, reason: str | None) -> None:
-    """Leaves word in the package of why the extension is not there, for `sttm-kernels info`."""
+_reasons: dict[str, str | None] = {}
+
+
+def note(command: build_ext | build_py, **reasons: str | None) -> None:
+    """Leaves word in the package of why an extension is not there, for `sttm-kernels info`."""
+    _reasons.update(reasons)
+    found = {"reason": decision()[2], "cpu_reason": cpu_decision()[1], **_reasons}
     in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
     package = (ROOT if in_place else Path(command.build_lib)) / "sttm_kernels"
     package.mkdir(parents=True, exist_ok=True)
-    (package / "_build.json").write_text(json.dumps({"reason": reason}) + "\n")
+    (package / "_build.json").write_text(json.dumps(found) + "\n")
 
+
+CPU, CUDA = (
+    Extension("sttm_kernels._cpu", sources=[], optional=True),
+    Extension("sttm_kernels._C", sources=[], optional=True),
+)
 
 if __name__ == "__main__":
-    wanted = mode() == "1" or decision()[0] is not None
+    wanted = [(CPU, mode("STTM_BUILD_CPU") == "1" or cpu_decision()[1] is None)]
+    wanted += [(CUDA, mode() == "1" or decision()[0] is not None)]
     setup(
-        ext_modules=[Extension("sttm_kernels._C", sources=[])] if wanted else [],
+        ext_modules=[extension for extension, want in wanted if want],
         cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
     )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|all].
-#   fast    lint, types, and the verbs in plain PyTorch: under a minute once the environment exists
+#   fast    lint, types, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU under sanitizers
 #   all     all of this and every other test, the older of the two major versions of transformers in a process of its

@@ -14,12 +14,13 @@ import torch
 from sttm_kernels.torch_private import tf32 as tf32
 
 VERBS = ("assign", "match", "merge", "assign_merge", "unmerge", "compose", "soft_merge")
-IMPLEMENTATIONS = ("cuda", "triton", "torch", "reference")
+IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch", "reference")
 MIN_CAPABILITY = (8, 0)
 
 _MODULES = {
     "cuda": "sttm_kernels.impl.cuda",
     "triton": "sttm_kernels.impl.triton",
+    "cpu": "sttm_kernels.impl.cpu",
     "torch": "sttm_kernels.impl.eager",
     "reference": "sttm_kernels.reference",
 }
@@ -63,6 +64,9 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
         return f"the {impl} kernels take float32, bfloat16 and float16, not float64"
     if impl == "triton" and interpreting():
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
+    if impl == "cpu":
+        needs_cpu = f"the cpu kernels need CPU tensors, got {device_type}"
+        return importlib.import_module(_MODULES[impl]).why_not(verb, device) if device_type == "cpu" else needs_cpu
     if device_type != "cuda":
         return f"the {impl} kernels need CUDA tensors, got {device_type}"
     if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
@@ -71,9 +75,10 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
 
 
 def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The implementation that `auto` takes: the first of cuda, triton and torch that can run. Never the interpreter."""
-    for impl in ("cuda", "triton"):
-        if torch.device(device).type == "cuda" and why_not(verb, impl, device, dtype) is None:
+    """The implementation that `auto` takes: on GPUs the first of cuda, triton and torch that can run, on CPUs cpu or
+    torch. Never the interpreter."""
+    for impl in {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(torch.device(device).type, ()):
+        if why_not(verb, impl, device, dtype) is None:
             return impl
     return "torch"
 

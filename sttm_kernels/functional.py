@@ -2,15 +2,14 @@
 
 Common to all of them. B is the batch, N tokens, K groups. Floating inputs are float32, bfloat16, float16 or float64, in
 any memory layout. Sums, scores, counts and positions are float32, float64 for float64 inputs. The same input gives the
-same bits in every run (on a CPU: with the same number of threads) and whatever else is in the batch;
-`impl="reference"` promises this on CPUs only, and `impl="torch"` on GPUs leaves products to cuBLAS, whose choice of
-kernel may depend on the batch. Nothing
+same bits in every run and whatever else is in the batch; `impl="torch"` and "reference" promise this on CPUs with the
+same number of threads, and on GPUs leave products to cuBLAS, whose choice of kernel may depend on the batch. Nothing
 synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
 
 DTensors are taken and returned where all tensors are: a sharded batch stays sharded, so do channels of x that are only
 carried along, other shardings are gathered first; gradients come back as the inputs are sharded.
 
-`impl` is "cuda", "triton", "torch", "reference", or "auto", the first of the first three that can run here.
+`impl` is "cuda", "triton", "cpu", "torch", "reference", or "auto", the first of the first four that can run here.
 
 Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, range or name,
 `RuntimeError` if an `impl` asked for by name cannot run, with the reason.

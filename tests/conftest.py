@@ -34,13 +34,14 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """One on the CPU, by the environment; with a GPU and no kernels on the CPU, all three on that too."""
+    """On the CPU by the environment, else two; with a GPU and no kernels of its own on the CPU, three on that too."""
     if dispatch.interpreting():
         return [Backend("triton", "cpu")]
     if dispatch.on_host():
         return [Backend("cuda", "cpu")]
     on_gpu = [Backend(impl, "cuda") for impl in ("torch", "triton", "cuda")]
-    return [Backend("torch", "cpu"), *(on_gpu if torch.cuda.is_available() else [])]
+    on_cpu = [Backend(impl, "cpu") for impl in ("torch", "cpu")]
+    return [*on_cpu, *(on_gpu if torch.cuda.is_available() else [])]
 
 
 def _as_param(backend: Backend) -> Any:

@@ -19,7 +19,7 @@ from sttm_kernels.cli import main
 def test_json_has_every_verb_and_implementation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"versions", "extension", "devices", "verbs"}
+    assert set(facts) == {"versions", "extension", "cpu_extension", "devices", "verbs"}
     assert facts["versions"]["sttm_kernels"] == sttm_kernels.__version__
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["python"] == platform.python_version()

@@ -21,7 +21,7 @@ for package in ("setuptools", "pybind11", "ninja"):
     pytest.importorskip(package)
 
 ROOT = Path(__file__).parent.parent
-VARIABLES = ("STTM_BUILD_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX")
+VARIABLES = ("STTM_BUILD_CPU", "STTM_BUILD_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def run_setup(tmp_path, *command, **variables):
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), *command],
-        cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True,
+        cwd=ROOT, env={**environment, "STTM_BUILD_CPU": "0", **variables}, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def build(tmp_path, **variables):
     return run_setup(tmp_path, "build", *places, **variables)
 
 
-def written(tmp_path):
-    return json.loads((tmp_path / "lib" / "sttm_kernels" / "_build.json").read_text())["reason"]
+def written(tmp_path, kind="reason"):
+    return json.loads((tmp_path / "lib" / "sttm_kernels" / "_build.json").read_text())[kind]
 
 
 @pytest.mark.parametrize("broken", ["missing", "compiles nothing"])

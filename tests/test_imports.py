@@ -14,8 +14,10 @@ PACKAGE = Path(sttm_kernels.__file__).parent
 HEAVY = (
     "triton",
     "sttm_kernels._C",
+    "sttm_kernels._cpu",
     "sttm_kernels.impl.triton",
     "sttm_kernels.impl.cuda",
+    "sttm_kernels.impl.cpu",
     "matplotlib",
     "av",
     "tqdm",
@@ -64,7 +66,7 @@ def test_public_modules_need_no_test_framework(module):
 
 
 ROOMS = {
-    "base": ("plan", "partition", "validate", "console", "torch_private", "dispatch", "sharding"),
+    "base": ("plan", "partition", "validate", "console", "torch_private", "dispatch", "sharding", "extension"),
     "reference": ("reference",),
     "impl": ("impl",),
     "ops": ("operator", "ops"),

@@ -30,13 +30,17 @@ static void compose_arrays(const Array& index1, const Array& index2, int64_t num
     validate.run(compose, a, stream);
 }
 
+#if !defined(STTM_CPU)
 static std::optional<std::string> problem() {
-    const cudaError_t error = probe();
+    const Error error = probe();
     return error == cudaSuccess ? std::nullopt : std::optional<std::string>(cudaGetErrorString(error));
 }
+#endif
 
 void bind_unmerge(py::module_& m) {
+#if !defined(STTM_CPU)
     m.def("problem", &problem, "why no kernel can run on the current device, or None");
+#endif
     m.def("unmerge", &unmerge_arrays, py::arg("x"), py::arg("index"), py::arg("y"), py::arg("stream"),
           "y (B, N, C) = rows of x (B, K, C) along index (B, N)");
     m.def("compose", &compose_arrays, py::arg("index1"), py::arg("index2"), py::arg("num_groups"), py::arg("out"),

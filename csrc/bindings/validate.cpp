@@ -89,7 +89,7 @@ void Validate::check(const Array& array, const char* name, uint8_t code, int bit
 }
 
 void Validate::check_device(const Array& array, const char* name) {
-#if defined(STTM_HOST)
+#if defined(STTM_CPU) || defined(STTM_HOST)
     constexpr int32_t kDevice = dlpack::kCpu;
     constexpr const char* kWanted = " must be on the CPU, where this build of the kernels runs";
 #else
@@ -138,7 +138,16 @@ int64_t Validate::item_stride(const Array& array, const char* name) {
     return array.size(0) == 1 ? 0 : array.stride(0);
 }
 
-void Validate::fail(cudaError_t error) const {
+std::string Validate::shapes_text() const {
+    std::string text;
+    for (int i = 0; i < num_seen_; ++i)
+        text += (i ? ", " : " (") + std::string(seen_[i].first) + " " + seen_[i].second->shape_text();
+    return text + ")";
+}
+
+#if !defined(STTM_CPU)
+
+void Validate::fail(Error error) const {
     throw std::runtime_error(std::string("the CUDA kernels of ") + verb_ + " failed: " + cudaGetErrorString(error) +
                              shapes_text());
 }
@@ -146,13 +155,6 @@ void Validate::fail(cudaError_t error) const {
 void Validate::fail(const std::length_error& too_large) const {
     throw py::value_error(std::string("the arrays of ") + verb_ + " are too large: " + too_large.what() +
                           shapes_text());
-}
-
-std::string Validate::shapes_text() const {
-    std::string text;
-    for (int i = 0; i < num_seen_; ++i)
-        text += (i ? ", " : " (") + std::string(seen_[i].first) + " " + seen_[i].second->shape_text();
-    return text + ")";
 }
 
 #if defined(STTM_HOST)
@@ -174,7 +176,9 @@ Validate::OnDevice::~OnDevice() {
     if (before >= 0) cudaSetDevice(before);
 }
 
-#endif
+#endif  // STTM_HOST
+
+#endif  // STTM_CPU
 
 Reduce reduce_from(const std::string& name) {
     if (name == "mean") return Reduce::mean;

@@ -12,7 +12,8 @@
 
 namespace sttm {
 
-// Checks the arguments of one call, then runs its kernels: on the device of the arrays, without the GIL.
+// Checks the arguments of one call, then runs its kernels: on the device of the arrays, without the GIL. On a CPU,
+// `stream` is the number of threads.
 //
 //     Validate validate("unmerge");
 //     arguments.x = validate.rows(x, "x", {B, K, C}, arguments.dtype);
@@ -82,27 +83,39 @@ public:
     Mask mask(const MaybeArray& array, int64_t B, int64_t N);
     Rows float_rows(const MaybeArray& array, const char* name, int64_t B, int64_t N, int64_t P);
 
+#if defined(STTM_CPU)
     template <class Arguments>
-    void run(cudaError_t (*verb)(const Arguments&, cudaStream_t), const Arguments& arguments, uint64_t stream) {
-        cudaError_t error;
+    void run(void (*verb)(const Arguments&, Stream), const Arguments& arguments, uint64_t threads) {
+        const py::gil_scoped_release release;
+        verb(arguments, Stream{static_cast<int>(threads)});
+    }
+#else
+    template <class Arguments>
+    void run(Error (*verb)(const Arguments&, Stream), const Arguments& arguments, uint64_t stream) {
+        Error error;
         try {
             const py::gil_scoped_release release;
             const OnDevice guard(device_.id);
-            error = guard.error != cudaSuccess ? guard.error : verb(arguments, reinterpret_cast<cudaStream_t>(stream));
+            error = guard.error != cudaSuccess ? guard.error : verb(arguments, reinterpret_cast<Stream>(stream));
         } catch (const std::length_error& too_large) {
             fail(too_large);
         }
         if (error != cudaSuccess) fail(error);
     }
+#endif
 
 private:
+#if !defined(STTM_CPU)
     // Makes a device current, and the former one again at the end.
     struct OnDevice {
         explicit OnDevice(int device);
         ~OnDevice();
-        cudaError_t error = cudaSuccess;
+        Error error = cudaSuccess;
         int before = -1;
     };
+    [[noreturn]] void fail(Error error) const;
+    [[noreturn]] void fail(const std::length_error& too_large) const;
+#endif
 
     template <class T>
     static constexpr uint8_t code_of() {
@@ -115,8 +128,6 @@ private:
     void check_shape(const Array& array, const char* name, Shape shape);
     void check_dense(const Array& array, const char* name);
     int64_t item_stride(const Array& array, const char* name);
-    [[noreturn]] void fail(cudaError_t error) const;
-    [[noreturn]] void fail(const std::length_error& too_large) const;
     std::string shapes_text() const;
 
     const char* verb_;

@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
     Returns:
         "versions": package to version, None if it is not installed, and "cuda" as PyTorch was built for it;
         "extension": "reason", why there are no CUDA kernels, or None; then also "nvcc", "architectures" and "host";
+        "cpu_extension": "reason", why there are no CPU kernels, or None; then also "compiler" and "isa";
         "devices": a list of dicts with "device" and "name", for GPUs also "capability" and "memory_bytes";
         "verbs": for every verb and device type ("cpu", "cuda" if there is one) "auto", the implementation that is
         taken for float32 (None if the choice fails), and for every implementation None if it can run, or the reason
@@ -49,7 +50,8 @@ def collect() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             **{package: _version(package) for package in OPTIONAL},
         },
-        "extension": _extension(),
+        "extension": _extension("cuda"),
+        "cpu_extension": _extension("cpu"),
         "devices": _devices(),
         "verbs": {verb: {kind: _implementations(verb, kind) for kind in kinds} for verb in dispatch.VERBS},
     }
@@ -62,9 +64,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _extension() -> dict[str, Any]:
+def _extension(impl: str) -> dict[str, Any]:
     try:
-        return importlib.import_module("sttm_kernels.impl.cuda").build_info()
+        return importlib.import_module(f"sttm_kernels.impl.{impl}").build_info()
     except Exception as error:
         return {"reason": f"cannot be loaded: {type(error).__name__}: {error}"}
 
@@ -116,6 +118,9 @@ def _table(facts: dict[str, Any]) -> str:
         lines.append(f"  {'compiled for the CPU' if built['host'] else by_nvcc}")
     else:
         lines += textwrap.wrap(built["reason"], 100, initial_indent="  ", subsequent_indent="  ")
+    built = facts["cpu_extension"]
+    about = built["reason"] or f"{built['isa']}, compiler {built['compiler']}"
+    lines += ["", "CPU kernels", *textwrap.wrap(about, 100, initial_indent="  ", subsequent_indent="  ")]
     lines += ["", "devices"]
     for device in facts["devices"]:
         more = f", compute capability {device['capability']}" if "capability" in device else ""

@@ -1,19 +1,30 @@
-// What the launchers take: device pointers, extents and strides in elements. No PyTorch, no Python, any C++17 compiler.
+// What the launchers take: pointers, extents and strides in elements. No PyTorch, no Python, any C++17 compiler.
 //
 // Unless said otherwise an array is dense, row-major, and a pointer that is null stands for an argument not given or a
-// result not asked for. `x`, `q`, `meta` may have any strides. Launchers allocate nothing, wait for nothing and can be
-// captured in a CUDA graph.
+// result not asked for. `x`, `q`, `meta` may have any strides. The launchers of CUDA allocate nothing, wait for nothing
+// and can be captured in a CUDA graph. Those of the CPU (STTM_CPU) return when the results are there, take scratch
+// memory of their own and leave alone what is called scratch here.
 #pragma once
 
 #include <cstdint>
 
 #if defined(STTM_HOST)
 #include "../../host/cuda_on_host.hpp"
-#else
+#elif !defined(STTM_CPU)
 #include <cuda_runtime_api.h>
 #endif
 
 namespace sttm {
+
+#if defined(STTM_CPU)
+using Error = void;  // what goes wrong is thrown
+struct Stream {
+    int threads;  // how many may work
+};
+#else
+using Error = cudaError_t;
+using Stream = cudaStream_t;
+#endif
 
 // Of features. Scores, weights, sizes, positions and masses are float, indices int32_t, masks bytes of 0 or 1.
 enum class DType : int32_t { float32, float16, bfloat16 };
@@ -36,7 +47,7 @@ struct UnmergeArguments {
     const int32_t* index;
     void* y;
 };
-cudaError_t unmerge(const UnmergeArguments&, cudaStream_t);
+Error unmerge(const UnmergeArguments&, Stream);
 
 // out (B, N) = index2[b, index1[b, n]], index1 (B, N), index2 (B, K); -1 where either leads nowhere.
 struct ComposeArguments {
@@ -44,10 +55,12 @@ struct ComposeArguments {
     const int32_t *index1, *index2;
     int32_t* out;
 };
-cudaError_t compose(const ComposeArguments&, cudaStream_t);
+Error compose(const ComposeArguments&, Stream);
 
+#if !defined(STTM_CPU)
 // Whether kernels can run on the current device: a driver that is new enough, code for its architecture.
-cudaError_t probe();
+Error probe();
+#endif
 
 // order (B, N), the tokens sorted by group and then by token, those without a group last; offsets (B, K + 1), where in
 // it each group begins. other (B, N) is scratch.
@@ -56,7 +69,7 @@ struct CsrArguments {
     const int32_t* index;
     int32_t *order, *offsets, *other;
 };
-cudaError_t csr(const CsrArguments&, cudaStream_t);
+Error csr(const CsrArguments&, Stream);
 
 // What similarity is measured on: item b, head h, row n, feature d at data[b * stride_b + h * stride_h + n * stride_n +
 // d * stride_d], averaged over the heads.
@@ -88,7 +101,7 @@ struct MatchArguments {
     int32_t *partner, *arrived;
     void* mean;
 };
-cudaError_t match(const MatchArguments&, cudaStream_t);
+Error match(const MatchArguments&, Stream);
 
 // merge x (B, N, C) to y (B, K, C); positions (B, N, P), items dense; fill (B, K, C), items dense, or null.
 // The tokens of each group come from `order` (B, N) and `offsets` (B, K + 1). If `other` (B, N), scratch, is given,
@@ -107,7 +120,7 @@ struct MergeArguments {
     void* y;
     float *size_out, *positions_out, *mass_out;
 };
-cudaError_t merge(const MergeArguments&, cudaStream_t);
+Error merge(const MergeArguments&, Stream);
 
 // Gradients of what is asked for. `order` and `offsets` are needed for max and first and with `dot`, and are made of
 // `index` if `other` is given, as in merge. `dot`, scratch (1, or 2 for sum, B, N), is needed where the gradient of
@@ -130,7 +143,7 @@ struct MergeBackwardArguments {
     float *grad_weight, *grad_size_in, *grad_positions_in, *dot;
     bool to_winners;  // set by the launcher
 };
-cudaError_t merge_backward(const MergeBackwardArguments&, cudaStream_t);
+Error merge_backward(const MergeBackwardArguments&, Stream);
 
 // One float, or one byte of 0 or 1, per row of a batch item; data null if there is none.
 struct Column {
@@ -156,7 +169,7 @@ struct AssignArguments {
     int32_t* index;
     float *score, *lse, *weight;
 };
-cudaError_t assign(const AssignArguments&, cudaStream_t);
+Error assign(const AssignArguments&, Stream);
 
 // Gradients of score and, if grad_lse is given, of lse, with respect to q (its shape) and meta (B, K, D), either null
 // if not asked for. A row whose index is outside of [0, K) has none.
@@ -172,7 +185,7 @@ struct AssignBackwardArguments {
     Column grad_score, grad_lse;
     void *grad_q, *grad_meta;
 };
-cudaError_t assign_backward(const AssignBackwardArguments&, cudaStream_t);
+Error assign_backward(const AssignBackwardArguments&, Stream);
 
 // assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in
 // one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
@@ -180,9 +193,14 @@ struct AssignMergeArguments {
     AssignArguments assign;
     MergeArguments merge;
 };
+#if defined(STTM_CPU)
+constexpr int kAssignMergeTokens = INT32_MAX;
+constexpr int kAssignMergeGroups = INT32_MAX;
+#else
 constexpr int kAssignMergeTokens = 256;
 constexpr int kAssignMergeGroups = 128;
-cudaError_t assign_merge(const AssignMergeArguments&, cudaStream_t);
+#endif
+Error assign_merge(const AssignMergeArguments&, Stream);
 
 // What soft_merge and its gradients are made of: x (B, N, C), q (B, heads, N, D), meta (B, heads, K, D), positions
 // (B, N, P), of floats. The softmax is over meta tokens (over_meta) or over tokens.
@@ -205,7 +223,7 @@ struct SoftMergeArguments : SoftMergeInputs {
     void* y;
     float *size_out, *positions_out, *lse;
 };
-cudaError_t soft_merge(const SoftMergeArguments&, cudaStream_t);
+Error soft_merge(const SoftMergeArguments&, Stream);
 
 // Gradients of what is asked for, given those of y (B, K, C), size_out and positions_out (B, K, P), each null if there
 // is none. `mass` is size_out. shift (B, K) is scratch that grad_q, grad_meta and grad_size_in (B, N) need; grad_q and
@@ -219,6 +237,6 @@ struct SoftMergeBackwardArguments : SoftMergeInputs {
     void *grad_x, *grad_q, *grad_meta;
     float *grad_size_in, *grad_positions_in, *shift;
 };
-cudaError_t soft_merge_backward(const SoftMergeBackwardArguments&, cudaStream_t);
+Error soft_merge_backward(const SoftMergeBackwardArguments&, Stream);
 
 }  // namespace sttm

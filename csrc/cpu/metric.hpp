@@ -1,0 +1,140 @@
+// What similarity is measured on, in the two forms that a product takes its operands.
+#pragma once
+
+#include "simd.hpp"
+
+namespace sttm::cpu::STTM_ISA {
+namespace {
+
+constexpr float kNormFloor = 1e-6f;
+
+// A block holds kRows tokens, and a row of kRows floats for each feature; rows of zeros follow to a multiple of kRows.
+inline int64_t block_rows(int64_t D) { return ceil_div(D, kRows) * kRows; }
+inline int64_t block_size(int64_t D) { return block_rows(D) * kRows; }
+
+// acc[r][v] += sum over d of a[d kStepD + r kStepR] times vector v of row d of b. The sum runs in the order of d, so it
+// depends on its own terms alone.
+template <int kR, int kV, int kStepD, int kStepR>
+inline void product(Floats (&acc)[kR][kV], int64_t depth, const float* a, const float* b, int64_t step_b) {
+    for (int64_t d = 0; d < depth; ++d, a += kStepD, b += step_b) {
+        Floats row[kV];
+        STTM_UNROLL
+        for (int v = 0; v < kV; ++v) row[v] = load(b + v * kWidth);
+        STTM_UNROLL
+        for (int r = 0; r < kR; ++r) {
+            const Floats factor = splat(a[r * kStepR]);
+            STTM_UNROLL
+            for (int v = 0; v < kV; ++v) acc[r][v] += factor * row[v];
+        }
+    }
+}
+
+// Features [d, d + kWidth) or up to D of token n, averaged over heads.
+template <class T>
+inline Floats features(const Metric& m, int64_t b, int64_t n, int d, int D) {
+    const T* const at = static_cast<const T*>(m.data) + b * m.stride_b + n * m.stride_n + d * m.stride_d;
+    Floats sum = load_up_to(at, D - d, m.stride_d);
+    if (m.heads == 1) return sum;
+    for (int h = 1; h < m.heads; ++h) sum += load_up_to(at + h * m.stride_h, D - d, m.stride_d);
+    return sum / static_cast<float>(m.heads);
+}
+
+// Lanes [0, h) and [2h, 3h), ... of rows i and i + h change places with each other's, for the h that halve kWidth.
+template <int h>
+inline void transpose(Floats (&rows)[kWidth]) {
+    Ints low, high;
+    STTM_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+        low[j] = (j & h) == 0 ? j : kWidth + j - h;
+        high[j] = (j & h) == 0 ? j + h : kWidth + j;
+    }
+    STTM_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+        if (i & h) continue;
+        const Floats a = rows[i], b = rows[i + h];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + h] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (h > 1) transpose<h / 2>(rows);
+}
+
+// A panel: kPanel tokens, one to a lane, feature d of them at panel[d kPanel]. `token(lane)` is the token in a lane, -1
+// for zeros.
+template <class T, class F>
+void pack_panel(const Metric& m, int64_t b, int D, float* panel, const F& token) {
+    for (int v = 0; v < kVectors; ++v) {
+        int64_t tokens[kWidth];
+        for (int i = 0; i < kWidth; ++i) tokens[i] = token(v * kWidth + i);
+        for (int d = 0; d < D; d += kWidth) {
+            Floats rows[kWidth];
+            STTM_UNROLL
+            for (int i = 0; i < kWidth; ++i) rows[i] = tokens[i] < 0 ? Floats{} : features<T>(m, b, tokens[i], d, D);
+            transpose<kWidth / 2>(rows);
+            float* const to = panel + int64_t(d) * kPanel + v * kWidth;
+            if (d + kWidth <= D) {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i) store(to + i * kPanel, rows[i]);
+            } else {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i)
+                    if (d + i < D) store(to + i * kPanel, rows[i]);
+            }
+        }
+    }
+}
+
+// The features of a panel, times `scale`, to the rows of its first `count` tokens.
+template <class T>
+void unpack_panel(const float* panel, int D, float scale, int count, T* rows, int64_t step) {
+    for (int v = 0; v * kWidth < count; ++v)
+        for (int d = 0; d < D; d += kWidth) {
+            Floats part[kWidth];
+            STTM_UNROLL
+            for (int i = 0; i < kWidth; ++i)
+                part[i] = d + i < D ? load(panel + int64_t(d + i) * kPanel + v * kWidth) * scale : Floats{};
+            transpose<kWidth / 2>(part);
+            for (int i = 0; i < min(kWidth, count - v * kWidth); ++i)
+                store_up_to(rows + (v * kWidth + i) * step + d, part[i], D - d);
+        }
+}
+
+// |q|^2 of the tokens of a panel.
+inline void squares(const float* panel, int D, Floats (&square)[kVectors]) {
+    for (int v = 0; v < kVectors; ++v) square[v] = Floats{};
+    for (int d = 0; d < D; ++d)
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats x = load(panel + int64_t(d) * kPanel + v * kWidth);
+            square[v] += x * x;
+        }
+}
+// 1 / max(|q|, floor) of |q|^2.
+inline Floats inverse_norm(Floats square) {
+    for (int i = 0; i < kWidth; ++i) square[i] = __builtin_sqrtf(square[i]);
+    return 1.0f / (square < kNormFloor ? splat(kNormFloor) : square);
+}
+
+// A block: kRows tokens, feature d of token r at block[d kRows + r], of unit length if `unit`; zeros for tokens of -1.
+// Writes 1 / max(|q|, floor) to inverse and |q|^2 to square, unless they are null. `row` is scratch for D + kWidth.
+template <class T, class F>
+void pack_block(const Metric& m, int64_t b, int D, bool unit, float* block, float* row, const F& token,
+                float* inverse = nullptr, float* square = nullptr) {
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t n = token(r);
+        Floats sum{};
+        for (int d = 0; d < D; d += kWidth) {
+            const Floats x = n < 0 ? Floats{} : features<T>(m, b, n, d, D);
+            sum += x * x;
+            store(row + d, x);
+        }
+        const float total = sum_of(sum), norm = __builtin_sqrtf(total);
+        const float scale = 1 / (norm < kNormFloor ? kNormFloor : norm);
+        if (inverse != nullptr) inverse[r] = scale;
+        if (square != nullptr) square[r] = total;
+        const float factor = unit ? scale : 1;
+        for (int d = 0; d < D; ++d) block[int64_t(d) * kRows + r] = row[d] * factor;
+        for (int64_t d = D; d < block_rows(D); ++d) block[d * kRows + r] = 0;
+    }
+}
+
+}  // namespace
+}  // namespace sttm::cpu::STTM_ISA

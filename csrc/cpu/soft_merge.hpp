@@ -1,0 +1,63 @@
+// What both ways of the soft merge share.
+#pragma once
+
+#include "similarity.hpp"
+
+namespace sttm::cpu::STTM_ISA {
+namespace {
+
+inline void inputs_from_item(SoftMergeInputs& a, int64_t b) {
+    advance(a.x.data, a.dtype, b * a.x.stride_b);
+    advance(a.q.data, a.dtype, b * a.q.stride_b);
+    advance(a.meta.data, a.dtype, b * a.meta.stride_b);
+    advance(a.size.data, b * a.size.stride_b);
+    advance(a.mask.data, b * a.mask.stride_b);
+    advance(a.positions.data, DType::float32, b * a.positions.stride_b);
+}
+
+// 1 or the size of the tokens of a panel, 0 for those that are not real.
+inline void load_sizes(const SoftMergeInputs& a, int64_t b, int start, float* real, float* size) {
+    for (int i = 0; i < kPanel; ++i) {
+        const int64_t n = start + i;
+        real[i] = n < a.N && is_real(a.mask, b, n);
+        size[i] = real[i] == 0 ? 0 : a.size.data == nullptr ? 1 : a.size.data[b * a.size.stride_b + n * a.size.stride_n];
+    }
+}
+
+// S (K, kPanel) of a panel.
+inline void load_similarities(const SoftMergeInputs& a, const Meta& meta, int64_t b, const Panel& panel, float* tile) {
+    for (int block = 0; block < meta.num_blocks; ++block) {
+        Floats S[kRows][kVectors];
+        similarities(a, meta, b, block, panel, S);
+        for (int r = 0; r < kRows; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                store(tile + (int64_t(block) * kRows + r) * kPanel + v * kWidth, S[r][v]);
+    }
+}
+
+// lse over the meta tokens of the tokens of a panel, of S.
+inline void lse_over_meta(const SoftMergeInputs& a, const float* tile, float* lse) {
+    for (int v = 0; v < kVectors; ++v) {
+        Floats best = splat(-kInfinity), sum{};
+        for (int64_t k = 0; k < a.K; ++k) {
+            const Floats S = load(tile + k * kPanel + v * kWidth);
+            best = S > best ? S : best;
+        }
+        for (int64_t k = 0; k < a.K; ++k) sum += exp(load(tile + k * kPanel + v * kWidth) - best);
+        store(lse + v * kWidth, best + log(sum));
+    }
+}
+
+// S becomes A, 0 for tokens that are not real. lse is of the lanes if over_meta, else of the meta tokens.
+inline void attend(const SoftMergeInputs& a, const float* lse, const float* real, int64_t rows, float* tile) {
+    for (int64_t k = 0; k < rows; ++k)
+        for (int v = 0; v < kVectors; ++v) {
+            float* const at = tile + k * kPanel + v * kWidth;
+            const Floats shift = a.over_meta ? load(lse + v * kWidth) : splat(k < a.K ? lse[k] : 0.0f);
+            const Floats A = exp(load(at) - shift);
+            store(at, load(real + v * kWidth) == 0.0f ? Floats{} : A);
+        }
+}
+
+}  // namespace
+}  // namespace sttm::cpu::STTM_ISA

@@ -1,0 +1,189 @@
+// Gradients of the soft merge: A is worked out again, a panel of tokens at a time.
+#include "soft_merge.hpp"
+
+namespace sttm::cpu::STTM_ISA {
+
+namespace {
+
+// What a group hands to its tokens: rows g_k / mass_k of y and of positions as blocks of `columns` rows, and what is
+// the same for every token, <gradient of size'_k> - <g_k, y_k> / mass_k - <gradient of p_k, p_k> / mass_k.
+struct Groups {
+    const float *blocks, *constant, *of_size;  // of_size: gradient of size'_k times mass_k
+    int64_t columns;
+};
+
+template <class T>
+Groups pack_groups(const SoftMergeBackwardArguments& a, const Meta& meta, int threads) {
+    const int64_t columns = block_rows(int64_t(a.C) + a.P), rows = meta.rows();
+    float* const blocks = take<float>(a.B * rows * columns);
+    float *const constant = take<float>(a.B * rows), *const of_size = take<float>(a.B * rows);
+    const T *const grad_y = static_cast<const T*>(a.grad_y.data), *const y = static_cast<const T*>(a.y);
+    const float* const grad_p = static_cast<const float*>(a.grad_positions.data);
+    parallel_for(a.B * rows, threads, [&](int64_t task, int) {
+        const int64_t b = task / rows, k = task % rows;
+        const bool real = k < a.K;
+        const float mass = real ? a.mass[b * a.K + k] : 0, inverse = mass == 0 ? 0 : 1 / mass;
+        const float grad_size = real && a.grad_size.data != nullptr
+                                    ? a.grad_size.data[b * a.grad_size.stride_b + k * a.grad_size.stride_n]
+                                    : 0;
+        float* const to = blocks + (b * rows + k / kRows * kRows) * columns + k % kRows;
+        Floats dot{};
+        for (int c = 0; c < a.C; c += kWidth) {
+            Floats g{};
+            if (mass != 0 && grad_y != nullptr) {
+                const T* const at = grad_y + b * a.grad_y.stride_b + k * a.grad_y.stride_n + c * a.grad_y.stride_c;
+                g = load_up_to(at, a.C - c, a.grad_y.stride_c) * inverse;
+                dot += g * load_up_to(y + (b * a.K + k) * a.C + c, a.C - c, 1);
+            }
+            for (int i = 0; i < min(kWidth, a.C - c); ++i) to[int64_t(c + i) * kRows] = g[i];
+        }
+        float total = sum_of(dot);
+        for (int p = 0; p < a.P; ++p) {
+            float g = 0;
+            if (mass != 0 && grad_p != nullptr) {
+                g = inverse * grad_p[b * a.grad_positions.stride_b + k * a.grad_positions.stride_n +
+                                     p * a.grad_positions.stride_c];
+                total += g * a.positions_out[(b * a.K + k) * a.P + p];
+            }
+            to[int64_t(a.C + p) * kRows] = g;
+        }
+        for (int64_t c = int64_t(a.C) + a.P; c < columns; ++c) to[c * kRows] = 0;
+        constant[task] = grad_size - total;
+        of_size[task] = grad_size * mass;
+    });
+    return {blocks, constant, of_size, columns};
+}
+
+// Features and positions of the tokens of a panel, one to a lane; zeros for those that are not real.
+template <class T>
+void load_features(const SoftMergeBackwardArguments& a, int64_t b, int start, const float* real, float* panel) {
+    const Metric x{a.x.data, 1, a.x.stride_b, 0, a.x.stride_n, a.x.stride_c};
+    pack_panel<T>(x, b, a.C, panel, [&](int i) { return real[i] == 0 ? -1 : start + i; });
+    const float* const p = static_cast<const float*>(a.positions.data);
+    for (int j = 0; j < a.P; ++j)
+        for (int i = 0; i < kPanel; ++i)
+            panel[(int64_t(a.C) + j) * kPanel + i] =
+                real[i] == 0 ? 0
+                             : p[b * a.positions.stride_b + (start + i) * a.positions.stride_n + j * a.positions.stride_c];
+}
+
+// dL/dA without its factor size_n: T[k, n] = constant_k + <g_k, x_n> + <gradient of p_k, p_n>, (K, kPanel).
+void worth(const SoftMergeBackwardArguments& a, const Groups& groups, const Meta& meta, int64_t b, const float* panel,
+           float* tile) {
+    const float* const blocks = groups.blocks + b * meta.rows() * groups.columns;
+    for (int block = 0; block < meta.num_blocks; ++block) {
+        Floats sum[kRows][kVectors] = {};
+        product<kRows, kVectors, kRows, 1>(sum, int64_t(a.C) + a.P, blocks + block * kRows * groups.columns, panel, kPanel);
+        for (int r = 0; r < kRows; ++r)
+            for (int v = 0; v < kVectors; ++v)
+                store(tile + (int64_t(block) * kRows + r) * kPanel + v * kWidth,
+                      sum[r][v] + groups.constant[b * meta.rows() + block * kRows + r]);
+    }
+}
+
+// Of A and T: the gradient of sizes to `sum`, and W, A times sizes, over A; dS over T. `of_size` is null where the
+// gradient of size' is nothing.
+void through_softmax(const SoftMergeBackwardArguments& a, const Meta& meta, const float* size, const float* of_size,
+                     float* A, float* T, float* sum) {
+    for (int v = 0; v < kVectors; ++v) {
+        Floats total{};
+        for (int64_t k = 0; k < a.K; ++k)
+            total += load(A + k * kPanel + v * kWidth) * load(T + k * kPanel + v * kWidth);
+        store(sum + v * kWidth, total);
+        const Floats n = load(size + v * kWidth);
+        for (int64_t k = 0; k < meta.rows(); ++k) {
+            float *const share = A + k * kPanel + v * kWidth, *const t = T + k * kPanel + v * kWidth;
+            const Floats w = load(share) * n;
+            Floats off = a.over_meta ? load(share) * (n * total) : Floats{};
+            if (!a.over_meta && of_size != nullptr) off = load(share) * of_size[k];
+            store(t, (w * load(t) - off) * a.inverse_temperature);
+            store(share, w);
+        }
+    }
+}
+
+template <class T>
+void write_tokens(const SoftMergeBackwardArguments& a, int64_t b, int start, const float* sum, const float* grad) {
+    const int count = min(kPanel, a.N - start);
+    for (int i = 0; i < count && a.grad_size_in != nullptr; ++i) a.grad_size_in[b * a.N + start + i] = sum[i];
+    if (a.grad_x != nullptr)
+        unpack_panel(grad, a.C, 1.0f, count, static_cast<T*>(a.grad_x) + (b * a.N + start) * a.C, a.C);
+    for (int i = 0; i < count && a.grad_positions_in != nullptr; ++i)
+        for (int p = 0; p < a.P; ++p)
+            a.grad_positions_in[(b * a.N + start + i) * a.P + p] = grad[(int64_t(a.C) + p) * kPanel + i];
+}
+
+template <class T>
+void soft_merge_backward_typed(const SoftMergeBackwardArguments& a, Stream stream) {
+    const Meta meta = pack_meta<T>(a, stream);
+    const Chunks chunks = chunks_of(a.N);
+    const int threads = threads_for(stream, int64_t(a.B) * a.N * (a.K + kRows) * (a.D + a.C));
+    const Groups groups = pack_groups<T>(a, meta, threads);
+    const bool of_tokens = a.grad_x != nullptr || a.grad_positions_in != nullptr;
+    const bool of_metric = a.grad_q != nullptr || a.grad_meta != nullptr;
+    const int64_t panel_size = int64_t(a.D) * kPanel, tile_size = meta.rows() * kPanel;
+    const int64_t wide_size = groups.columns * kPanel;
+    float* const packed = take<float>(threads * panel_size);
+    float* const tiles = take<float>(threads * (1 + kTogether) * tile_size);
+    float* const wide = take<float>(threads * wide_size);
+    const PullBack<T, SoftMergeBackwardArguments> back(a, meta, chunks, threads);
+    parallel_for(int64_t(a.B) * chunks.count, threads, [&](int64_t chunk, int slot) {
+        const int64_t b = chunk / chunks.count;
+        const int first = static_cast<int>(chunk % chunks.count) * chunks.step;
+        const int last = min(chunks.panels, first + chunks.step);
+        Panel panel;
+        panel.q = packed + slot * panel_size;
+        float *const A = tiles + slot * (1 + kTogether) * tile_size, *const x = wide + slot * wide_size;
+        float* const together = A + tile_size;
+        back.begin(chunk, false);
+        for (int i = first; i < last; ++i) {
+            const int start = i * kPanel, at = (i - first) % kTogether;
+            float* const dS = together + at * tile_size;
+            float real[kPanel], size[kPanel], lse[kPanel] = {}, sum[kPanel];
+            load_sizes(a, b, start, real, size);
+            load_panel<T>(a, b, start, [&](int64_t n) { return is_real(a.mask, b, n); }, panel);
+            load_similarities(a, meta, b, panel, A);
+            for (int j = 0; j < kPanel && start + j < a.N && a.over_meta; ++j) lse[j] = a.lse[b * a.N + start + j];
+            attend(a, a.over_meta ? lse : a.lse + b * a.K, real, meta.rows(), A);
+            load_features<T>(a, b, start, real, x);
+            worth(a, groups, meta, b, x, dS);
+            through_softmax(a, meta, size, a.grad_size.data == nullptr ? nullptr : groups.of_size + b * meta.rows(), A,
+                            dS, sum);
+            if (of_tokens)
+                sum_over_meta(A, groups.blocks + b * meta.rows() * groups.columns, meta.num_blocks, groups.columns, x);
+            write_tokens<T>(a, b, start, sum, x);
+            if (!of_metric) continue;
+            back.panel(panel, b, chunk, start, dS, slot, at);
+            if (at + 1 == kTogether || i + 1 == last) back.add_up(chunk, together, at + 1, i - first == at, slot);
+        }
+    });
+    if (a.grad_meta != nullptr)
+        parallel_for(int64_t(a.B) * a.K, threads, [&](int64_t k, int) { back.finish(k / a.K, k % a.K); });
+}
+
+void from_item(SoftMergeBackwardArguments& a, int64_t b) {
+    inputs_from_item(a, b);
+    advance(a.grad_y.data, a.dtype, b * a.grad_y.stride_b);
+    advance(a.grad_size.data, b * a.grad_size.stride_b);
+    advance(a.grad_positions.data, DType::float32, b * a.grad_positions.stride_b);
+    advance(a.y, a.dtype, b * a.K * a.C);
+    advance(a.mass, b * a.K);
+    advance(a.positions_out, b * a.K * a.P);
+    advance(a.lse, b * (a.over_meta ? a.N : a.K));
+    advance(a.grad_x, a.dtype, b * a.N * a.C);
+    advance(a.grad_q, a.dtype, b * a.q.heads * a.N * a.D);
+    advance(a.grad_meta, a.dtype, b * a.K * a.D);
+    advance(a.grad_size_in, b * a.N);
+    advance(a.grad_positions_in, b * a.N * a.P);
+}
+
+}  // namespace
+
+void soft_merge_backward(const SoftMergeBackwardArguments& a, Stream stream) {
+    const int64_t floats = (int64_t(a.K) + kRows) * ((int64_t(chunks_of(a.N).count) + 1) * (a.D + kPanel) + a.C + a.P);
+    by_items(a, stream, floats, from_item, [&](const SoftMergeBackwardArguments& some) {
+        with_type(a.dtype, [&](auto type) { soft_merge_backward_typed<decltype(type)>(some, stream); });
+    });
+}
+
+}  // namespace sttm::cpu::STTM_ISA

@@ -1,0 +1,301 @@
+"""The verbs by way of an extension of this package: the CUDA kernels and those of the CPU take the same arguments.
+
+Every method has the arguments of its namesake in `reference.py`. Outputs and scratch are allocated here; the extension
+checks them and launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sttm_kernels.plan import (
+    Merged,
+    MergedGrads,
+    MergePlan,
+    OfAssign,
+    OfMerge,
+    OfSoftMerge,
+    PlanGrads,
+    Similarity,
+    SoftMerged,
+)
+
+
+def load(name: str, path: str | None) -> ModuleType:
+    """The extension of this name; another build of it if the `path` of one is given."""
+    if not path:
+        return importlib.import_module(name)
+    loader = ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def why_not_built(name: str, note: str, kind: str) -> str | None:
+    """Why the package lacks an extension, by the `note` that its build left; None if it is there."""
+    if importlib.util.find_spec(name) is not None:
+        return None
+    path = Path(__file__).parent / "_build.json"
+    why = json.loads(path.read_text()).get(note) if path.exists() else None
+    why = why or "the package was not built, only imported"
+    return f"sttm_kernels was installed without its {kind} kernels: {why}"
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _items(t: Tensor | None) -> Tensor | None:
+    """(B, rows, columns) with contiguous items, which may all be the same one."""
+    if t is None or (t.stride(2) == 1 and t.stride(1) == t.shape[2]):
+        return t
+    return t.contiguous()
+
+
+def _groups(plan: MergePlan) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its `order` and `offsets`; if it has none, room for them and scratch to make them with."""
+    if plan.order is not None and plan.offsets is not None:
+        return plan.order.contiguous(), plan.offsets.contiguous(), None
+    order, other = plan.index.new_empty((2, *plan.index.shape))
+    return order, plan.index.new_empty((plan.index.shape[0], plan.num_groups + 1)), other
+
+
+def _sums(x: Tensor, num_groups: int, positions: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Room for sizes, positions and masses of groups."""
+    size, mass = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    return size, None if positions is None else size.new_empty((*size.shape, positions.shape[2])), mass
+
+
+def _given(positions: Tensor | None, size: Tensor) -> Tensor:
+    """What the extension takes for positions out: (B, K, 0) if there are none."""
+    return size.new_empty((*size.shape, 0)) if positions is None else positions
+
+
+def _new_plan(q: Tensor, num_groups: int, weight: str) -> MergePlan:
+    """Room for a plan of `assign`."""
+    index = q.new_empty((q.shape[0], q.shape[-2]), dtype=torch.int32)
+    score = torch.empty_like(index, dtype=torch.float32)
+    lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
+    return MergePlan(index, num_groups, score, lse, w)
+
+
+def _alike(*tensors: Tensor | None) -> Any:
+    """Features of one dtype as they are, of several as float32: a product has operands of one kind."""
+    if len({t.dtype for t in tensors if t is not None}) == 1:
+        return tensors
+    return tuple(None if t is None else t.float() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """The verbs of one extension.
+
+    Attributes:
+        run: the extension.
+        stream: where a launch that has this tensor among its arguments goes.
+        tf32: whether float32 products may round to TF32.
+        read_again: with more src tokens than this, the mean over the heads of a metric is taken by a launch of its own.
+    """
+
+    run: Callable[[], Any]
+    stream: Callable[[Tensor], int]
+    tf32: Callable[[], bool]
+    read_again: float
+
+    def unmerge(self, x: Tensor, plan: MergePlan) -> Tensor:
+        y = x.new_empty((*plan.index.shape, x.shape[2]))
+        self.run().unmerge(x, plan.index.contiguous(), y, self.stream(x))
+        return y
+
+    def compose(self, plan1: MergePlan, plan2: MergePlan) -> MergePlan:
+        index1, index2 = plan1.index.contiguous(), plan2.index.contiguous()
+        out = torch.empty_like(index1)
+        self.run().compose(index1, index2, plan2.num_groups, out, self.stream(index1))
+        return MergePlan(out, plan2.num_groups)
+
+    def merge(
+        self,
+        x: Tensor,
+        plan: MergePlan,
+        size: Tensor | None,
+        positions: Tensor | None,
+        reduce: str,
+        fill: Tensor | None,
+    ) -> Merged:
+        (B, _, C), K = x.shape, plan.num_groups
+        out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
+        self.run().merge(
+            x, plan.index.contiguous(), K, _dense(plan.weight), _dense(size), _items(positions), _items(fill),
+            *_groups(plan), reduce, out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
+        )  # fmt: skip
+        return out
+
+    def merge_backward(
+        self,
+        grads: MergedGrads,
+        x: Tensor,
+        plan: MergePlan,
+        size: Tensor | None,
+        positions: Tensor | None,
+        out: Merged,
+        reduce: str,
+        needs: OfMerge,
+    ) -> OfMerge:
+        index = plan.index.contiguous()
+        found = OfMerge(
+            x.new_empty(x.shape) if needs.x else None,
+            out.mass.new_empty(index.shape) if needs.weight else None,
+            out.mass.new_empty(index.shape) if needs.size else None,
+            positions.new_empty(positions.shape) if needs.positions and positions is not None else None,
+        )
+        through_y = grads.x is not None and reduce == "mean"
+        centred = (needs.weight or needs.size) and (
+            through_y or (grads.positions is not None and positions is not None)
+        )
+        groups: tuple[Tensor | None, ...] = (None, None, None)
+        if centred or (needs.x and reduce in ("max", "first")):
+            groups = _groups(plan)
+        self.run().merge_backward(
+            grads.x, _dense(grads.size), None if positions is None else _items(grads.positions), x, index,
+            plan.num_groups, _dense(plan.weight), _dense(size), _items(positions), out.x.contiguous(), out.mass, *groups,
+            reduce, *found,
+            out.mass.new_empty((2 if reduce == "sum" else 1, *index.shape)) if centred else None, self.stream(x),
+        )  # fmt: skip
+        return found
+
+    def match(self, metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+        B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+        index = metric.new_empty((B, N), dtype=torch.int32)
+        score = metric.new_empty((B, N), dtype=torch.float32)
+        order, offsets = torch.empty_like(index), index.new_empty((B, N - r + 1))
+        scratch = index.new_empty(B * (N + 1))
+        mean = None
+        if metric.dim() == 4 and (N // 2 if src is None else src.shape[2]) > self.read_again:
+            mean = metric.new_empty((B, N, D))
+        self.run().match(
+            metric, _dense(src), _dense(dst), r, num_prefix, self.tf32(),
+            index, score, order, offsets, scratch, mean, self.stream(metric),
+        )  # fmt: skip
+        return MergePlan(index, N - r, score, order=order, offsets=offsets)
+
+    def assign(self, q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
+        plan = _new_plan(q, meta.shape[1], weight)
+        self.run().assign(
+            q, meta, mask, *similarity, self.tf32(), plan.index, plan.score, plan.lse, plan.weight, self.stream(q)
+        )
+        return plan
+
+    def assign_backward(
+        self, grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
+    ) -> OfAssign:
+        found = OfAssign(q.new_empty(q.shape) if needs.q else None, meta.new_empty(meta.shape) if needs.meta else None)
+        self.run().assign_backward(
+            *grads, q, meta, plan.index.contiguous(), _dense(plan.score),
+            None if grads.lse is None else _dense(plan.lse), *similarity, self.tf32(), *found,
+            self.stream(q),
+        )  # fmt: skip
+        return found
+
+    def assign_merge(
+        self,
+        x: Tensor,
+        q: Tensor | None,
+        meta: Tensor,
+        similarity: Similarity,
+        weight: str,
+        mask: Tensor | None,
+        size: Tensor | None,
+        positions: Tensor | None,
+        fill: Tensor | None,
+    ) -> tuple[Merged, MergePlan]:
+        q = x if q is None else q
+        (B, N, C), K = x.shape, meta.shape[1]
+        run = self.run()
+        if N > run.ASSIGN_MERGE_TOKENS or K > run.ASSIGN_MERGE_GROUPS or q.dtype != x.dtype:
+            plan = self.assign(q, meta, similarity, weight, mask)
+            return self.merge(x, plan, size, positions, "mean", fill), plan
+        plan = _new_plan(q, K, weight)
+        out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
+        run.assign_merge(
+            x, q, meta, mask, _dense(size), _items(positions), _items(fill), *similarity, self.tf32(),
+            plan.index, plan.score, plan.lse, plan.weight,
+            out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
+        )  # fmt: skip
+        return out, plan
+
+    def soft_merge(
+        self,
+        x: Tensor,
+        q: Tensor,
+        meta: Tensor,
+        similarity: Similarity,
+        normalize: str,
+        size: Tensor | None,
+        positions: Tensor | None,
+        mask: Tensor | None,
+    ) -> SoftMerged:
+        (B, N, C), K = x.shape, meta.shape[1]
+        dtype, (x, q, meta) = x.dtype, _alike(x, q, meta)
+        over_meta = normalize == "meta"
+        size_out, positions_out, _ = _sums(x, K, positions)
+        y, lse = x.new_empty((B, K, C)), size_out.new_empty((B, N if over_meta else K))
+        self.run().soft_merge(
+            x, q, meta, size, positions, mask, *similarity, over_meta, self.tf32(),
+            y, size_out, positions_out, lse, self.stream(x),
+        )  # fmt: skip
+        return SoftMerged(y.to(dtype), size_out, positions_out, lse)
+
+    def soft_merge_backward(
+        self,
+        grads: MergedGrads,
+        x: Tensor,
+        q: Tensor,
+        meta: Tensor,
+        similarity: Similarity,
+        normalize: str,
+        size: Tensor | None,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        out: SoftMerged,
+        needs: OfSoftMerge,
+    ) -> OfSoftMerge:
+        (B, N, _), K = x.shape, meta.shape[1]
+        dtypes = x.dtype, q.dtype, meta.dtype
+        x, q, meta, y, grad_y = _alike(x, q, meta, out.x, grads.x)
+        over_meta = normalize == "meta"
+        grad_x, grad_q, grad_meta = (
+            t.new_empty(t.shape) if need else None for t, need in zip((x, q, meta), needs, strict=False)
+        )
+        grad_positions = positions.new_empty(positions.shape) if needs.positions and positions is not None else None
+        through_metric = needs.q or needs.meta
+        if (K if over_meta else N) == 1:  # a softmax over one thing is 1 whatever the metric
+            for constant in (grad_q, grad_meta):
+                if constant is not None:
+                    constant.zero_()
+            through_metric = False
+        need_shift = through_metric or needs.size
+        grad_size = out.size.new_empty((B, N)) if needs.size or (over_meta and need_shift) else None
+        self.run().soft_merge_backward(
+            grad_y, grads.size, None if positions is None else grads.positions, x, q, meta, size, positions, mask,
+            y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
+            *similarity, over_meta, self.tf32(), grad_x,
+            grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
+            out.size.new_empty((B, K)) if need_shift else None, self.stream(x),
+        )  # fmt: skip
+        grad_x, grad_q, grad_meta = (
+            None if t is None else t.to(dtype) for t, dtype in zip((grad_x, grad_q, grad_meta), dtypes, strict=True)
+        )
+        return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size if needs.size else None, grad_positions)
