@@ -170,8 +170,8 @@ class Verbs:
             groups = _groups(plan)
         self.run().merge_backward(
             grads.x, _dense(grads.size), None if positions is None else _items(grads.positions), x, index,
-            plan.num_groups, _dense(plan.weight), _dense(size), _items(positions), out.x.contiguous(), out.mass, *groups,
-            reduce, *found,
+            plan.num_groups, _dense(plan.weight), _dense(size), _items(positions), out.x.contiguous(), out.mass,
+            *groups, reduce, *found,
             out.mass.new_empty((2 if reduce == "sum" else 1, *index.shape)) if centred else None, self.stream(x),
         )  # fmt: skip
         return found
