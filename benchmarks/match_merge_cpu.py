@@ -29,7 +29,7 @@ def inputs(B: int, N: int, C: int, D: int, r: int) -> tuple[torch.Tensor, torch.
 
 
 def match_merge(metric: torch.Tensor, x: torch.Tensor, r: int) -> sttm.MergedTokens:
-    return sttm.merge(x, sttm.match(metric, r, impl="torch"), impl="torch")
+    return sttm.merge(x, sttm.match(metric, r))
 
 
 def check(metric: torch.Tensor, x: torch.Tensor, r: int) -> None:
@@ -55,11 +55,11 @@ def main() -> None:
     r = SHAPE["r"]
     check(metric, x, r)
     compiled = torch.compile(tome_match_merge)
-    plan = sttm.match(metric, r, impl="torch")
+    plan = sttm.match(metric, r)
     contenders = {
         "sttm_kernels": lambda: match_merge(metric, x, r),
-        "  match": lambda: sttm.match(metric, r, impl="torch"),
-        "  merge": lambda: sttm.merge(x, plan, impl="torch"),
+        "  match": lambda: sttm.match(metric, r),
+        "  merge": lambda: sttm.merge(x, plan),
         "ToMe's formulation, eager": lambda: tome_match_merge(metric, x, r),
         "ToMe's formulation, torch.compile": lambda: compiled(metric, x, r),
     }
