@@ -624,7 +624,7 @@ def test_hidden_states_that_lost_their_counts_are_refused():
             self.layer = layer
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self.layer(x * 1, *args, **kwargs)
+            return self.layer(x * 1.5, *args, **kwargs)
 
     model, clip = sttm.apply(build(videomae), r=1), pixels(videomae)
     layers_of(model)[1] = Scaled(layers_of(model)[1])

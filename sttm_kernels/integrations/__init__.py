@@ -73,9 +73,9 @@ def apply(
         model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) or Eva (EVA02, rotary ViTs, DINOv3); or
             ViT, VideoMAE, ViViT, V-JEPA 2 or TimeSformer of transformers, with or without a head.
         r: for "tome", the tokens to merge away in each layer, or a list with one number per layer, filled up with 0;
-            clamped in each layer to half of what can merge. A float between 0 and 0.5 is a share of the tokens that are
-            there, prefix and protected ones aside, rounded down. In TimeSformer's divided attention r and `keep` are of
-            places: each of them is a token in every frame.
+            clamped in each layer to half of what can merge, which `trace` shows. A float between 0 and 0.5 is a share of
+            the tokens that are there, prefix and protected ones aside, rounded down. In TimeSformer's divided attention
+            r and `keep` are of places: each of them is a token in every frame.
         schedule: of a single whole r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or
             a number between -1 (falling) and 1 (rising).
         method: "tome"; or "sttm", a `sttm_kernels.STTM` at one layer for its spatial stage and at another for its
@@ -83,7 +83,8 @@ def apply(
         layers: which layers merge, counted from 0, -1 the last; default all. For "sttm" the two layers (spatial,
             temporal), default a third and two thirds down; None for one of them leaves that stage out.
         prop_attn: `method` of `sttm_kernels.nn.proportional_attention`; "off" attends without regard to counts.
-        window: (t, h, w) of `sttm_kernels.match`. Only with a single merging layer, which still finds the grid.
+        window: (t, h, w) of `sttm_kernels.match`, in the grid of the input. Only with a single merging layer, which
+            still finds the grid.
         trace: whether to keep what each layer merged, for `trace(model)`.
         keep: in place of r: how many tokens are left after the last merging layer, the prefix not counted, from inputs
             of any size; in equal steps, the first ones greater where they must be.
@@ -100,12 +101,17 @@ def apply(
     The `repr` of the model says what each layer merges away; where it was said by intent and the size of the input is
     known, with the tokens that come and go.
 
-    Before anything is changed, every layer is run on random tokens: merging nothing it must give what it gave, bit for
-    bit, and a token that counts for several must be attended to as that many tokens.
+    Before anything is changed, every layer is run on random tokens, without hooks: merging nothing it must give what it
+    gave, bit for bit, and a token that counts for several must be attended to as that many tokens. On the meta device a
+    copy with random numbers is run instead, of one layer of each kind.
+
+    Applied again, it keeps the parameters that "sttm" added. No state of a call is kept in the model, so threads may
+    share it. What changes or wraps layers comes after: `fully_shard`, `torch.compile`, `parallelize_module`.
 
     Errors: `TypeError` or `ValueError` with the reason for a model that is not supported, an argument out of range, a
-    layer that fails the check. A forward raises if it is given an attention mask that is not one of padding, and under
-    reentrant checkpointing or DataParallel.
+    layer that fails the check, sharded or compiled layers, trained parameters of "sttm" that would be lost. A forward
+    raises if it is given an attention mask that is not one of padding, under reentrant checkpointing or DataParallel,
+    and if something outside of the layers puts other values in place of the hidden states.
     Source: Token Merging (Bolya et al., arXiv 2210.09461); Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     if not isinstance(model, nn.Module):
@@ -134,7 +140,8 @@ def apply(
             amounts[number] = amount
     else:
         _must_be_none(r=r, keep=keep, flops=flops, protect=protect)
-        stages = _stages(parts, layers, sttm)
+        with torch.inference_mode(False):  # parameters are to be trained, wherever they were made
+            stages = _stages(parts, layers, sttm)
     merging = [layer for layer in range(depth) if merges(amounts[layer]) or layer in stages]
     _check_grid(type(model).__name__, parts, method, window, merging, flops)
 
@@ -151,8 +158,9 @@ def apply(
             step.last = number == depth - 1
             step.window, step.empties, step.record = window, bool(stages), record
             if number in stages:
-                parameter = next(layer.parameters())
-                layer.add_module("sttm", stages[number].to(parameter.device, selfcheck.dtype_of(layer)))
+                device, dtype = next(layer.parameters()).device, selfcheck.dtype_of(layer)
+                with torch.inference_mode(False):
+                    layer.add_module("sttm", stages[number].to(device, dtype))
         if window is not None or stages:
             for part in parts.gridded:
                 swap(*part)
@@ -330,7 +338,12 @@ def _counts(layers: int, r: float | list[int] | None, schedule: str | float) -> 
         if not -1 <= schedule <= 1:
             raise ValueError(f"schedule must be between -1 and 1, got {schedule}")
         inflection = float(schedule)
-    if isinstance(r, (list, tuple)):
+    if isinstance(r, tuple):
+        raise TypeError(
+            f"r must be an int or a list with one number per layer, got {r}: ToMe's (r, inflection) is "
+            "r=r, schedule=inflection"
+        )
+    if isinstance(r, list):
         if inflection:
             raise ValueError(f"schedule must be 'constant' where r is a list, got {schedule!r}")
         if len(r) > layers:
@@ -376,9 +389,7 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         return
     trial = layer if kind is None else selfcheck.with_numbers(layer)
     x = selfcheck.random_tokens(trial, parts.num_tokens, parts.dim)
-    arguments = {
-        name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in parts.arguments.items()
-    }
+    arguments = selfcheck.beside(x, parts.arguments)
     try:
         before, returns_tuple = selfcheck.run(trial, x, arguments)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -95,7 +96,7 @@ class State:
             )
         if self.size.device == x.device:
             return self
-        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         moved: dict[str, Any] = {name: v.to(x.device) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
@@ -103,12 +104,15 @@ class State:
 NOTHING = State()
 
 
-@dataclass
 class Passage:
-    """The state on its way through a call of a layer; as an argument of it, so that checkpointing keeps it."""
+    """The state before and after a call of a layer; an argument of the call, so that checkpointing keeps it.
 
-    before: State
-    after: State | None = None
+    No dataclass: FSDP casts and copies what is in those.
+    """
+
+    def __init__(self, before: State) -> None:
+        self.before = before
+        self.after: State | None = None
 
 
 class _Thread(threading.local):
@@ -116,9 +120,40 @@ class _Thread(threading.local):
 
     told: Told | None = None
     dense = False
+    left: weakref.ref[Tensor] | None = None
+    """What the last layer returned, while somebody has it."""
 
 
 THREAD = _Thread()
+
+
+def _find(x: Tensor, layer: int) -> State:
+    """The state of a hidden tensor; of one without, that of what the last layer returned, if it is that or its copy.
+
+    Wrappers of a layer, hooks of theirs and casts between layers put other tensors in place of that.
+    """
+    state: State | None = getattr(x, STATE, None)
+    if state is not None:
+        return state
+    if not torch.compiler.is_compiling():
+        left = THREAD.left() if THREAD.left is not None and layer > 0 else None
+        THREAD.left = None
+        if left is not None and left.shape == x.shape:
+            moved = left.detach().to(x.device, x.dtype)
+            if x.is_meta or moved.data_ptr() == x.data_ptr() or torch.equal(moved, x.detach()):
+                state = getattr(left, STATE)
+    if state is None and THREAD.dense:
+        state = State(dense=True)
+    if state is None:
+        return NOTHING
+    setattr(x, STATE, state)  # for a checkpointed layer that runs again
+    return state
+
+
+def _leave(x: Tensor, state: State) -> None:
+    setattr(x, STATE, state)
+    if not torch.compiler.is_compiling():
+        THREAD.left = weakref.ref(x)
 
 
 class Told:
@@ -304,6 +339,7 @@ def _empty(base: type, mixin: type) -> Any:
 
 def swap(module: Layer, mixin: type, told: Any = None) -> None:
     """Puts `mixin` in front of the class of a module, which finds `told` in its `_sttm`."""
+    drop_own_forward(module)
     module.__class__ = merging_class(type(module), mixin)
     module._sttm = told
 
@@ -404,23 +440,18 @@ class MergingLayer(Swapped, nn.Module):
     _sttm: Step
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        state: State | None = getattr(hidden_states, STATE, None)
-        if state is None:
-            state = NOTHING
-            if THREAD.dense:  # said to the tensor, for a checkpointed layer that runs again
-                state = State(dense=True)
-                setattr(hidden_states, STATE, state)
+        state = _find(hidden_states, self._sttm.layer)
         x = hidden_states if state.tokens is None else state.tokens
         passage = Passage(state)
         out = super().__call__(x, *args, sttm=passage, **kwargs)
-        state, passage.after = passage.after, None
-        if state is None:
+        after, passage.after = passage.after, None
+        if after is None:
             return out
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         tokens = None
-        if state.dense and state.index is not None:
-            tokens, x = x, unmerge(x, MergePlan(state.index, x.shape[1]))
-        setattr(x, STATE, replace(state, tokens=tokens))
+        if after.dense and after.index is not None:
+            tokens, x = x, unmerge(x, MergePlan(after.index, x.shape[1]))
+        _leave(x, replace(after, tokens=tokens))
         return (x, *rest) if isinstance(out, tuple) else x
 
     def forward(self, hidden_states: Tensor, *args: Any, sttm: Passage | None = None, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def with_numbers(layer: Layer) -> Layer:
     with torch.no_grad():
         for each in (*copied.parameters(), *copied.buffers()):
             if each.is_floating_point():
-                each.copy_(0.1 * torch.randn(each.shape, generator=generator))
+                each.copy_(0.1 * torch.randn(each.shape, generator=generator, device="cpu"))
             else:
                 each.zero_()
     return copied
@@ -61,8 +61,19 @@ def quietly(layer: nn.Module) -> Iterator[None]:
 
 def random_tokens(layer: nn.Module, num_tokens: int, dim: int) -> Tensor:
     """`(2, num_tokens, dim)` in the layer's dtype, on its device."""
-    x = torch.randn(2, num_tokens, dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, num_tokens, dim, generator=torch.Generator().manual_seed(0), device="cpu")
     return x.to(next(layer.parameters()).device, dtype_of(layer))
+
+
+def beside(x: Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments on x's device, with random numbers for tensors that have none."""
+    found = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            generator = torch.Generator().manual_seed(0)
+            value = torch.rand(value.shape, generator=generator, device="cpu").to(value.dtype)
+        found[name] = value.to(x.device) if isinstance(value, Tensor) else value
+    return found
 
 
 def run(layer: Layer, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, bool]:

@@ -68,6 +68,20 @@ def _products(p: Tensor) -> Tensor:
     return torch.stack((t * t, t * y, t * x, y * y, y * x, x * x), -1)
 
 
+class Motion(nn.Linear):
+    """The bias-free linear map of positions that motion features are; zero at first. It computes in the dtype of the
+    positions, whatever its own, and has a class of its own: quantisation leaves it, of a few columns, as it is."""
+
+    def __init__(self, positions: int, dim: int) -> None:
+        super().__init__(positions, dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.linear(positions, self.weight.to(positions.dtype))
+
+
 class STTM(nn.Module):
     """Spatial-temporal token merger.
 
@@ -136,10 +150,7 @@ class STTM(nn.Module):
         self.impl = impl
         self.spatial_meta = None if spatial_keep is None else make(meta, dim, similarity, impl)
         self.temporal_meta = None if temporal_keep is None else make(meta, dim, similarity, impl)
-        self.motion: nn.Linear | None = None
-        if motion:
-            self.motion = nn.Linear(9 if second_moment else 3, dim, bias=False)
-            nn.init.zeros_(self.motion.weight)
+        self.motion = Motion(9 if second_moment else 3, dim) if motion else None
 
     def output_grid(self, grid: Grid) -> Grid:
         """The grid (T, H, W) of the tokens that come out, for the next STTM.
@@ -214,7 +225,7 @@ class STTM(nn.Module):
 
             y = here.x
             if self.motion is not None:
-                y = (y.to(acc) + F.linear(self._motion_input(here.positions), self.motion.weight.to(acc))).to(x.dtype)
+                y = (y.to(acc) + self.motion(self._motion_input(here.positions))).to(x.dtype)
             ones = torch.ones(x.shape[:2], dtype=acc, device=x.device) if size is None else size
             kept = ones if here.size is None else torch.cat((ones[:, :prefix], here.size), 1)
             out = MergedTokens(

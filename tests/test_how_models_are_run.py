@@ -1,0 +1,785 @@
+"""Ways in which people run models, by family: merging is the plain network in every one, or refused with the reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plain_models
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import sttm_kernels as sttm
+from sttm_kernels.integrations import merging
+from sttm_kernels.testing import assert_equal
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+import test_integrations_hf as hf
+import test_integrations_timm as tm
+
+pytestmark = pytest.mark.unpoisoned  # models initialise their weights in torch.empty
+
+R, DEPTH = 3, 3
+Way = Callable[["Family"], None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small model, what it sees, and the same network written plainly.
+
+    `linear` is the projection that keys come from; `plainly(model, pixels)` merges R tokens in every layer of a model
+    without merging.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    pixels: Tensor
+    layers: Callable[[nn.Module], Any]
+    linear: str
+    plainly: Callable[[nn.Module, Tensor], Tensor]
+
+    def merging(self, **arguments: Any) -> nn.Module:
+        return sttm.apply(self.build(), **({"r": R} | arguments))
+
+    def expected(self) -> Tensor:
+        return self.plainly(self.build(), self.pixels)
+
+    def check(self, model: nn.Module, expected: Tensor | None = None, tolerance: float = 1e-7) -> None:
+        with torch.no_grad():
+            tm.close(
+                self.name, outputs(model, self.pixels), self.expected() if expected is None else expected, tolerance
+            )
+
+    def check_gradients(self, model: nn.Module, tolerance: float = 1e-7) -> None:
+        """Outputs and gradients, of every parameter that has some in the plain network."""
+        plain = self.build()
+        expected = self.plainly(plain, self.pixels)
+        expected.square().sum().backward()
+        out = outputs(model, self.pixels)
+        tm.close("outputs", out.double(), expected, tolerance)
+        out.square().sum().backward()
+        found = {plain_name(name): full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        for name, parameter in plain.named_parameters():
+            if parameter.grad is not None:
+                tm.close(name, found[name], parameter.grad, tolerance)
+
+
+def outputs(model: nn.Module, pixels: Tensor) -> Tensor:
+    out = model(pixels)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def plain_name(name: str) -> str:
+    for wrapper in ("_checkpoint_wrapped_module.", "module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def full(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def of_timm(name: str) -> Family:
+    def plainly(model: nn.Module, pixels: Tensor) -> Tensor:
+        return tm.plain_logits(name, model, pixels, [R] * DEPTH)
+
+    return Family(
+        f"timm {name}",
+        lambda dtype=torch.float64: tm.build(name, dtype),
+        tm.image(torch.float64),
+        lambda model: model.blocks,
+        "attn.qkv",
+        plainly,
+    )
+
+
+def of_hf(family: Callable[..., nn.Module]) -> Family:
+    def plainly(model: nn.Module, pixels: Tensor) -> Tensor:
+        tokens = hf.first_hidden(model, pixels)
+        prefix = 0 if family in (hf.videomae, hf.vjepa2) else 1
+        if family is hf.timesformer:
+            return hf.head(model, torch.stack([divided(model, x) for x in tokens]))
+        layers = [hf.plain(layer) for layer in hf.layers_of(model)]
+        return hf.head(model, plain_models.forward(tokens, layers, [R] * DEPTH, prefix))
+
+    def divided(model: nn.Module, x: Tensor) -> Tensor:
+        size, where = torch.ones(9, dtype=x.dtype), list(range(9))
+        for layer in hf.layers_of(model):
+            x, size, groups = hf.plain_divided(layer, x, size, 4, R)
+            where = [next(k for k, group in enumerate(groups) if g in group) for g in where]
+        return torch.cat((x[:1], x[1:].unflatten(0, (-1, 4))[where].flatten(0, 1)))
+
+    layer = hf.layers_of(family())[0]
+    linear = next(name for name, _ in layer.named_modules() if name.split(".")[-1] in ("key", "k_proj", "qkv"))
+    return Family(
+        family.__name__,
+        lambda dtype=torch.float64: hf.build(family, dtype),
+        hf.pixels(family, dtype=torch.float64),
+        hf.layers_of,
+        "attention.attention.qkv" if family is hf.timesformer else linear,
+        plainly,
+    )
+
+
+FAMILIES = {
+    each.name: each
+    for each in (
+        *map(of_timm, ("vit", "dinov3")),
+        *map(of_hf, (hf.vit, hf.videomae, hf.vivit, hf.vjepa2, hf.timesformer)),
+    )
+}
+WAYS: dict[str, Way] = {}
+REFUSED: dict[str, tuple[type[Exception], str]] = {}
+"""By name of a way: the error it ends in."""
+CELLS: list[tuple[str, str]] = []
+"""Way and family."""
+
+
+def way(
+    name: str, refused: tuple[type[Exception], str] | None = None, families: Sequence[str] = tuple(FAMILIES)
+) -> Callable[[Way], Way]:
+    def register(how: Way) -> Way:
+        WAYS[name] = how
+        if refused is not None:
+            REFUSED[name] = refused
+        CELLS.extend((name, family) for family in families)
+        return how
+
+    return register
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# Hooks
+
+
+@way("hooks that replace tensors")
+def _(family):
+    model = family.merging()
+    for layer in family.layers(model):
+        layer.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:]))
+        layer.register_forward_hook(
+            lambda module, args, out: (out[0] * 1, *out[1:]) if isinstance(out, tuple) else out * 1
+        )
+    family.check_gradients(model)
+
+
+@way("hooks that cast")
+def _(family):
+    model = family.merging()
+    for layer in family.layers(model):
+        layer.register_forward_pre_hook(lambda module, args: (args[0].float().double(), *args[1:]))
+    family.check(model, tolerance=1e-4)
+
+
+@way("backward hooks")
+def _(family):
+    model, seen = family.merging(), []
+    for layer in family.layers(model):
+        layer.register_full_backward_pre_hook(lambda module, grads: seen.append(1))
+        layer.register_full_backward_hook(lambda module, inputs, grads: seen.append(2))
+    family.check_gradients(model)
+    assert seen == [1, 2] * DEPTH
+
+
+@way("accelerate's hooks, after")
+def _(family):
+    model = family.merging()
+    for layer in family.layers(model):
+        put_forward_aside(layer)
+    family.check(model)
+
+
+@way("accelerate's hooks, before", (ValueError, "apply or remove, and then do it again"))
+def _(family):
+    model = family.build()
+    for layer in family.layers(model):
+        put_forward_aside(layer)
+    sttm.apply(model, r=R)
+
+
+def put_forward_aside(module: nn.Module) -> None:
+    """As accelerate does: a forward of the instance moves tensors to the module's device, then calls the old one."""
+    old = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return old(*(each.clone() if isinstance(each, Tensor) else each for each in args), **kwargs)
+
+    module.forward = forward
+
+
+# Sharding and checkpointing
+
+
+def sharded(model: nn.Module, family: Family, **policy: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in family.layers(model):
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
+
+
+@way("FSDP2")
+def _(family):
+    family.check_gradients(sharded(family.merging(), family))
+
+
+@way("FSDP2, mixed precision")
+def _(family):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+    family.check_gradients(sharded(family.merging(), family, mp_policy=policy), 1e-3)
+
+
+@way("FSDP2 of checkpointed layers")
+def _(family):
+    model = family.merging()
+    checkpointed(model, family)
+    family.check_gradients(sharded(model, family))
+
+
+@way("FSDP2, before", (ValueError, "apply first, and then shard it"))
+def _(family):
+    sttm.apply(sharded(family.build(), family), r=R)
+
+
+@way("FSDP2, removed after", (RuntimeError, "removed before what came after it"))
+def _(family):
+    sttm.remove(sharded(family.merging(), family))
+
+
+@way("wrapped in modules that copy")
+def _(family):
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.module = layer
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self.module(x.to(torch.float64, copy=True), *args, **kwargs)
+
+    model = family.merging()
+    layers = family.layers(model)
+    for number, layer in enumerate(layers):
+        layers[number] = Wrapped(layer)
+        layers[number].register_full_backward_hook(lambda *_: None)
+    family.check_gradients(model)
+
+
+@way("DDP")
+def _(family):
+    family.check_gradients(nn.parallel.DistributedDataParallel(family.merging(), find_unused_parameters=True))
+
+
+def checkpointed(model: nn.Module, family: Family) -> list[int]:
+    """Wraps every layer; how often a layer ran is in the list."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers, runs = family.layers(model), []
+    for number, layer in enumerate(layers):
+        norm = next(module for module in layer.modules() if isinstance(module, nn.LayerNorm))
+        norm.register_forward_hook(lambda *_: runs.append(1))
+        layers[number] = checkpoint_wrapper(layer)
+    return runs
+
+
+@way("checkpoint_wrapper")
+def _(family):
+    model = family.merging()
+    runs = checkpointed(model, family)
+    family.check_gradients(model)
+    assert len(runs) == 2 * DEPTH
+
+
+@way("checkpoint_wrapper, before")
+def _(family):
+    model = family.build()
+    runs = checkpointed(model, family)
+    sttm.apply(model, r=R)
+    assert not runs
+    family.check_gradients(model)
+    assert len(runs) == 2 * DEPTH
+
+
+# LoRA
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in (("a", (4, base.in_features)), ("b", (base.out_features, 4))):
+            values = 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(values.to(base.weight.dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.a.T @ self.b.T
+
+    def merged(self) -> nn.Linear:
+        with torch.no_grad():
+            self.base_layer.weight += self.b @ self.a
+        return self.base_layer
+
+
+def change_keys(model: nn.Module, family: Family, change: Callable[[Any], nn.Module]) -> nn.Module:
+    for layer in family.layers(model):
+        parent, _, name = family.linear.rpartition(".")
+        parent = layer.get_submodule(parent)
+        setattr(parent, name, change(getattr(parent, name)))
+    return model
+
+
+def with_lora(family: Family) -> Tensor:
+    model = change_keys(change_keys(family.build(), family, LoRA), family, LoRA.merged)
+    return family.plainly(model, family.pixels)
+
+
+@way("LoRA, before")
+def _(family):
+    family.check(sttm.apply(change_keys(family.build(), family, LoRA), r=R), with_lora(family))
+
+
+@way("LoRA, after")
+def _(family):
+    family.check(change_keys(family.merging(), family, LoRA), with_lora(family))
+
+
+@way("LoRA before, merged after")
+def _(family):
+    model = sttm.apply(change_keys(family.build(), family, LoRA), r=R)
+    family.check(change_keys(model, family, LoRA.merged), with_lora(family))
+
+
+@way("LoRA after, merged")
+def _(family):
+    model = change_keys(family.merging(), family, LoRA)
+    family.check(change_keys(model, family, LoRA.merged), with_lora(family))
+
+
+# Quantised
+
+
+class Stored(nn.Module):
+    """A linear layer whose weight is kept in uint8, as bitsandbytes keeps it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        low, high = base.weight.detach().aminmax()
+        self.weight = nn.Parameter(((base.weight - low) / (high - low) * 255).round().to(torch.uint8), False)
+        self.low, self.step, self.bias = float(low), float(high - low) / 255, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step + self.low, self.bias)
+
+
+@way("quantised to 8 bits, before and after")
+def _(family):
+    after = change_keys(family.merging(), family, Stored)
+    before = change_keys(family.build(), family, Stored)
+    with torch.no_grad():
+        expected = outputs(after, family.pixels)
+        assert_equal("before", outputs(sttm.apply(before, r=R), family.pixels), expected)
+
+
+def int8(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+@way("dynamic int8, before and after")
+def _(family):
+    pixels = family.pixels.float()
+    with torch.no_grad():
+        expected = outputs(int8(sttm.apply(family.build(torch.float32), r=R)), pixels)
+        before = sttm.apply(int8(family.build(torch.float32)), r=R)
+        assert_equal("before", outputs(before, pixels), expected)
+
+
+# Threads, devices, copies
+
+
+@way("threads")
+def _(family):
+    model = family.merging(trace=True)
+    generator = torch.Generator().manual_seed(5)
+    many = [torch.randn(family.pixels.shape, generator=generator, dtype=torch.float64) for _ in range(4)]
+    with torch.no_grad():
+        expected = [outputs(model, pixels) for pixels in many]
+    wrong: list[str] = []
+
+    def serve(first: int) -> None:
+        with torch.no_grad():
+            for at in range(first, first + 12):
+                out = outputs(model, many[at % 4])
+                if not torch.equal(out, expected[at % 4]):
+                    wrong.append(f"output {at}")
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@way("meta device")
+def _(family):
+    with torch.device("meta"):
+        model = sttm.apply(family.build(), r=R)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    source = family.build()
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    for name, buffer in source.named_buffers():  # those that are not in the state_dict
+        model.get_buffer(name).copy_(buffer)
+    family.check(model)
+
+
+@way("EMA")
+def _(family):
+    model = family.merging()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    family.check(averaged)
+
+
+# Compiled and exported
+
+
+COMPILED = ("timm vit", "videomae")  # which takes time
+
+
+@way("every layer compiled in place", families=COMPILED)
+def _(family):
+    model = family.merging(trace=True)
+    for layer in family.layers(model):
+        layer.compile(fullgraph=True, backend="aot_eager")
+    family.check(model)
+    assert [each.merged for each in sttm.trace(model)] == [R] * DEPTH
+    torch._dynamo.reset()
+
+
+@way("compiled layers, after", families=COMPILED)
+def _(family):
+    model = family.merging()
+    layers = family.layers(model)
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    family.check(model)
+    torch._dynamo.reset()
+
+
+@way("compiled layers, before", (ValueError, "is compiled: apply first"))
+def _(family):
+    model = family.build()
+    layers = family.layers(model)
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer)
+    sttm.apply(model, r=R)
+
+
+@way("inside of a model of one's own", (TypeError, "inside of it, model.encoder.0 is one: apply to that"))
+def _(family):
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(family.build())
+
+    sttm.apply(Mine(), r=R)
+
+
+@way("r as an attribute", (AttributeError, "give it to sttm.apply"))
+def _(family):
+    family.merging().r = 8
+
+
+# Ways of some families
+
+
+def timm_vit(**changes: Any) -> nn.Module:
+    return tm.timm.create_model(
+        "vit_tiny_patch16_224", **{**tm.SIZE, "img_size": 64, "patch_size": 8, **changes}
+    ).eval()
+
+
+def blocks_of(model: nn.Module, image: Tensor, height: int, width: int, **options: Any) -> None:
+    """Groups of a layer merged in windows of 4 x 4 stay in the windows of the image's grid, and fill them."""
+    sttm.apply(model, r=8, layers=[0], window=(1, 4, 4), trace=True)
+    model(image, **options)
+    index = (
+        sttm.trace(model)[0]
+        .index[0, 1:]
+        .reshape(height // 4, 4, width // 4, 4)
+        .transpose(1, 2)
+        .flatten(2)
+        .flatten(0, 1)
+    )
+    groups = [set(window.tolist()) for window in index]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == height * width - 8
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 128), (128, 32), (32, 32)])
+def test_the_grid_is_that_of_the_input(size):
+    image = torch.randn(1, 3, *size)
+    grid = size[0] // 8, size[1] // 8
+    blocks_of(timm_vit(dynamic_img_size=True), image, *grid)
+    blocks_of(timm_vit(dynamic_img_size=True, pre_norm=True), image, *grid)
+    blocks_of(hf.vit(image_size=64, patch_size=8).eval(), image, *grid, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("shape", [(8, 24, 24), (4, 16, 40), (1, 24, 24)])
+def test_clips_of_other_shapes_merge_in_their_own_grid(shape):
+    model, clip = hf.build(hf.vjepa2), torch.randn(1, shape[0], 3, *shape[1:])
+    sttm.apply(model, method="sttm", layers=(0, 2), spatial_keep=2, temporal_keep=2, trace=True)
+    model(clip)
+    frames, tokens = max(shape[0] // 2, 1), shape[1] * shape[2] // 64
+    index = sttm.trace(model)[0].index[0].reshape(frames, tokens)
+    assert [set(frame.tolist()) <= {2 * t, 2 * t + 1} for t, frame in enumerate(index)] == [True] * frames
+
+
+def test_a_grid_that_is_not_known_is_refused():
+    model = timm_vit(patch_drop_rate=0.5).train()
+    with pytest.raises((RuntimeError, ValueError), match="grid"):
+        sttm.apply(model, method="sttm")(torch.randn(1, 3, 64, 64))
+    model = hf.videomae()
+    mask = torch.zeros(1, 18, dtype=torch.bool)
+    mask[:, ::3] = True
+    sttm.apply(model, r=2, layers=[0], window=(1, 3, 3))
+    with pytest.raises(RuntimeError, match="grid of the tokens of layer 0 is not known"):
+        model.base_model(torch.randn(1, 4, 3, 24, 24), bool_masked_pos=mask)
+
+
+def test_a_token_that_the_head_reads_is_left_alone():
+    model, clip = hf.build(hf.videomae, use_mean_pooling=False), hf.pixels(hf.videomae)
+    sttm.apply(model, r=8, trace=True)
+    model(clip)
+    assert all(
+        bool((each.index == 0).sum(1).eq(1).all()) and bool(each.size[:, 0].eq(1).all()) for each in sttm.trace(model)
+    )
+    with pytest.raises(ValueError, match="reads the first token"):
+        sttm.apply(model, method="sttm")
+
+
+@pytest.mark.parametrize("r", [(8, 1), (8, 0), (0, 2, 0)])
+def test_foreign_notation_is_refused(r):
+    with pytest.raises(TypeError, match="schedule=inflection"):
+        sttm.apply(hf.vit(), r=r)
+
+
+def test_what_cannot_merge_is_said():
+    model = sttm.apply(hf.build(hf.vit), r=500, trace=True)
+    model(hf.pixels(hf.vit))
+    assert [(each.r, each.merged) for each in sttm.trace(model)] == [(500, 18), (500, 9), (500, 4)]
+    assert "r=500, merged=18" in repr(sttm.trace(model))
+    assert "merges r=500" in repr(model)
+
+
+def test_checkpointing_and_exports_do_not_disturb_the_trace():
+    model, image = sttm.apply(tm.build("vit"), r=3, trace=True), tm.image()
+    model.set_grad_checkpointing()
+    out = model(image)
+    before = sttm.trace(model)
+    out.sum().backward()
+    assert sttm.trace(model) == before
+    with torch.no_grad():
+        torch.export.export(model.eval(), (image,))
+    assert sttm.trace(model) == before
+
+
+def test_intermediates_with_checkpointing():
+    model, image = sttm.apply(tm.build("vit"), r=3), tm.image()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model.forward_intermediates(image, intermediates_only=True)[1].square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    model.set_grad_checkpointing()
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        tm.close("gradient", actual, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("family", [hf.vit, hf.vjepa2])
+def test_attention_weights_are_those_of_layers_before_the_first_merge(family):
+    model, clip = hf.build(family), hf.pixels(family)
+    model.set_attn_implementation("eager")
+    before = model(clip, output_attentions=True).attentions
+    after = sttm.apply(model, r=3, layers=[1]).base_model(clip, output_attentions=True).attentions
+    assert_equal("layer 0", after[0], before[0])
+    assert_equal("layer 1", after[1], before[1])
+    assert all(each is None for each in after[2:])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_hooks_of_users_see_nothing_of_the_check(family):
+    model, seen = family.build(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: seen.append(1))
+        module.register_forward_pre_hook(lambda *_: seen.append(1))
+    sttm.apply(model, r=R)
+    assert not seen
+    outputs(model, family.pixels)
+    assert seen
+
+
+def test_a_model_inside_of_another_of_timm_is_named():
+    net = tm.timm.create_model("vit_tiny_patch16_224", features_only=True, **{**tm.SIZE, "num_classes": 0}).eval()
+    with pytest.raises(TypeError, match=r"inside of it, model\.model is one"):
+        sttm.apply(net, r=R)
+    shapes = [each.shape for each in net(tm.image())]
+    sttm.apply(net.model, r=R)
+    assert [each.shape for each in net(tm.image())] == shapes
+    with pytest.raises(ValueError, match="packs images of different sizes"):
+        sttm.apply(tm.timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, depth=2, num_heads=4), r=1)
+
+
+def test_the_state_follows_its_tokens_to_another_device():
+    state = merging.State(size=torch.ones(2, 5), index=torch.zeros(2, 5, dtype=torch.int32), first_grid=(1, 1, 5))
+    moved = state.of(torch.empty(2, 5, 8, device="meta"), 1)
+    assert moved.size.is_meta
+    assert moved.index.is_meta
+    assert moved.first_grid == (1, 1, 5)
+    with pytest.raises(RuntimeError, match=r"layer 1 got must be the \(2, 5\) tokens"):
+        state.of(torch.empty(1, 5, 8), 1)
+
+
+# What method "sttm" adds
+
+
+STAGES = {"method": "sttm", "layers": (0, 1), "spatial_keep": 4, "temporal_keep": 3}
+
+
+def trained(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """With motion weights that are not zero."""
+    model = sttm.apply(hf.build(hf.videomae, dtype), **STAGES)
+    with torch.no_grad():
+        for layer in hf.layers_of(model)[:2]:
+            layer.sttm.motion.weight += 0.1
+    return model
+
+
+def test_motion_weights_survive_another_apply():
+    model, clip = trained(), hf.pixels(hf.videomae)
+    expected = hf.logits(model, clip)
+    assert_equal("again", hf.logits(sttm.apply(model, trace=True, **STAGES), clip), expected)
+    for lost in ({"r": 1}, {**STAGES, "layers": (0, 2)}, {**STAGES, "second_moment": True}):
+        with pytest.raises(ValueError, match=r"remove\(model\) first"):
+            sttm.apply(model, **lost)
+        assert_equal("as it was", hf.logits(model, clip), expected)
+    sttm.apply(sttm.remove(model), r=1)
+
+
+def test_motion_weights_come_back(tmp_path):
+    model, clip = trained(), hf.pixels(hf.videomae)
+    expected = hf.logits(model, clip)
+    other = sttm.apply(hf.videomae().eval(), **STAGES)
+    other.load_state_dict(model.state_dict())
+    assert_equal("load_state_dict", hf.logits(other, clip), expected)
+
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "saved.pt")
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "saved.pt", model.state_dict()):
+        loaded = hf.transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path).eval()
+        sttm.apply(loaded, **STAGES)
+        assert not torch.equal(hf.logits(loaded, clip), expected)
+        assert_equal(str(source)[-20:], hf.logits(sttm.restore(loaded, source), clip), expected)
+    with pytest.raises(ValueError, match=r"at layers \[0, 2\]"):
+        sttm.restore(sttm.apply(hf.videomae(), **{**STAGES, "layers": (0, 2)}), tmp_path)
+    with pytest.raises(RuntimeError, match="method='sttm'"):
+        sttm.restore(sttm.apply(hf.videomae(), r=1), tmp_path)
+
+
+def test_motion_weights_have_the_dtype_of_the_model():
+    model = trained(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert hf.logits(model, hf.pixels(hf.videomae, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_a_model_with_motion_weights_can_be_quantised():
+    clip = hf.pixels(hf.videomae)
+    with torch.no_grad():
+        out = hf.logits(int8(trained()), clip)
+        expected = hf.logits(trained(), clip)
+    assert float((out - expected).norm()) < 0.2 * float(expected.norm())
+
+
+def test_motion_weights_on_the_meta_device_start_at_zero():
+    with torch.device("meta"):
+        model = sttm.apply(hf.videomae(), **STAGES)
+    merger = hf.layers_of(model)[0].sttm.to_empty(device="cpu")
+    merger.motion.reset_parameters()
+    assert not merger.motion.weight.any()
+
+
+def test_what_was_made_under_inference_mode_can_be_trained():
+    model, clip = hf.build(hf.videomae), hf.pixels(hf.videomae)
+    with torch.inference_mode():
+        sttm.apply(model, **STAGES)
+        inferred = hf.logits(model, clip)
+    out = hf.logits(model, clip)
+    assert_equal("inference_mode", inferred, out)
+    out.sum().backward()
+    assert hf.layers_of(model)[0].sttm.motion.weight.grad.any()
+
+
+# Heads in several processes
+
+
+def tensor_parallel(rank: int, store: str) -> None:
+    """One of two processes: the same groups as the plain network, in both."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for family in (hf.vit, hf.vivit):
+        model, clip = sttm.apply(hf.build(family, torch.float64), r=R), hf.pixels(family, dtype=torch.float64)
+        with torch.no_grad():
+            expected = hf.logits(model, clip)
+            for layer in hf.layers_of(model):
+                plan = dict.fromkeys(names, ColwiseParallel()) | {names[-1]: RowwiseParallel()}
+                parallelize_module(layer.attention, mesh, plan)
+            assert float((hf.logits(model, clip) - expected).abs().max()) < 1e-9
+        with pytest.raises(ValueError, match="apply first, and then shard it"):
+            sttm.apply(model, r=R)
+    dist.destroy_process_group()
+
+
+def test_heads_in_two_processes(tmp_path):
+    if not hasattr(hf.layers_of(hf.vit())[0].attention, "q_proj"):
+        pytest.skip("this version of transformers takes the number of heads to be that of the whole model")
+    code = "import sys, conftest, test_how_models_are_run as t; t.tensor_parallel(int(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", code]
+    here = {"cwd": Path(__file__).parent, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **here) for rank in range(2)]
+    for process in running:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+
+
+# All of them
+
+
+@pytest.mark.parametrize(("name", "family"), CELLS)
+def test_the_plain_network_or_refused(name, family, one_process):
+    if name in REFUSED:
+        error, message = REFUSED[name]
+        with pytest.raises(error, match=message):
+            WAYS[name](FAMILIES[family])
+    else:
+        WAYS[name](FAMILIES[family])
