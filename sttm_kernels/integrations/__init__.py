@@ -73,9 +73,9 @@ def apply(
         model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) or Eva (EVA02, rotary ViTs, DINOv3); or
             ViT, VideoMAE, ViViT, V-JEPA 2 or TimeSformer of transformers, with or without a head.
         r: for "tome", the tokens to merge away in each layer, or a list with one number per layer, filled up with 0;
-            clamped in each layer to half of what can merge, which `trace` shows. A float between 0 and 0.5 is a share of
-            the tokens that are there, prefix and protected ones aside, rounded down. In TimeSformer's divided attention
-            r and `keep` are of places: each of them is a token in every frame.
+            clamped in each layer to half of what can merge, which `trace` shows. A float between 0 and 0.5 is a share
+            of the tokens that are there, prefix and protected ones aside, rounded down. In TimeSformer's divided
+            attention r and `keep` are of places: each of them is a token in every frame.
         schedule: of a single whole r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or
             a number between -1 (falling) and 1 (rising).
         method: "tome"; or "sttm", a `sttm_kernels.STTM` at one layer for its spatial stage and at another for its
