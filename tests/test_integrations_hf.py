@@ -60,33 +60,106 @@ def timesformer_joint() -> nn.Module:
     return timesformer(attention_type="joint_space_time")
 
 
-FAMILIES = [vit, videomae, vivit, vjepa2, timesformer, timesformer_joint]
+IMAGE = {**WIDTH, "image_size": 24, "patch_size": 4}
+
+
+def clip_vision(**changes: Any) -> nn.Module:
+    config = transformers.CLIPVisionConfig(**{**IMAGE, "projection_dim": 24, **changes})
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
+def siglip(**changes: Any) -> nn.Module:
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**{**IMAGE, **changes}))
+
+
+DINO = {**IMAGE, "mlp_ratio": 2, "num_labels": 5, "initializer_range": 0.2, "layerscale_value": 0.7}
+
+
+def dinov2(**changes: Any) -> nn.Module:
+    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**{**DINO, **changes}))
+
+
+def dinov2_registers(**changes: Any) -> nn.Module:
+    config = transformers.Dinov2WithRegistersConfig(**{**DINO, "num_register_tokens": 3, **changes})
+    return transformers.Dinov2WithRegistersForImageClassification(config)
+
+
+def dinov3(**changes: Any) -> nn.Module:
+    config = {**DINO, "num_register_tokens": 3, "use_gated_mlp": True, "pos_embed_rescale": None, **changes}
+    return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**config))
+
+
+def internvl(**changes: Any) -> nn.Module:
+    config = {**IMAGE, "use_qk_norm": True, "norm_type": "rms_norm", "initializer_range": 0.2, **changes}
+    return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(**config))
+
+
+IMAGES = [vit, clip_vision, siglip, dinov2, dinov2_registers, dinov3, internvl]
+CLIPS = [videomae, vivit, vjepa2, timesformer, timesformer_joint]
+FAMILIES = IMAGES + CLIPS
+PREFIX = {videomae: 0, vjepa2: 0, siglip: 0, dinov2_registers: 4, dinov3: 4}
+"""Of families whose tokens do not begin with one class token."""
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(family: Callable[..., nn.Module], dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    """In evaluation mode; random in every parameter, for biases of zero and norms of one hide mistakes."""
+    """In evaluation mode; random in every parameter, for zeros and ones hide mistakes."""
     torch.manual_seed(0)
     model = family(**changes).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
 def pixels(family: Callable[..., nn.Module], batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    shape = (batch, 3, 24, 24) if family is vit else (batch, 4, 3, 24, 24)
+    shape = (batch, 3, 24, 24) if family in IMAGES else (batch, 4, 3, 24, 24)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def logits(model: nn.Module, clip: Tensor) -> Tensor:
-    return model(clip).logits
+    """Of models without a classifier what they are used for."""
+    out = model(clip)
+    return out[next(name for name in ("logits", "image_embeds", OUTPUT.get(model.config.model_type)) if name in out)]
+
+
+OUTPUT = {
+    "siglip_vision_model": "pooler_output",
+    "dinov3_vit": "last_hidden_state",
+    "internvl_vision": "last_hidden_state",
+}
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What takes pixels and has no head."""
+    return model if model.config.model_type == "dinov3_vit" else model.base_model
+
+
+def with_hidden_states(model: nn.Module, clip: Tensor) -> Any:
+    body = body_of(model)
+    body.config.output_hidden_states = True  # as an argument, InternVL of transformers 4 does not take it
+    try:
+        return body(clip)
+    finally:
+        body.config.output_hidden_states = False
+
+
+def parts_of(model: nn.Module) -> nn.Module:
+    """The body, or what it is but a shell of in transformers 4."""
+    body = body_of(model)
+    return getattr(body, "vision_model", body)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    base = model.base_model
-    return base.layers if hasattr(base, "layers") else base.encoder.layer
+    base = parts_of(model)
+    if model.config.model_type == "dinov3_vit" and hasattr(base, "model"):
+        base = base.model
+    for name in ("layers", "layer"):
+        for module in (base, getattr(base, "encoder", None)):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(type(model))
 
 
 def close(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
@@ -113,6 +186,27 @@ def test_nothing_changes_without_merging_and_after_remove(family):
     assert not any("_sttm" in vars(m) or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("family", [clip_vision, dinov2, dinov3, internvl, videomae])
+def test_dropout_falls_where_it_fell(family):
+    dropouts = {
+        "hidden_dropout_prob": 0.3,
+        "attention_dropout": 0.2,
+        "projection_dropout": 0.2,
+        "drop_path_rate": 0.4,
+        "pos_embed_rescale": 2.0,
+    }
+    model, clip = build(family, **dropouts).train(), pixels(family)
+
+    def seeded() -> Tensor:
+        torch.manual_seed(5)
+        return logits(model, clip)
+
+    before = seeded()
+    assert not torch.equal(logits(model, clip), before)
+    sttm.apply(model, r=0)
+    assert_equal("r = 0", seeded(), before)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_models_own_attention_runs_until_something_is_merged(implementation):
     model, clip = build(videomae), pixels(videomae)
@@ -120,8 +214,8 @@ def test_the_models_own_attention_runs_until_something_is_merged(implementation)
     before = logits(model, clip)
     sttm.apply(model, r=4, layers=[2])
     assert model.config._attn_implementation == implementation
-    features = model.base_model(clip, output_hidden_states=True).hidden_states
-    assert_equal("before merging", features[2], model.base_model(clip, output_hidden_states=True).hidden_states[2])
+    features = with_hidden_states(model, clip).hidden_states
+    assert_equal("before merging", features[2], with_hidden_states(model, clip).hidden_states[2])
     assert_equal("removed", logits(sttm.remove(model), clip), before)
 
 
@@ -132,20 +226,34 @@ def heads(linear: Callable[[Tensor], Tensor], number: int) -> Callable[[Tensor],
     return lambda x: linear(x).unflatten(-1, (number, -1)).transpose(1, 2)
 
 
-def plain(layer: nn.Module) -> PlainLayer:
-    """ViT, VideoMAE, ViViT and V-JEPA 2, of either major version of transformers."""
-    outer = layer.attention
+def part(module: nn.Module, *names: str) -> Any:
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def plain(layer: nn.Module, tables: tuple[Tensor, Tensor] | None = None) -> PlainLayer:
+    """All but TimeSformer, of either major version of transformers; tables are cos and sin of rotary positions."""
+    outer = part(layer, "attention", "self_attn")
     inner = getattr(outer, "attention", outer)
+    number = part(inner, "num_attention_heads", "num_heads")
     old_videomae = hasattr(inner, "q_bias")
 
     def projection(short: str, name: str) -> Callable[[Tensor], Tensor]:
-        linear = getattr(inner, name, None) or getattr(inner, f"{short}_proj")
+        linear = part(inner, name, f"{short}_proj")
         bias = getattr(inner, f"{short}_bias", None) if old_videomae else linear.bias
-        return heads(lambda x: F.linear(x, linear.weight, bias), inner.num_attention_heads)
+        norm = getattr(inner, f"{short}_norm", nn.Identity())
+        return heads(lambda x: norm(F.linear(x, linear.weight, bias)), number)
 
-    out = outer.output.dense if hasattr(outer, "output") else getattr(inner, "o_proj", None) or inner.proj
-    norm1 = getattr(layer, "layernorm_before", None) or layer.norm1
-    norm2 = getattr(layer, "layernorm_after", None) or layer.norm2
+    def scaled(branch: int, linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        scale = getattr(getattr(layer, f"layer_scale{branch}", None), "lambda1", getattr(layer, f"lambda_{branch}", 1))
+        return lambda x: scale * linear(x)
+
+    out = (
+        outer.output.dense
+        if hasattr(outer, "output")
+        else part(inner, "o_proj", "out_proj", "projection_layer", "proj")
+    )
+    norm1 = part(layer, "layernorm_before", "norm1", "layer_norm1")
+    norm2 = part(layer, "layernorm_after", "norm2", "layer_norm2")
     mlp = layer.mlp if hasattr(layer, "mlp") else lambda x: layer.output.dense(layer.intermediate(x))
     rotate = None
     if hasattr(inner, "apply_rotary_embeddings"):
@@ -155,8 +263,16 @@ def plain(layer: nn.Module) -> PlainLayer:
             t, y, x_ = places // grid**2, places // grid % grid, places % grid
             return inner.apply_rotary_embeddings(x, tuple(p[:, None].double() for p in (t, y, x_)))
 
+    elif tables is not None:
+
+        def rotate(x: Tensor, places: Tensor) -> Tensor:
+            cos, sin = (table[places][:, None] for table in tables)
+            first, grid = x.split((x.shape[2] - places.shape[1], places.shape[1]), 2)
+            a, b = grid.chunk(2, -1)
+            return torch.cat((first, grid * cos + torch.cat((-b, a), -1) * sin), 2)
+
     parts = (projection("q", "query"), projection("k", "key"), projection("v", "value"))
-    return PlainLayer(norm1, *parts, out, norm2, mlp, rotate)
+    return PlainLayer(norm1, *parts, scaled(1, out), norm2, scaled(2, mlp), rotate)
 
 
 def plain_timesformer(layer: nn.Module) -> PlainLayer:
@@ -167,33 +283,50 @@ def plain_timesformer(layer: nn.Module) -> PlainLayer:
 
 
 def first_hidden(model: nn.Module, clip: Tensor) -> Tensor:
-    base = model.base_model
+    base = parts_of(model)
     embed = base.embeddings if hasattr(base, "embeddings") else base.encoder.embeddings
-    return embed(clip, None) if model.config.model_type == "videomae" else embed(clip)
+    tokens = embed(clip, None) if model.config.model_type == "videomae" else embed(clip)
+    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    return base.pre_layrnorm(tokens) if hasattr(base, "pre_layrnorm") else tokens
+
+
+def plain_layers(model: nn.Module, clip: Tensor) -> list[PlainLayer]:
+    if model.config.model_type == "timesformer":
+        return [plain_timesformer(layer) for layer in layers_of(model)]
+    tables = model.rope_embeddings(clip) if hasattr(model, "rope_embeddings") else None
+    return [plain(layer, tables) for layer in layers_of(model)]
 
 
 def head(model: nn.Module, tokens: Tensor) -> Tensor:
-    base, kind = model.base_model, model.config.model_type
-    norm = base.layernorm if hasattr(base, "layernorm") else base.encoder.layernorm
+    base, kind = parts_of(model), model.config.model_type
+    if kind == "clip_vision_model":
+        return model.visual_projection(base.post_layernorm(tokens[:, 0]))
+    norm = next((getattr(base, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(base, name)), None)
+    norm = base.encoder.layernorm if kind == "vjepa2" else norm
     tokens = tokens if norm is None else norm(tokens)
+    if kind in ("dinov3_vit", "internvl_vision"):
+        return tokens
+    if kind == "siglip_vision_model":
+        return base.head(tokens)
     if kind == "videomae":
         return model.classifier(model.fc_norm(tokens.mean(1)))
     if kind == "vjepa2":
         return model.classifier(model.pooler(tokens))
+    if kind.startswith("dinov2"):
+        first = 1 + getattr(model.config, "num_register_tokens", 0)
+        return model.classifier(torch.cat((tokens[:, 0], tokens[:, first:].mean(1)), 1))
     return model.classifier(tokens[:, 0])
 
 
 @pytest.mark.parametrize("protect", [(), (11, 3, 4)], ids=["", "protected"])
 @pytest.mark.parametrize("r", [1, 5, [0, 6, 3], [7], 1000], ids=str)
-@pytest.mark.parametrize("family", [vit, videomae, vivit, vjepa2, timesformer_joint])
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each is not timesformer])
 def test_merging_model_is_the_plain_network(family, r, protect):
     model, clip = build(family, torch.float64), pixels(family, dtype=torch.float64)
-    prefix = 0 if family in (videomae, vjepa2) else 1
     counts = (r + [0, 0])[:3] if isinstance(r, list) else [r] * 3
-    make = plain_timesformer if family is timesformer_joint else plain
     with torch.no_grad():
         tokens = plain_models.forward(
-            first_hidden(model, clip), [make(layer) for layer in layers_of(model)], counts, prefix, protect
+            first_hidden(model, clip), plain_layers(model, clip), counts, PREFIX.get(family, 1), protect
         )
         expected = head(model, tokens)
         sttm.apply(model, r=r, protect=protect)
@@ -241,7 +374,7 @@ def test_divided_attention_is_the_plain_network(r):
             tubes = x[1:].unflatten(0, (-1, 4))[where]
             expected.append(model.base_model.layernorm(torch.cat((x[:1], tubes.flatten(0, 1)))))
         sttm.apply(model, r=r, trace=True)
-        close("hidden", model.base_model(clip).last_hidden_state, torch.stack(expected))
+        close("hidden", body_of(model)(clip).last_hidden_state, torch.stack(expected))
     last = sttm.trace(model)[-1]
     assert last.size.shape[1] == 1 + 4 * len(size)
     assert bool((last.size.sum(1) == 1 + 9 * 4).all())
@@ -253,8 +386,8 @@ def test_divided_attention_is_the_plain_network(r):
 @families
 def test_shapes_of_outputs_stay_and_hidden_states_shrink(family):
     model, clip = build(family), pixels(family)
-    before = model.base_model(clip, output_hidden_states=True)
-    after = sttm.apply(model, r=2).base_model(clip, output_hidden_states=True)
+    before = with_hidden_states(model, clip)
+    after = with_hidden_states(sttm.apply(model, r=2), clip)
     assert after.last_hidden_state.shape == before.last_hidden_state.shape
     lengths = [h.shape[1] for h in after.hidden_states]
     full, step = before.hidden_states[0].shape[1], 8 if family is timesformer else 2
@@ -269,7 +402,7 @@ def test_trace_is_what_was_merged(family):
     sttm.apply(model, r=2, layers=[1, -1], trace=True)
     with pytest.raises(RuntimeError, match="forward"):
         sttm.trace(model)
-    output = model.base_model(clip, output_hidden_states=True)
+    output = with_hidden_states(model, clip)
     full = output.hidden_states[0].shape[1]
     traced = sttm.trace(model)
     assert [each.layer for each in traced] == [1, 2]
@@ -292,7 +425,7 @@ def gradients(model: nn.Module, *clips: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("family", [videomae, vjepa2, timesformer])
+@pytest.mark.parametrize("family", [videomae, vjepa2, timesformer, clip_vision, dinov3])
 def test_gradients_and_checkpointing(family):
     clips = pixels(family), pixels(family).flip(0) * 2
     model = sttm.apply(build(family), r=4)
@@ -308,9 +441,12 @@ def test_gradients_and_checkpointing(family):
         logits(model, clips[0])
 
 
-def test_gradients_are_those_of_the_plain_network():
-    model, clip = build(videomae, torch.float64), pixels(videomae, dtype=torch.float64)
-    tokens = plain_models.forward(first_hidden(model, clip), [plain(layer) for layer in layers_of(model)], [3] * 3, 0)
+@pytest.mark.parametrize("family", [videomae, *IMAGES])
+def test_gradients_are_those_of_the_plain_network(family):
+    norms = {"use_qk_norm": False, "norm_type": "layer_norm"}  # InternVL's own compute in float32
+    model, clip = build(family, torch.float64, **norms), pixels(family, dtype=torch.float64)
+    prefix = PREFIX.get(family, 1)
+    tokens = plain_models.forward(first_hidden(model, clip), plain_layers(model, clip), [3] * 3, prefix)
     head(model, tokens).square().sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -343,7 +479,7 @@ def test_half_precision_models(family):
 SHORT = {"num_hidden_layers": 2}  # tracing takes time
 
 
-@pytest.mark.parametrize("family", [vjepa2, timesformer])
+@pytest.mark.parametrize("family", [vjepa2, timesformer, clip_vision, dinov3])
 def test_compile_fullgraph(family):
     model, clip = sttm.apply(build(family, **SHORT), r=3), pixels(family)
     with torch.no_grad():
@@ -353,7 +489,7 @@ def test_compile_fullgraph(family):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", [vit, videomae])
+@pytest.mark.parametrize("family", [vit, videomae, siglip, dinov3])
 def test_export(family):
     model, clip = sttm.apply(build(family, **SHORT), r=3), pixels(family)
 
@@ -363,7 +499,7 @@ def test_export(family):
             self.model = model
 
         def forward(self, clip: Tensor) -> Tensor:
-            return self.model(clip, return_dict=True).logits
+            return logits(self.model, clip)
 
     with torch.no_grad():
         exported = torch.export.export(Logits(), (clip,))
@@ -418,9 +554,9 @@ def test_models_that_share_a_config_do_not_disturb_each_other():
 
 def test_output_hidden_states_before_apply_does_not_stop_merging():
     model, clip = build(videomae), pixels(videomae)
-    before = model.base_model(clip, output_hidden_states=True).last_hidden_state
+    before = with_hidden_states(model, clip).last_hidden_state
     sttm.apply(model, r=3)
-    assert not torch.equal(model.base_model(clip, output_hidden_states=True).last_hidden_state, before)
+    assert not torch.equal(with_hidden_states(model, clip).last_hidden_state, before)
     assert_equal("removed", sttm.remove(model).base_model(clip).last_hidden_state, before)
 
 
@@ -464,15 +600,15 @@ def test_ways_to_attend_agree(family, prop_attn):
         assert not torch.allclose(logits(sttm.apply(build(family), r=3, prop_attn="off"), clip), expected)
 
 
-@pytest.mark.parametrize("family", [vit, videomae, vivit, vjepa2])
+@pytest.mark.parametrize("family", [*IMAGES, videomae, vivit, vjepa2])
 def test_sttm(family):
     model, clip = build(family), pixels(family)
     before = logits(model, clip)
     sttm.apply(model, method="sttm", layers=(0, 1), spatial_keep=4, temporal_keep=3, trace=True)
     merged = logits(model, clip)
     assert not torch.equal(merged, before)
-    prefix = 0 if family in (videomae, vjepa2) else 1
-    frames = 1 if family is vit else 2
+    prefix = PREFIX.get(family, 1)
+    frames = 1 if family in IMAGES else 2
     sizes = [each.size for each in sttm.trace(model)]
     assert [size.shape[1] - prefix for size in sizes] == [frames * 4, 3, 3]
     assert all(bool((size.sum(1) == sizes[0].sum(1)).all()) for size in sizes)
@@ -585,13 +721,13 @@ def test_padding_counts_for_nothing(family, implementation, prop_attn):
     if "attention_mask" not in inspect.signature(model.base_model.forward).parameters:
         pytest.skip("this version of the model takes no attention_mask")
     model.set_attn_implementation(implementation)
-    tokens = model.base_model(clip).last_hidden_state.shape[1]
+    tokens = body_of(model)(clip).last_hidden_state.shape[1]
     mask = torch.ones(2, tokens, dtype=torch.long)
     padding = 12 if family is vit else 9  # the two lowest rows of patches; the second half of the clip
     mask[1, -padding:] = 0
 
     def classes(clip: Tensor) -> Tensor:
-        return model.base_model(clip, attention_mask=mask).last_hidden_state[:, 0]
+        return body_of(model)(clip, attention_mask=mask).last_hidden_state[:, 0]
 
     sttm.apply(model, r=7, prop_attn=prop_attn, trace=True)
     before = classes(clip)

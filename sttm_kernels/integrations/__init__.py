@@ -389,13 +389,15 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         return
     trial = layer if kind is None else selfcheck.with_numbers(layer)
     x = selfcheck.random_tokens(trial, parts.num_tokens, parts.dim)
-    arguments = selfcheck.beside(x, parts.arguments)
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    takes = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    arguments = dict.fromkeys([each.name for each in takes if each.default is each.empty])
+    arguments.update(selfcheck.beside(x, parts.arguments))
     try:
         before, returns_tuple = selfcheck.run(trial, x, arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model must take any number of tokens: {what} cannot take {x.shape[1]}: {error}") from error
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+    names = tuple(each.name for each in takes)
     for family in parts.families:
         step = Step(
             number,

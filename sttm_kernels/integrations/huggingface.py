@@ -1,4 +1,8 @@
-"""Hugging Face's ViT, VideoMAE, ViViT, V-JEPA 2 and TimeSformer, of transformers 4.57 and 5."""
+"""Vision Transformers of Hugging Face's transformers, 4.57 and 5.
+
+Those whose attention calls the attention interface are one `Family`, which knows the parts of a layer by their names;
+TimeSformer, which has an attention of its own, is another.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from sttm_kernels.integrations.merging import (
     STATE,
     THREAD,
     Anatomy,
+    Carries,
     Family,
     Grid,
     Layer,
@@ -31,6 +36,7 @@ from sttm_kernels.integrations.merging import (
     find_pairs,
     merge_tokens,
     own_layers,
+    rows,
 )
 from sttm_kernels.nn.attention import proportional_attention
 from sttm_kernels.plan import MergePlan
@@ -39,7 +45,7 @@ IMPLEMENTATION = "sttm_kernels"
 """The name of `_attention` among the attention implementations of transformers."""
 
 
-# Attention through the interface of transformers: ViT, VideoMAE, ViViT, V-JEPA 2
+# Attention through the interface of transformers
 
 
 def _attention(
@@ -50,15 +56,21 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    rotation: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Proportional attention; the model's own while nothing is merged, to the bit."""
+    """Proportional attention; the model's own while nothing is merged, to the bit.
+
+    Queries and keys are rotated here by `rotation`, (cos, sin), if `_attend` kept that from the module.
+    """
     told = THREAD.told
     if told is not None:
         told.keys = next((before for rotated, before in told.rotations if rotated is key), key)
-        if told.size is not None:
-            out = proportional_attention(query, key, value, told.size, scaling, told.method, dropout)
-            return out.transpose(1, 2).contiguous(), None
+    if rotation is not None:
+        query, key = module._sttm.rotate(query, key, *rotation)
+    if told is not None and told.size is not None:
+        out = proportional_attention(query, key, value, told.size, scaling, told.method, dropout)
+        return out.transpose(1, 2).contiguous(), None
     name = module._sttm.config._attn_implementation
     own = module._sttm.eager if name in (None, "eager") else AttentionInterface()[name]
     return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -69,10 +81,11 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 
 @dataclass(frozen=True)
 class Own:
-    """The config and the eager attention that a module had, and the names of what it takes."""
+    """The config that a module had, the eager attention and the rotation of its library, the names of what it takes."""
 
     config: Any
     eager: Callable[..., Any]
+    rotate: Callable[..., tuple[Tensor, Tensor]] | None
     names: tuple[str, ...]
 
 
@@ -96,15 +109,28 @@ class RotaryInterface(Interface):
         return rotated
 
 
+def _first(module: Layer, names: tuple[str, ...]) -> Any:
+    """What a module has by the first of the names that it has; libraries of models name their parts differently."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+ATTENTION = ("attention", "self_attn")
+HEADS = ("num_attention_heads", "num_heads")
+NORM1 = ("layernorm_before", "norm1", "layer_norm1")
+NORM2 = ("layernorm_after", "norm2", "layer_norm2")
+
+
 def _inner(layer: Layer) -> Layer:
     """The module that calls the attention interface."""
-    return getattr(layer.attention, "attention", layer.attention)
+    outer = _first(layer, ATTENTION)
+    return getattr(outer, "attention", outer)
 
 
 def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
     inner = _inner(layer)
     names = tuple(inspect.signature(type(inner).forward).parameters)
-    own = Own(inner.config, sys.modules[type(inner).__module__].eager_attention_forward, names)
+    library = sys.modules[type(inner).__module__]
+    own = Own(inner.config, library.eager_attention_forward, getattr(library, "apply_rotary_pos_emb", None), names)
     # A config of its own: the model's, which is saved and may be shared, stays as it is.
     inner.config = copy.copy(inner.config)
     inner.config._attn_implementation = IMPLEMENTATION
@@ -112,7 +138,7 @@ def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
 
 
 def _heads(layer: Layer) -> int:
-    return _inner(layer).num_attention_heads
+    return _first(_inner(layer), HEADS)
 
 
 def _valid(arguments: dict[str, Any]) -> Tensor | None:
@@ -135,28 +161,39 @@ def _valid(arguments: dict[str, Any]) -> Tensor | None:
 
 def _attend(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
     given = {name: value for name, value in arguments.items() if value is not None}
-    if "head_mask" in given:
-        raise ValueError("head_mask must be None in a model that merges tokens")
+    for name in ("head_mask", "causal_attention_mask"):
+        if name in given:
+            raise ValueError(f"{name} must be None in a model that merges tokens")
     if told.size is not None:
         given.pop("attention_mask", None)  # padding has a count of 0
     if hasattr(_inner(layer), "apply_rotary_embeddings"):
         given = {name: given[name] for name in _inner(layer)._sttm.names if name in given}
         if told.ids is not None:
             given["position_mask"] = told.ids
-    norm = layer.layernorm_before if hasattr(layer, "layernorm_before") else layer.norm1
-    out = layer.attention(norm(x), **given)
+    if "position_embeddings" in given:
+        tables = given["position_embeddings"]
+        if told.ids is not None:
+            tables = tuple(rows(table, told.ids) for table in tables)
+        # The module rotates by tables of no rows, which is not at all, so that `_attention` sees keys as they were.
+        given |= {"position_embeddings": tuple(table[..., :0, :] for table in tables), "rotation": tables}
+    out = _first(layer, ATTENTION)(_first(layer, NORM1)(x), **given)
     out, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
-    return _drop(layer, out) + x, rest
+    return _branch(layer, 1, out) + x, rest
 
 
 def _feed(layer: Layer, x: Tensor) -> Tensor:
-    norm = layer.layernorm_after if hasattr(layer, "layernorm_after") else layer.norm2
+    normed = _first(layer, NORM2)(x)
     if hasattr(layer, "mlp"):
-        return _drop(layer, layer.mlp(norm(x))) + x
-    return layer.output(layer.intermediate(norm(x)), x)
+        return _branch(layer, 2, layer.mlp(normed)) + x
+    return layer.output(layer.intermediate(normed), x)
 
 
-def _drop(layer: Layer, x: Tensor) -> Tensor:
+def _branch(layer: Layer, number: int, x: Tensor) -> Tensor:
+    """What attention (1) or MLP (2) gave, after LayerScale, dropout and stochastic depth where a layer has them."""
+    if hasattr(layer, f"lambda_{number}"):  # InternVL, whose dropout is that of its MLP
+        return getattr(layer, f"lambda_{number}") * (layer.dropout(x) if number == 2 else x)
+    if hasattr(layer, f"layer_scale{number}"):
+        x = getattr(layer, f"layer_scale{number}")(x)
     for name in ("drop_path", "dropout"):
         if hasattr(layer, name):
             return getattr(layer, name)(x)
@@ -258,19 +295,21 @@ TIMESFORMER = Family(_parts_timesformer, _heads_timesformer, _attend_timesformer
 class Embeddings(Swapped):
     """Tells which grid the tokens of a clip `(B, T, C, H, W)` or an image `(B, C, H, W)` are.
 
-    It finds the (t, y, x) of a patch in `_sttm`. Nothing is told where some of the tokens are left out.
+    It finds the (t, y, x) of a patch and the number of tokens before the grid in `_sttm`. Nothing is told where some of
+    the tokens are left out.
     """
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        x = super().__call__(*args, **kwargs)  # type: ignore[misc]
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        x = out[0] if isinstance(out, tuple) else out
         pixels = args[0] if args else next(iter(kwargs.values()))
-        t, height, width = self._sttm
+        (t, height, width), num_prefix = self._sttm
         frames = pixels.shape[1] if pixels.dim() == 5 else 1
         # V-JEPA 2 repeats frames that are fewer than a patch has.
         grid = (frames // t if frames >= t else frames, pixels.shape[-2] // height, pixels.shape[-1] // width)
-        if x.shape[1] - math.prod(grid) in (0, 1):
+        if x.shape[1] == num_prefix + math.prod(grid):
             setattr(x, STATE, State(first_grid=grid))
-        return x
+        return out
 
 
 def _pair(extent: Any) -> tuple[int, int]:
@@ -283,7 +322,7 @@ def _example(model: Layer) -> tuple[str, tuple[int, ...]]:
     size = _pair(getattr(config, "crop_size", None) or config.image_size)
     channels = config.num_channels if hasattr(config, "num_channels") else config.in_chans
     frames = [getattr(config, name) for name in ("num_frames", "frames_per_clip") if hasattr(config, name)]
-    return model.main_input_name, (1, *frames, channels, *size)
+    return getattr(model, "main_input_name", "pixel_values"), (1, *frames, channels, *size)
 
 
 def _patch(config: Any) -> Grid:
@@ -311,42 +350,84 @@ def _timesformer(config: Any) -> dict[str, Any]:
     }
 
 
+def _dinov3(config: Any) -> dict[str, Any]:
+    angles = torch.linspace(0, 8, 16 * (config.hidden_size // config.num_attention_heads), device="cpu").view(16, -1)
+    return {
+        "num_prefix": 1 + config.num_register_tokens,
+        "rotary": True,
+        "arguments": {"position_embeddings": (angles.cos(), angles.sin())},
+    }
+
+
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vit": lambda config: {"num_prefix": 1},
     "videomae": _videomae,
     "vivit": lambda config: {"num_prefix": 1},
+    "clip_vision_model": lambda config: {"num_prefix": 1},
+    "siglip_vision_model": lambda config: {"num_prefix": 0},
+    "dinov2": lambda config: {"num_prefix": 1},
+    "dinov2_with_registers": lambda config: {"num_prefix": 1 + config.num_register_tokens},
+    "dinov3_vit": _dinov3,
+    "internvl_vision": lambda config: {"num_prefix": 1},
     "vjepa2": lambda config: {"num_prefix": 0, "rotary": True},
     "timesformer": lambda config: {"num_prefix": 1, "families": (TIMESFORMER,), **_timesformer(config)},
 }
 """What is special about each `config.model_type`, as arguments of `Anatomy`."""
 
-LAYERS = ("layers", "encoder.layers", "encoder.layer")
+LAYERS = ("layers", "layer", "encoder.layers", "encoder.layer")
+EMBEDDINGS = ("embeddings", "encoder.embeddings")
+BETWEEN = ("pre_layrnorm",)
+"""The norm between embeddings and layers."""
+
+
+def _part(model: Layer, paths: tuple[str, ...]) -> nn.Module | None:
+    """What is at the first of the paths there is in the body of a model or, where that is no more than the layers, in
+    the model itself."""
+    body: Layer = getattr(model, "base_model", model)
+    roots: tuple[Layer, ...] = (getattr(body, "vision_model", body), model)
+    for root in roots:
+        for path in paths:
+            with suppress(AttributeError):
+                return root.get_submodule(path)
+    return None
+
+
+def _kind(model: Layer) -> str | None:
+    """`config.model_type` of what is of transformers; models inside of models are not always a `PreTrainedModel`."""
+    if isinstance(model, PreTrainedModel) or type(model).__module__.startswith("transformers."):
+        return getattr(getattr(model, "config", None), "model_type", None)
+    return None
 
 
 def anatomy(model: Layer) -> Anatomy | None:
     """What the model is made of, or None if it is not of transformers; `ValueError` if it is but cannot be merged."""
-    if not isinstance(model, PreTrainedModel):
+    kind = _kind(model)
+    if kind is None:
         return None
     name, config = type(model).__name__, model.config
-    if config.model_type not in KINDS:
-        raise ValueError(f"model must be one of {tuple(KINDS)} of transformers, got {name} of {config.model_type!r}")
-    if config.model_type == "videomae" and hasattr(model, "decoder"):
+    if kind not in KINDS:
+        message = f"model must be one of {tuple(KINDS)} of transformers, got {name} of {kind!r}"
+        inside = next((path for path, module in model.named_modules() if path and _kind(module) in KINDS), None)
+        raise ValueError(message + (f"; inside of it, model.{inside} is one: apply to that" if inside else ""))
+    if kind == "videomae" and hasattr(model, "decoder"):
         raise ValueError(f"model must not be {name}: its decoder is to fill in tokens at their own places")
-    layers = None
-    for path in LAYERS:
-        with suppress(AttributeError):
-            layers = model.base_model.get_submodule(path)
+    layers = _part(model, LAYERS)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"model must have its layers at one of {LAYERS}, {name} has none there")
-    at = "embeddings" if hasattr(model.base_model, "embeddings") else "encoder.embeddings"
-    special = KINDS[config.model_type](config)
+    special = KINDS[kind](config)
+    embeddings, between = _part(model, EMBEDDINGS), _part(model, BETWEEN)
+    gridded: list[tuple[nn.Module, type, Any]] = []
+    if embeddings is not None:
+        gridded.append((embeddings, Embeddings, (_patch(config), special["num_prefix"])))
+    if between is not None:
+        gridded.append((between, Carries, None))
     common = {
         "families": (INTERFACE,),
         "dim": config.hidden_size,
         "rotary": False,
         "num_tokens": special["num_prefix"] + 16,
         "example": _example(model),
-        "gridded": [(model.base_model.get_submodule(at), Embeddings, _patch(config))],
+        "gridded": gridded,
         "mixin": MergingModel,
     }
     return Anatomy(layers=own_layers(list(layers)), **{**common, **special})

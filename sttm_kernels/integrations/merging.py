@@ -617,6 +617,12 @@ def _nearest_place(positions: Tensor, grid: Grid | None) -> Tensor:
     return (t * grid[1] + y) * grid[2] + x
 
 
+def rows(table: Tensor, ids: Tensor) -> Tensor:
+    """The rows `ids` `(B, N')` of rotary tables `([[B,] heads,] N, E)`, as `(B, 1 or heads, N', E)`."""
+    table = table.reshape(*(1,) * (4 - table.dim()), *table.shape).expand(ids.shape[0], -1, -1, -1)
+    return table.gather(2, ids[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
 def find_layers(model: nn.Module) -> list[MergingLayer]:
     """The layers of a model that `apply` has changed, in their order."""
     found = [module for module in model.modules() if isinstance(module, MergingLayer)]

@@ -66,14 +66,19 @@ def random_tokens(layer: nn.Module, num_tokens: int, dim: int) -> Tensor:
 
 
 def beside(x: Tensor, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments on x's device, with random numbers for tensors that have none."""
-    found = dict(arguments)
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_meta:
+    """Arguments on x's device, floating ones in its dtype, with random numbers for tensors that have none."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(placed(each) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_meta:
             generator = torch.Generator().manual_seed(0)
             value = torch.rand(value.shape, generator=generator, device="cpu").to(value.dtype)
-        found[name] = value.to(x.device) if isinstance(value, Tensor) else value
-    return found
+        return value.to(x.device, x.dtype if value.is_floating_point() else value.dtype)
+
+    return {name: placed(value) for name, value in arguments.items()}
 
 
 def run(layer: Layer, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, bool]:

@@ -24,6 +24,7 @@ from sttm_kernels.integrations.merging import (
     Told,
     densely,
     own_layers,
+    rows,
 )
 from sttm_kernels.nn.attention import choose_method, proportional_attention, size_bias
 
@@ -61,7 +62,7 @@ def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -
     if "attn_mask" in arguments or arguments.pop("is_causal", False):
         raise ValueError("attn_mask must be None and is_causal False in a model that merges tokens")
     if told.ids is not None and "rope" in arguments:
-        arguments["rope"] = _rows(arguments["rope"], told.ids)
+        arguments["rope"] = rows(arguments["rope"], told.ids)
     if told.size is None:
         return layer.attn(x, **arguments)
     method = told.method
@@ -72,12 +73,6 @@ def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -
         with _Counting(told.size, method):
             return layer.attn(x, **arguments)
     return layer.attn(x, attn_mask=size_bias(told.size, x.dtype), **arguments)
-
-
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    """The rows `ids` `(B, N')` of rotary tables `([[B,] heads,] N, E)`, as `(B, 1 or heads, N', E)`."""
-    table = table.reshape(*(1,) * (4 - table.dim()), *table.shape).expand(ids.shape[0], -1, -1, -1)
-    return table.gather(2, ids[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
 
 def _scaled(layer: Layer, branch: int, x: Tensor) -> Tensor:
