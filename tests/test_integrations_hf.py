@@ -108,7 +108,7 @@ def build(family: Callable[..., nn.Module], dtype: torch.dtype = torch.float32, 
     model = family(**changes).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1 or not parameter.any():
+            if parameter.dim() == 1 or not (parameter.is_meta or parameter.any()):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
