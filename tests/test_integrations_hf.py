@@ -318,7 +318,7 @@ def head(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.classifier(tokens[:, 0])
 
 
-@pytest.mark.parametrize("protect", [(), (11, 3, 4)], ids=["", "protected"])
+@pytest.mark.parametrize("protect", [(), (11, 5, 4)], ids=["", "protected"])
 @pytest.mark.parametrize("r", [1, 5, [0, 6, 3], [7], 1000], ids=str)
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each is not timesformer])
 def test_merging_model_is_the_plain_network(family, r, protect):
