@@ -15,12 +15,13 @@ struct Found {
 };
 
 template <bool kSoft>
-inline void look(const Floats (&S)[kRows][kVectors], int first, Found& found) {
+inline void look(const Floats (&S)[kRows][kVectors], int first, int K, Found& found) {
     STTM_UNROLL
     for (int v = 0; v < kVectors; ++v) {
         const Floats before = found.best[v];
         STTM_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            if (first + r >= K) break;
             const Ints better = S[r][v] > found.best[v];
             found.best[v] = better ? S[r][v] : found.best[v];
             found.index[v] = better ? splat(first + r) : found.index[v];
@@ -28,7 +29,10 @@ inline void look(const Floats (&S)[kRows][kVectors], int first, Found& found) {
         if (!kSoft) continue;
         found.sum[v] *= exp(before - found.best[v]);
         STTM_UNROLL
-        for (int r = 0; r < kRows; ++r) found.sum[v] += exp(S[r][v] - found.best[v]);
+        for (int r = 0; r < kRows; ++r) {
+            if (first + r >= K) break;
+            found.sum[v] += exp(S[r][v] - found.best[v]);
+        }
     }
 }
 
@@ -44,7 +48,7 @@ void assign_panel(const AssignArguments& a, const Meta& meta, int64_t b, int sta
     for (int block = 0; block < meta.num_blocks; ++block) {
         Floats S[kRows][kVectors];
         similarities(a, meta, b, block, panel, S);
-        look<kSoft>(S, block * kRows, found);
+        look<kSoft>(S, block * kRows, a.K, found);
     }
     for (int v = 0; v < kVectors; ++v) {
         const Floats lse = kSoft ? found.best[v] + log(found.sum[v]) : Floats{};
@@ -63,6 +67,7 @@ void assign_panel(const AssignArguments& a, const Meta& meta, int64_t b, int sta
 }  // namespace
 
 void assign(const AssignArguments& a, Stream stream) {
+    if (a.B == 0) return;  // one set of meta tokens may be given to no item
     with_type(a.dtype, [&](auto type) {
         using T = decltype(type);
         const Meta meta = pack_meta<T>(a, stream);

@@ -41,7 +41,7 @@ void search(const MatchArguments& a, int64_t b, const Places& src, int start, co
     }
     for (int first = 0; first < dst.count; first += kRows) {
         Floats S[kRows][kVectors] = {};
-        product<kRows, kVectors, kRows, 1>(S, a.D, blocks + first / kRows * block_size(a.D), panel, kPanel);
+        product_of<kRows, 1>(dst.count - first, S, a.D, blocks + first / kRows * block_size(a.D), panel, kPanel);
         STTM_UNROLL
         for (int r = 0; r < kRows; ++r) {
             if (first + r >= dst.count) break;

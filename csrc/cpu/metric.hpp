@@ -14,19 +14,31 @@ inline int64_t block_size(int64_t D) { return block_rows(D) * kRows; }
 
 // acc[r][v] += sum over d of a[d kStepD + r kStepR] times vector v of row d of b. The sum runs in the order of d, so it
 // depends on its own terms alone.
-template <int kR, int kV, int kStepD, int kStepR>
-inline void product(Floats (&acc)[kR][kV], int64_t depth, const float* a, const float* b, int64_t step_b) {
+template <int kR, int kStepD, int kStepR>
+inline void product(Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b, int64_t step_b) {
     for (int64_t d = 0; d < depth; ++d, a += kStepD, b += step_b) {
-        Floats row[kV];
+        Floats row[kVectors];
         STTM_UNROLL
-        for (int v = 0; v < kV; ++v) row[v] = load(b + v * kWidth);
+        for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kWidth);
         STTM_UNROLL
         for (int r = 0; r < kR; ++r) {
             const Floats factor = splat(a[r * kStepR]);
             STTM_UNROLL
-            for (int v = 0; v < kV; ++v) acc[r][v] += factor * row[v];
+            for (int v = 0; v < kVectors; ++v) acc[r][v] += factor * row[v];
         }
     }
+}
+
+// The same for at least the first `rows` of acc: the last block of a few costs less than a whole one.
+template <int kStepD, int kStepR>
+inline void product_of(int64_t rows, Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b,
+                       int64_t step_b) {
+    if (rows <= kRows / 3)
+        product<kRows / 3, kStepD, kStepR>(acc, depth, a, b, step_b);
+    else if (rows <= kRows * 2 / 3)
+        product<kRows * 2 / 3, kStepD, kStepR>(acc, depth, a, b, step_b);
+    else
+        product<kRows, kStepD, kStepR>(acc, depth, a, b, step_b);
 }
 
 // Features [d, d + kWidth) or up to D of token n, averaged over heads.

@@ -110,7 +110,7 @@ inline void similarities(const Arguments& a, const Meta& meta, int64_t b, int bl
     for (int r = 0; r < kRows; ++r)
         STTM_UNROLL
         for (int v = 0; v < kVectors; ++v) S[r][v] = Floats{};
-    product<kRows, kVectors, kRows, 1>(S, a.D, meta.block(b, block), panel.q, kPanel);
+    product_of<kRows, 1>(a.K - block * kRows, S, a.D, meta.block(b, block), panel.q, kPanel);
     const float* const square = meta.square + (meta.at(b) + block) * kRows;
     STTM_UNROLL
     for (int r = 0; r < kRows; ++r)
@@ -126,33 +126,32 @@ inline void similarities(const Arguments& a, const Meta& meta, int64_t b, int bl
 
 // out (K, columns) = or += tiles (panels, K, kPanel) times rows (panels, kPanel, columns): a sum over tokens. columns is a
 // multiple of kPanel.
-inline void sum_over_tokens(const float* tiles, int panels, int num_blocks, const float* rows, int64_t columns, bool add,
+inline void sum_over_tokens(const float* tiles, int panels, int64_t K, const float* rows, int64_t columns, bool add,
                             float* out) {
-    const int64_t tile_size = int64_t(num_blocks) * kRows * kPanel;
+    const int64_t tile_size = block_rows(K) * kPanel;
     for (int64_t c = 0; c < columns; c += kPanel)
-        for (int block = 0; block < num_blocks; ++block) {
+        for (int64_t k = 0; k < K; k += kRows) {
             Floats sum[kRows][kVectors] = {};
             for (int i = 0; i < panels; ++i)
-                product<kRows, kVectors, 1, kPanel>(sum, kPanel,
-                                                    tiles + i * tile_size + int64_t(block) * kRows * kPanel,
-                                                    rows + i * kPanel * columns + c, columns);
+                product_of<1, kPanel>(K - k, sum, kPanel, tiles + i * tile_size + k * kPanel,
+                                      rows + i * kPanel * columns + c, columns);
             STTM_UNROLL
             for (int r = 0; r < kRows; ++r)
                 STTM_UNROLL
                 for (int v = 0; v < kVectors; ++v) {
-                    float* const to = out + (int64_t(block) * kRows + r) * columns + c + v * kWidth;
+                    float* const to = out + (k + r) * columns + c + v * kWidth;
                     store(to, add ? load(to) + sum[r][v] : sum[r][v]);
                 }
         }
 }
 
 // out (D, kPanel) = blocks (K, D) transposed times tile (K, kPanel): a sum over meta tokens. D is a multiple of kRows.
-inline void sum_over_meta(const float* tile, const float* blocks, int num_blocks, int64_t D, float* out) {
+inline void sum_over_meta(const float* tile, const float* blocks, int64_t K, int64_t D, float* out) {
     for (int64_t d = 0; d < D; d += kRows) {
         Floats sum[kRows][kVectors] = {};
-        for (int block = 0; block < num_blocks; ++block)
-            product<kRows, kVectors, 1, kRows>(sum, kRows, blocks + (block * D + d) * kRows,
-                                               tile + int64_t(block) * kRows * kPanel, kPanel);
+        for (int64_t k = 0; k < K; k += kRows)
+            product<kRows, 1, kRows>(sum, min<int64_t>(kRows, K - k), blocks + k * D + d * kRows, tile + k * kPanel,
+                                     kPanel);
         STTM_UNROLL
         for (int r = 0; r < kRows; ++r)
             STTM_UNROLL
@@ -187,7 +186,7 @@ public:
         if (grad_ != nullptr) {
             float* const grad = grad_ + slot * block_rows(a_.D) * kPanel;
             Floats total[kVectors];
-            sum_over_meta(dS, meta_.block(b, 0), meta_.num_blocks, block_rows(a_.D), grad);
+            sum_over_meta(dS, meta_.block(b, 0), a_.K, block_rows(a_.D), grad);
             for (int v = 0; v < kVectors; ++v) {
                 total[v] = Floats{};
                 for (int64_t k = 0; k < a_.K; ++k) total[v] += load(dS + k * kPanel + v * kWidth);
@@ -207,7 +206,7 @@ public:
     // dS (panels, K, kPanel) of these panels, which are the first of their chunk or not.
     void add_up(int64_t chunk, const float* dS, int panels, bool first, int slot) const {
         if (partial_ != nullptr)
-            sum_over_tokens(dS, panels, meta_.num_blocks, rows(slot), columns_, !first,
+            sum_over_tokens(dS, panels, a_.K, rows(slot), columns_, !first,
                             partial_ + chunk * meta_.rows() * columns_);
     }
 

@@ -117,7 +117,7 @@ void soft_merge_typed(const SoftMergeArguments& a, Stream stream) {
                     store(tile + k * kPanel + v * kWidth, load(tile + k * kPanel + v * kWidth) * load(size + v * kWidth));
             load_rows<T>(a, b, start, real, columns, row + at * columns * kPanel);
             if (at + 1 == kTogether || i + 1 == last)
-                sum_over_tokens(W, at + 1, meta.num_blocks, row, columns, i - first != at, sums + chunk * sum_size);
+                sum_over_tokens(W, at + 1, a.K, row, columns, i - first != at, sums + chunk * sum_size);
         }
     });
 

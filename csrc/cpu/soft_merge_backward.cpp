@@ -73,7 +73,8 @@ void worth(const SoftMergeBackwardArguments& a, const Groups& groups, const Meta
     const float* const blocks = groups.blocks + b * meta.rows() * groups.columns;
     for (int block = 0; block < meta.num_blocks; ++block) {
         Floats sum[kRows][kVectors] = {};
-        product<kRows, kVectors, kRows, 1>(sum, int64_t(a.C) + a.P, blocks + block * kRows * groups.columns, panel, kPanel);
+        product_of<kRows, 1>(a.K - block * kRows, sum, int64_t(a.C) + a.P, blocks + block * kRows * groups.columns, panel,
+                             kPanel);
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v)
                 store(tile + (int64_t(block) * kRows + r) * kPanel + v * kWidth,
@@ -150,7 +151,7 @@ void soft_merge_backward_typed(const SoftMergeBackwardArguments& a, Stream strea
             through_softmax(a, meta, size, a.grad_size.data == nullptr ? nullptr : groups.of_size + b * meta.rows(), A,
                             dS, sum);
             if (of_tokens)
-                sum_over_meta(A, groups.blocks + b * meta.rows() * groups.columns, meta.num_blocks, groups.columns, x);
+                sum_over_meta(A, groups.blocks + b * meta.rows() * groups.columns, a.K, groups.columns, x);
             write_tokens<T>(a, b, start, sum, x);
             if (!of_metric) continue;
             back.panel(panel, b, chunk, start, dS, slot, at);

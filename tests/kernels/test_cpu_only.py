@@ -136,6 +136,18 @@ def test_the_extension_checks_its_arguments():
         cpu.unmerge(x, index, y[..., :3].contiguous(), 1)
 
 
+@each("verb", ("assign", "soft_merge"))
+def test_meta_tokens_that_no_item_shares_are_not_read(verb):
+    q, meta = (torch.zeros(shape, requires_grad=True) for shape in ((0, 9, 4), (3, 4)))
+    if verb == "assign":
+        found = sttm.assign(q, meta, impl="cpu").score
+    else:
+        found = sttm.soft_merge(q, q, meta, impl="cpu").x
+    found.sum().backward()
+    assert found.shape[0] == 0
+    assert_equal("gradient", meta.grad, torch.zeros(3, 4))
+
+
 def test_float64_is_left_to_others():
     assert "not float64" in dispatch.why_not("merge", "cpu", "cpu", torch.float64)
     x = make_tokens(1, 9, 4, torch.float64)
