@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sttm_kernels as sttm
 from sttm_kernels.integrations import merging
@@ -269,22 +271,43 @@ def _(family):
     sttm.remove(sharded(family.merging(), family))
 
 
-@way("wrapped in modules that copy")
-def _(family):
-    class Wrapped(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.module = layer
+class Around(nn.Module):
+    """Something else that runs a layer: `call(layer, x, ...)`."""
 
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self.module(x.to(torch.float64, copy=True), *args, **kwargs)
+    def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.call = layer, call
 
-    model = family.merging()
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.module, x, *args, **kwargs)
+
+
+def put_around(model: nn.Module, family: Family, call: Callable[..., Any]) -> None:
     layers = family.layers(model)
     for number, layer in enumerate(layers):
-        layers[number] = Wrapped(layer)
-        layers[number].register_full_backward_hook(lambda *_: None)
+        layers[number] = Around(layer, call)
+
+
+@way("wrapped in modules that copy")
+def _(family):
+    model = family.merging()
+    put_around(model, family, lambda layer, x, *args, **kwargs: layer(x.clone(), *args, **kwargs))
+    for layer in family.layers(model):
+        layer.register_full_backward_hook(lambda *_: None)
     family.check_gradients(model)
+
+
+@way("layers in several processes", (RuntimeError, "the hidden states that layer 1 got are not those"))
+def _(family):
+    """A pipeline sends what a layer returns, without what travels with it."""
+
+    def send(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = layer(x, *args, **kwargs)
+        return (out[0].clone(), *out[1:]) if isinstance(out, tuple) else out.clone()
+
+    model = family.merging()
+    put_around(model, family, send)
+    outputs(model, family.pixels)
 
 
 @way("DDP")
@@ -320,6 +343,26 @@ def _(family):
     assert not runs
     family.check_gradients(model)
     assert len(runs) == 2 * DEPTH
+
+
+@way("the library's checkpointing")
+def _(family):
+    model = family.merging().train()
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    family.check_gradients(model)
+
+
+@way("reentrant checkpointing", (RuntimeError, "use_reentrant=False, got use_reentrant=True"))
+def _(family):
+    def again(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(lambda x: layer(x, *args, **kwargs), x, use_reentrant=True)
+
+    model = family.merging()
+    put_around(model, family, again)
+    outputs(model, family.pixels.clone().requires_grad_())
 
 
 # LoRA
@@ -781,6 +824,22 @@ def test_heads_in_two_processes(tmp_path):
 
 
 # All of them
+
+
+def table() -> list[str]:
+    """The rows of docs/models/ways.md."""
+    rows = [["way", *FAMILIES, "error"], ["---"] * (2 + len(FAMILIES))]
+    for name in WAYS:
+        here, error = ("refused", f"`{REFUSED[name][1]}`") if name in REFUSED else ("right", "")
+        rows.append([name, *(here if (name, family) in CELLS else "" for family in FAMILIES), error])
+    return [" ".join(("| " + " | ".join(row) + " |").split()) for row in rows]
+
+
+def test_the_page_shows_this_table():
+    page = (Path(__file__).parents[1] / "docs/models/ways.md").read_text(encoding="utf-8")
+    lines = [" ".join(line.split()) for line in page.splitlines() if line.startswith("|")]
+    shown = [re.sub(r"-{3,}", "---", line) for line in lines]
+    assert shown == table()
 
 
 @pytest.mark.parametrize(("name", "family"), CELLS)
