@@ -714,7 +714,7 @@ def test_counts_that_attention_ignores_are_refused(monkeypatch):
         sttm.apply(build(vit), r=1)
 
 
-@pytest.mark.parametrize("family", [vit, vivit])
+@pytest.mark.parametrize("family", [vit, dinov2, vivit])
 @pytest.mark.parametrize(("implementation", "prop_attn"), [("eager", "auto"), ("sdpa", "auto"), ("sdpa", "off")])
 def test_padding_counts_for_nothing(family, implementation, prop_attn):
     model, clip = build(family), pixels(family)
@@ -723,7 +723,7 @@ def test_padding_counts_for_nothing(family, implementation, prop_attn):
     model.set_attn_implementation(implementation)
     tokens = body_of(model)(clip).last_hidden_state.shape[1]
     mask = torch.ones(2, tokens, dtype=torch.long)
-    padding = 12 if family is vit else 9  # the two lowest rows of patches; the second half of the clip
+    padding = 12 if family in IMAGES else 9  # the two lowest rows of patches; the second half of the clip
     mask[1, -padding:] = 0
 
     def classes(clip: Tensor) -> Tensor:
@@ -733,11 +733,72 @@ def test_padding_counts_for_nothing(family, implementation, prop_attn):
     before = classes(clip)
     assert sttm.trace(model)[0].size.sum(1).tolist() == [tokens, tokens - padding]
     changed = clip.clone()
-    part = changed[1, :, -8:] if family is vit else changed[1, -2:]
+    part = changed[1, :, -8:] if family in IMAGES else changed[1, -2:]
     part.copy_(part.flip(-1) + 3 * part.flip(-2))
     assert_equal("padding", classes(changed), before)
     changed[1, ..., :4, :4] += 3
     assert not torch.equal(classes(changed), before)
+
+
+def test_an_image_of_another_size_is_as_if_alone():
+    """SigLIP 2 takes images of several sizes, the smaller ones padded."""
+    config = transformers.Siglip2VisionConfig(**WIDTH, patch_size=4, num_patches=36)
+    torch.manual_seed(0)
+    model = transformers.Siglip2VisionModel(config).eval().double()
+    patches, mask = torch.randn(2, 36, 48, dtype=torch.float64), torch.ones(2, 36, dtype=torch.long)
+    shapes = torch.tensor([[6, 6], [4, 6]])
+    mask[1, 24:] = 0
+
+    def both() -> Any:
+        return model(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+
+    with torch.no_grad():
+        before = both()
+        assert_equal("r = 0", both().pooler_output, before.pooler_output)
+        sttm.apply(model, r=[5, 3], trace=True)
+        together = both()
+        assert sttm.trace(model)[-1].size.sum(1).tolist() == [36, 24]
+        assert not torch.equal(together.pooler_output, before.pooler_output)
+        alone = model(patches[1:, :24], pixel_attention_mask=mask[1:, :24], spatial_shapes=shapes[1:])
+    close("tokens", together.last_hidden_state[1, :24], alone.last_hidden_state[0])
+    close("pooled", together.pooler_output[1], alone.pooler_output[0])
+    with pytest.raises(ValueError, match="its grid is not known"):
+        sttm.apply(model, method="sttm")
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "DINOv3ViT"])
+def test_a_backbone_gives_its_last_map(kind):
+    backbone = getattr(transformers, f"{kind}Backbone", None)
+    if backbone is None:
+        pytest.skip(f"this version of transformers has no {kind}Backbone")
+    config = {**DINO, "num_register_tokens": 3, "pos_embed_rescale": None, "out_features": ["stage3"]}
+    model = build(lambda: backbone(getattr(transformers, f"{kind}Config")(**config)), torch.float64)
+    image, prefix = pixels(vit, dtype=torch.float64), 1 if kind == "Dinov2" else 4
+    with torch.no_grad():
+        tokens = plain_models.forward(first_hidden(model, image), plain_layers(model, image), [4] * 3, prefix)
+        norm = model.layernorm if kind == "Dinov2" else model.norm
+        sttm.apply(model, r=4)
+        close("map", model(image).feature_maps[0], norm(tokens)[:, prefix:].mT.unflatten(2, (6, 6)))
+    sttm.remove(model).out_features = ["stage2", "stage3"]
+    with pytest.raises(ValueError, match=r"must have out_features=\['stage3'\]"):
+        sttm.apply(model, r=4)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_the_vision_model_inside_of_a_larger_one_is_named(kind):
+    text = {**WIDTH, "vocab_size": 99, "projection_dim": 24, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config={**IMAGE, "projection_dim": 24})
+    model, image = getattr(transformers, f"{kind}Model")(config).eval(), pixels(vit)
+    before = model.vision_model(image).last_hidden_state
+    with pytest.raises(
+        ValueError, match=r"got \w+Model of .*; inside of it, model\.vision_model is one: apply to that"
+    ):
+        sttm.apply(model, r=2)
+    sttm.apply(model.vision_model, r=2, trace=True)
+    model.get_image_features(image)
+    tokens = sttm.trace(model)[-1].size.shape[1]
+    assert tokens == (37 if kind == "CLIP" else 36) - 6
+    assert_equal("removed", sttm.remove(model).vision_model(image).last_hidden_state, before)
 
 
 def test_masks_that_are_no_padding_are_refused():

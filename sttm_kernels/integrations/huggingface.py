@@ -316,10 +316,13 @@ def _pair(extent: Any) -> tuple[int, int]:
     return (extent, extent) if isinstance(extent, int) else (extent[0], extent[1])
 
 
-def _example(model: Layer) -> tuple[str, tuple[int, ...]]:
-    """The name and shape of one image or clip of the size the config says."""
+def _example(model: Layer) -> tuple[str, tuple[int, ...]] | None:
+    """The name and shape of one image or clip of the size the config says, if it says one."""
     config = model.config
-    size = _pair(getattr(config, "crop_size", None) or config.image_size)
+    extent = getattr(config, "crop_size", None) or getattr(config, "image_size", None)
+    if extent is None:
+        return None
+    size = _pair(extent)
     channels = config.num_channels if hasattr(config, "num_channels") else config.in_chans
     frames = [getattr(config, name) for name in ("num_frames", "frames_per_clip") if hasattr(config, name)]
     return getattr(model, "main_input_name", "pixel_values"), (1, *frames, channels, *size)
@@ -365,6 +368,7 @@ KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vivit": lambda config: {"num_prefix": 1},
     "clip_vision_model": lambda config: {"num_prefix": 1},
     "siglip_vision_model": lambda config: {"num_prefix": 0},
+    "siglip2_vision_model": lambda config: {"num_prefix": 0, "gridded": ()},  # images of several sizes in one batch
     "dinov2": lambda config: {"num_prefix": 1},
     "dinov2_with_registers": lambda config: {"num_prefix": 1 + config.num_register_tokens},
     "dinov3_vit": _dinov3,
@@ -411,6 +415,11 @@ def anatomy(model: Layer) -> Anatomy | None:
         raise ValueError(message + (f"; inside of it, model.{inside} is one: apply to that" if inside else ""))
     if kind == "videomae" and hasattr(model, "decoder"):
         raise ValueError(f"model must not be {name}: its decoder is to fill in tokens at their own places")
+    if hasattr(model, "out_features") and list(model.out_features) != list(model.stage_names[-1:]):
+        raise ValueError(
+            f"model must have out_features={model.stage_names[-1:]}, for only the last layer puts tokens back at all "
+            f"places, {name} has {model.out_features}"
+        )
     layers = _part(model, LAYERS)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"model must have its layers at one of {LAYERS}, {name} has none there")
