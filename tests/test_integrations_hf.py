@@ -801,6 +801,44 @@ def test_the_vision_model_inside_of_a_larger_one_is_named(kind):
     assert_equal("removed", sttm.remove(model).vision_model(image).last_hidden_state, before)
 
 
+def image_features(model: nn.Module, image: Tensor) -> Tensor:
+    out = model.get_image_features(pixel_values=image)
+    out = getattr(out, "pooler_output", out)
+    return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
+TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+
+
+def test_llava_without_the_layer_it_does_not_read():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**IMAGE), text_config=transformers.LlamaConfig(**TEXT)
+    )
+    model, image = transformers.LlavaModel(config).eval(), pixels(vit)
+    before, tower = image_features(model, image), model.vision_tower
+    del getattr(tower, "vision_model", tower).encoder.layers[-1]
+    tower.config.num_hidden_layers -= 1
+    model.config.vision_feature_layer = -1
+    assert_equal("without it", image_features(model, image), before)
+    sttm.apply(tower, r=3, trace=True)
+    after = image_features(model, image)
+    assert after.shape == before.shape
+    assert not torch.equal(after, before)
+    assert [each.size.shape[1] for each in sttm.trace(tower)] == [34, 31]
+
+
+def test_internvl_gives_its_language_model_as_many_tokens():
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**IMAGE), text_config=transformers.LlamaConfig(**TEXT)
+    )
+    model, image = transformers.InternVLModel(config).eval(), pixels(vit)
+    before = image_features(model, image)
+    sttm.apply(model.vision_tower, r=3)
+    after = image_features(model, image)
+    assert after.shape == before.shape
+    assert not torch.equal(after, before)
+
+
 def test_masks_that_are_no_padding_are_refused():
     layer = layers_of(sttm.apply(build(vit), r=1))[0]
     name = "attention_mask" if "attention_mask" in layer._sttm.names else "head_mask"
