@@ -704,6 +704,20 @@ def test_layers_that_fail_the_check_are_refused():
         sttm.apply(model, r=1)
 
 
+def test_attention_with_a_bias_of_its_own_is_refused():
+    inner = layers_of(siglip())[1].self_attn
+
+    class Biased(type(inner)):
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, hidden_states.new_ones(1, 1, 1, 1), **kwargs)
+
+    model = build(siglip)
+    for layer in layers_of(model):
+        layer.self_attn.__class__ = Biased
+    with pytest.raises(ValueError, match="attention must add no bias of its own"):
+        sttm.apply(model, r=1)
+
+
 def test_counts_that_attention_ignores_are_refused(monkeypatch):
     from sttm_kernels.integrations import huggingface
 

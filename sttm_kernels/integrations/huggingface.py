@@ -69,6 +69,8 @@ def _attention(
     if rotation is not None:
         query, key = module._sttm.rotate(query, key, *rotation)
     if told is not None and told.size is not None:
+        if attention_mask is not None:
+            raise ValueError("attention must add no bias of its own in a model that merges tokens, got one")
         out = proportional_attention(query, key, value, told.size, scaling, told.method, dropout)
         return out.transpose(1, 2).contiguous(), None
     name = module._sttm.config._attn_implementation
@@ -129,7 +131,10 @@ def _inner(layer: Layer) -> Layer:
 def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
     inner = _inner(layer)
     names = tuple(inspect.signature(type(inner).forward).parameters)
-    library = sys.modules[type(inner).__module__]
+    modules = [sys.modules[each.__module__] for each in type(inner).__mro__]
+    library = next((each for each in modules if hasattr(each, "eager_attention_forward")), None)
+    if library is None:
+        raise ValueError(f"model must attend through the interface of transformers, a {type(inner).__name__} does not")
     own = Own(inner.config, library.eager_attention_forward, getattr(library, "apply_rotary_pos_emb", None), names)
     # A config of its own: the model's, which is saved and may be shared, stays as it is.
     inner.config = copy.copy(inner.config)
