@@ -683,16 +683,16 @@ def soft_merge_backward(
         size = size.masked_fill(~mask, 0)
     B, N, K = tokens.shape
     acc = acc_dtype(x.dtype)
-    inverse = torch.where(mass == 0, 0, mass.reciprocal())[..., None]
+    divisor = mass.masked_fill(mass == 0, torch.inf)[..., None]
 
-    # T = dL/dA without its factor size_n: <g_k, x_n - y_k> / mass_k + positions alike + dL/dsize'_k.
-    g = None if grad_y is None else grad_y.to(acc) * inverse
-    gp = None if grad_positions is None else grad_positions * inverse
-    constant = torch.zeros_like(mass) if grad_size is None else grad_size.clone()
+    # dL/dA without its factor size_n is T / mass_k + dL/dsize'_k, T = <g_k, x_n - y_k> and positions alike. What is
+    # divided by mass_k is size_n A, which is not greater: 1 / mass_k alone overflows for a group far from all tokens.
+    g = None if grad_y is None else grad_y.to(acc)
+    constant = torch.zeros_like(mass)
     if g is not None:
         constant -= (g * y.to(acc)).sum(-1)
-    if gp is not None and out.positions is not None:
-        constant -= (gp * out.positions).sum(-1)
+    if grad_positions is not None and out.positions is not None:
+        constant -= (grad_positions * out.positions).sum(-1)
 
     grad_x = x.new_zeros(x.shape)
     grad_size_in = x.new_zeros((B, N), dtype=acc)
@@ -701,18 +701,24 @@ def soft_merge_backward(
     total = torch.zeros_like(grad_m[..., :1])  # of dS over tokens
     for b, n in tokens.tiles():
         A = tokens.attention(tokens.similarity(b, n), lse, b, n, normalize).to(acc)
-        W = A if size is None else A * size[b, None, n]
+        weighted = A if size is None else A * size[b, None, n]
+        W = weighted / divisor[b]
         T = constant[b, :, None].expand(-1, -1, A.shape[-1])
         if g is not None:
             grad_x[b, n] = W.mT @ g[b]
             T = T + g[b] @ tokens.features(b, n).mT
-        if gp is not None:
-            grad_p[b, n] = W.mT @ gp[b]
-            T = T + gp[b] @ tokens.positions(b, n).mT
-        grad_size_in[b, n] = (A * T).sum(1)
+        if grad_positions is not None:
+            grad_p[b, n] = W.mT @ grad_positions[b]
+            T = T + grad_positions[b] @ tokens.positions(b, n).mT
+        if need_size:
+            grad_size_in[b, n] = (A / divisor[b] * T).sum(1)
+            if grad_size is not None:
+                grad_size_in[b, n] += (A * grad_size[b, :, None]).sum(1)
         if not (need_q or need_meta):
             continue
         WT = W * T
+        if grad_size is not None:
+            WT += weighted * grad_size[b, :, None]
         # sum_n W T over tokens is mass_k grad_size_k: the rest of T is centred on its own weighted mean.
         if normalize == "meta":
             dS = WT - A * WT.sum(1, keepdim=True)
