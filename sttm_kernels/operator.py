@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sttm_kernels import dispatch
+from sttm_kernels.autocast import without_autocast
 from sttm_kernels.torch_private import (
     below_autograd,
     dispatching,
@@ -279,8 +280,9 @@ def pull_back(
         known[:] = [grad for _, grad in pairs]
         return [t for t, _ in pairs]
 
-    pull = torch.func.vjp(outputs, *(inputs[i] for i in which))[1]
-    found = dict(zip(which, pull(known), strict=True))
+    with without_autocast(inputs[which[0]].device.type):
+        pull = torch.func.vjp(outputs, *(inputs[i] for i in which))[1]
+        found = dict(zip(which, pull(known), strict=True))
     return [found.get(i) for i in range(len(inputs))]
 
 
@@ -301,8 +303,9 @@ def push_forward(
         return [t for t in results if t is not None]
 
     zeros = [torch.zeros_like(t) for t in outputs(*primals)]
-    push = torch.func.vjp(lambda *grads: torch.func.vjp(outputs, *primals)[1](list(grads)), *zeros)[1]
-    found = iter(push(tuple(tangents[i] for i in which)))
+    with without_autocast(primals[0].device.type):
+        push = torch.func.vjp(lambda *grads: torch.func.vjp(outputs, *primals)[1](list(grads)), *zeros)[1]
+        found = iter(push(tuple(tangents[i] for i in which)))
     return [next(found) if is_here else None for is_here in here]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sttm_kernels.autocast import in_given_dtypes
 from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
 
 COSINE = Similarity()
@@ -27,6 +28,7 @@ def mean_over_heads(q: Tensor) -> Tensor:
     return q.mean(1) if q.dim() == 4 else q
 
 
+@in_given_dtypes
 def pairwise_similarity(q: Tensor, m: Tensor, similarity: Similarity) -> Tensor:
     """S[n, k] = sim(q_n, m_k) / temperature, `(B, N, K)`."""
     q, m = q.to(acc_dtype(q.dtype)), m.to(acc_dtype(m.dtype))
@@ -188,6 +190,7 @@ def compose(plan1: MergePlan, plan2: MergePlan) -> MergePlan:
     return MergePlan(torch.where(lost, -1, onward).to(torch.int32), plan2.num_groups)
 
 
+@in_given_dtypes
 def soft_merge(
     x: Tensor,
     q: Tensor,

@@ -243,6 +243,17 @@ def test_tangents_have_the_dtype_of_the_result(dtype):
     assert [t.dtype for t in tangents] == [t.dtype for t in primals] == [dtype, torch.float32]
 
 
+@pytest.mark.parametrize("mode", [double, jvp])
+def test_autocast_changes_no_derivative_that_goes_through_the_specification(mode):
+    verb, inputs = VERBS["soft_merge dot meta"]
+    run, inputs = partial(verb, impl="torch"), tuple(t.float() for t in inputs)
+    expected = tree_leaves(mode(run, inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree_leaves(mode(run, inputs))
+    for got, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=0, atol=0)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

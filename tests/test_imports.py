@@ -66,7 +66,17 @@ def test_public_modules_need_no_test_framework(module):
 
 
 ROOMS = {
-    "base": ("plan", "partition", "validate", "console", "torch_private", "dispatch", "sharding", "extension"),
+    "base": (
+        "autocast",
+        "plan",
+        "partition",
+        "validate",
+        "console",
+        "torch_private",
+        "dispatch",
+        "sharding",
+        "extension",
+    ),
     "reference": ("reference",),
     "impl": ("impl",),
     "ops": ("operator", "ops"),

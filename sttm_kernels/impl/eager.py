@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sttm_kernels.autocast import in_given_dtypes
 from sttm_kernels.plan import (
     Merged,
     MergedGrads,
@@ -123,6 +124,7 @@ def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return value, index.gather(1, part[:, None]).squeeze(1)
 
 
+@in_given_dtypes
 def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
     soft = weight == "softmax"
     m = _operand(meta, similarity.kind)
@@ -146,6 +148,7 @@ def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: T
     return MergePlan(index, meta.shape[1], score, lse, w)
 
 
+@in_given_dtypes
 def assign_backward(
     grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:
@@ -208,6 +211,7 @@ def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor | None:
     return grad.to(like.dtype).contiguous() if needed else None
 
 
+@in_given_dtypes
 def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
     a = _operand(metric.detach(), "cosine")
     B, N, _ = a.shape
@@ -577,6 +581,7 @@ def compose(plan1: MergePlan, plan2: MergePlan) -> MergePlan:
     return MergePlan(onward.masked_fill_(~real, -1), num_groups)
 
 
+@in_given_dtypes
 def soft_merge(
     x: Tensor,
     q: Tensor,
@@ -662,6 +667,7 @@ class _SoftTokens:
         return rows if self.mask is None else rows.masked_fill(~self.mask[b, n, None], 0)
 
 
+@in_given_dtypes
 def soft_merge_backward(
     grads: MergedGrads,
     x: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sttm_kernels import validate
+from sttm_kernels.autocast import without_autocast
 from sttm_kernels.functional import assign_merge, check_rows, compose, merge, size_and_positions
 from sttm_kernels.nn.generators import make
 from sttm_kernels.plan import MergedTokens, MergePlan
@@ -39,12 +39,6 @@ def _count(name: str, keep: Keep, tokens: int) -> int:
     if keep > tokens:
         raise ValueError(f"{name} must be at most the {tokens} tokens there are to merge, got {keep}")
     return keep
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def grid_positions(grid: Grid, num_prefix: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -207,7 +201,7 @@ class STTM(nn.Module):
         assert positions is not None
         positions = self._with_products(positions)
 
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             q = None if metric is None or metric is x else mean_over_heads(metric)[:, prefix:]
             here = _Tokens(x[:, prefix:], q, None if size is None else size[:, prefix:], positions[:, prefix:])
             plans = []

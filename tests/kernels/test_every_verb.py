@@ -118,6 +118,17 @@ def test_results_can_be_modified_in_place(backend, verb):
 
 
 @each_verb
+def test_autocast_changes_nothing(backend, verb):
+    """Forward and backward: no product of a verb is rounded to what the layers around it compute in."""
+    inputs = draw((2, 18, 5, 20, 24), device=backend.device)
+    expected = run(calling(verb, backend.impl), inputs)
+    with torch.autocast(backend.device, torch.bfloat16):
+        found = run(calling(verb, backend.impl), inputs)
+    for name, value in expected.items():
+        assert_equal(f"{verb} under autocast: {name}", found[name], value)
+
+
+@each_verb
 @each("impl", ["backend", "reference"])
 def test_an_empty_batch(backend, verb, impl):
     call = calling(verb, backend.impl if impl == "backend" else impl, masked=False)
