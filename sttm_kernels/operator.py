@@ -8,7 +8,7 @@ through the specification, which is plain PyTorch: O(N K) memory for `assign` an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from sttm_kernels.torch_private import (
     below_autograd,
     dispatching,
     forward_differentiating,
+    is_mapped_by_autograd,
+    map_by_func,
     observed,
     outer_levels_of_forward_mode,
     transforming,
@@ -201,6 +203,8 @@ class Operator:
         needs = [need and field not in self.constants for need, field in zip(ctx.needs_input_grad, fields, strict=True)]
         if formula is None or not any(needs) or all(grad is None for grad in grads):
             return (None,) * len(fields)
+        if is_mapped_by_autograd(grads):
+            return map_by_func(partial(self._pull, ctx), grads)
         a, out = self._saved(ctx)
         if self.backward is None:
             return tuple(pull_back(lambda *given: formula(self.inputs(*given), out), a, needs, grads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -71,6 +71,36 @@ def outer_levels_of_forward_mode() -> AbstractContextManager[Any]:
 def below_autograd() -> AbstractContextManager[Any]:
     """Within it operators go past their derivatives."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+_mapped_by_autograd: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", lambda t: False)
+
+
+def is_mapped_by_autograd(grads: Sequence[torch.Tensor | None]) -> bool:
+    """Whether `torch.autograd.grad(is_grads_batched=True)` maps these: with a vmap older than that of torch.func."""
+    return any(grad is not None and _mapped_by_autograd(grad) for grad in grads)
+
+
+def map_by_func(
+    pull: Callable[..., Sequence[torch.Tensor | None]], grads: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """`pull(*grads)` of gradients that autograd maps, mapped by the vmap of torch.func."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    which = [i for i, grad in enumerate(grads) if grad is not None and _mapped_by_autograd(grad)]
+    here: list[bool] = []
+
+    def mapped(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = list(grads)
+        for i, value in zip(which, values, strict=True):
+            given[i] = value
+        found = pull(*given)
+        here[:] = [t is not None for t in found]
+        return tuple(t for t in found if t is not None)
+
+    values = (torch._remove_batch_dim(grads[i], level, 1, 0) for i in which)  # type: ignore[arg-type]
+    found = iter(torch.func.vmap(mapped)(*values))
+    return tuple(torch._add_batch_dim(next(found), 0, level) if is_here else None for is_here in here)
 
 
 def tf32() -> bool:

@@ -130,6 +130,15 @@ def reverse(run: Run, inputs: tuple[Tensor, ...]):
     return torch.autograd.grad(scalar(run)(*inputs), inputs, allow_unused=True, materialize_grads=True)
 
 
+def reverse_of_many(run: Run, inputs: tuple[Tensor, ...]):
+    inputs = tuple(t.clone().requires_grad_() for t in inputs)
+    return torch.autograd.grad(scalar(run)(*inputs), inputs, floats(3, seed=20), is_grads_batched=True)
+
+
+def vectorized_hessian(run: Run, inputs: tuple[Tensor, ...]):
+    return torch.autograd.functional.hessian(lambda first: scalar(run)(first, *inputs[1:]), inputs[0], vectorize=True)
+
+
 def double(run: Run, inputs: tuple[Tensor, ...]):
     inputs = tuple(t.clone().requires_grad_() for t in inputs)
     grads = torch.autograd.grad(scalar(run)(*inputs), inputs, create_graph=True, materialize_grads=True)
@@ -207,8 +216,8 @@ def grad_vmap(run: Run, inputs: tuple[Tensor, ...]):
 
 
 MODES = (
-    reverse, double, jvp, forward_mode, reverse_over_forward, forward_over_reverse, forward_over_forward, grad,
-    grad_of_grad, jacrev, jacfwd, vmap, vmap_of_one, vmap_grad, grad_vmap,
+    reverse, reverse_of_many, vectorized_hessian, double, jvp, forward_mode, reverse_over_forward, forward_over_reverse,
+    forward_over_forward, grad, grad_of_grad, jacrev, jacfwd, vmap, vmap_of_one, vmap_grad, grad_vmap,
 )  # fmt: skip
 
 
