@@ -22,7 +22,7 @@
     DO(soft_merge_backward, SoftMergeBackwardArguments)
 
 // Best first: its name, and whether this CPU can run it.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(STTM_BASELINE_ONLY)
 #define STTM_ISAS(DO)                                                                                              \
     DO(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                          \
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                       \
