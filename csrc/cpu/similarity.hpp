@@ -68,7 +68,7 @@ Meta pack_meta(const Arguments& a, Stream stream) {
     Meta meta{};
     meta.num_blocks = static_cast<int>(ceil_div(a.K, kRows));
     meta.size = block_size(a.D);
-    meta.items = a.meta.stride_b == 0 ? 1 : a.B;
+    meta.items = a.meta.stride_b == 0 && a.B != 0 ? 1 : a.B;
     const int64_t blocks = meta.items * meta.num_blocks, row_size = a.D + kWidth;
     const int threads = threads_for(stream, blocks * meta.size * 4);
     float *const packed = take<float>(blocks * meta.size), *const rows = take<float>(threads * row_size);

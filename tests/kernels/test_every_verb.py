@@ -138,6 +138,14 @@ def test_an_empty_batch(backend, verb, impl):
     assert {name: value.shape for name, value in found.items()} == shapes
 
 
+@each("verb", ["assign cosine", "assign_merge", "soft_merge meta", "soft_merge tokens"])
+def test_an_empty_batch_with_shared_meta_tokens(backend, verb):
+    inputs = rows(draw((1, 9, 4, 8, 6), device=backend.device), slice(0, 0))
+    found = run(calling(verb, backend.impl), inputs | {"meta": torch.ones(4, 8, device=backend.device)})
+    assert not found["gradient of meta"].any()
+    assert all(value.shape[0] == 0 for name, value in found.items() if name != "gradient of meta")
+
+
 OF_TOKENS = ("x", "q", "size", "weight", "positions")
 WITH_MASK = [
     *(f"assign {kind} {weight}" for kind in SIMILARITIES for weight in WEIGHTS),
