@@ -6,8 +6,9 @@ same bits in every run and whatever else is in the batch; `impl="torch"` and "re
 same number of threads, and on GPUs leave products to cuBLAS, whose choice of kernel may depend on the batch. Nothing
 synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
 
-DTensors are taken and returned where all tensors are: a sharded batch stays sharded, so do channels of x that are only
-carried along, other shardings are gathered first; gradients come back as the inputs are sharded.
+Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
+batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come
+back as the inputs are sharded.
 
 `impl` is "cuda", "triton", "cpu", "torch", "reference", or "auto", the first of the first four that can run here.
 

@@ -267,8 +267,13 @@ class Operator:
 
     def _function(self, **members: Callable[..., Any]) -> type[torch.autograd.Function]:
         members = {"backward": self._pull, "jvp": self._push, **members}
-        static = {name: staticmethod(member) for name, member in members.items()}
+        static = {name: staticmethod(_function(member)) for name, member in members.items()}
         return type(self.name, (torch.autograd.Function,), static)
+
+
+def _function(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as the function that compiled autograd asks for."""
+    return lambda *args: method(*args)
 
 
 def pull_back(

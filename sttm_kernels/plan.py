@@ -29,7 +29,8 @@ class MergePlan:
             when every token has a group; purely a shortcut for `merge`.
         offsets: int32 `(B, K + 1)` or None. Group k of item b is `order[b, offsets[b, k] : offsets[b, k + 1]]`.
 
-    Registered as a pytree, so a plan passes through `torch.compile`, `torch.export` and activation checkpointing.
+    Registered as a pytree, so a plan passes through `torch.compile`, `torch.export` and activation checkpointing, and
+    as safe for `torch.load`.
     """
 
     index: Tensor
@@ -61,6 +62,7 @@ class MergedTokens:
 
 for _cls in (MergePlan, MergedTokens):
     torch.export.register_dataclass(_cls, serialized_type_name=f"sttm_kernels.{_cls.__name__}")
+    torch.serialization.add_safe_globals([_cls])
 
 
 class Merged(NamedTuple):

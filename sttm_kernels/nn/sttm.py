@@ -93,7 +93,8 @@ class STTM(nn.Module):
             own, or a module, which both stages share. See `sttm_kernels.nn.generators`.
         motion: whether to add motion features.
         num_prefix: how many tokens at the front (class, distillation, registers) are left as they are, bit for bit.
-        similarity, temperature, weight: of `sttm_kernels.assign`.
+        similarity, temperature, weight: of `sttm_kernels.assign`. The parameters of "topk" and "learned" learn through
+            the weights of tokens alone: not with `weight="uniform"`, nor from a single meta token.
         temporal_window: how many frames the temporal stage looks at together; None is the whole clip.
         second_moment: also aggregate the products (tt, ty, tx, yy, yx, xx) of positions, so that the motion features
             see how far a group spreads and moves: W then takes the 3 means and the 6 central second moments.
