@@ -82,7 +82,7 @@ def other_linear_layers(family: Family) -> None:
 
 def outputs(model: nn.Module, pixels: Tensor) -> Tensor:
     out = model(pixels)
-    return out if isinstance(out, Tensor) else out.logits
+    return out if isinstance(out, Tensor) else hf.used(out)
 
 
 def plain_name(name: str) -> str:
@@ -112,11 +112,10 @@ def of_timm(name: str) -> Family:
 def of_hf(family: Callable[..., nn.Module]) -> Family:
     def plainly(model: nn.Module, pixels: Tensor) -> Tensor:
         tokens = hf.first_hidden(model, pixels)
-        prefix = 0 if family in (hf.videomae, hf.vjepa2) else 1
         if family is hf.timesformer:
             return hf.head(model, torch.stack([divided(model, x) for x in tokens]))
-        layers = [hf.plain(layer) for layer in hf.layers_of(model)]
-        return hf.head(model, plain_models.forward(tokens, layers, [R] * DEPTH, prefix))
+        layers = hf.plain_layers(model, pixels)
+        return hf.head(model, plain_models.forward(tokens, layers, [R] * DEPTH, hf.PREFIX.get(family, 1)))
 
     def divided(model: nn.Module, x: Tensor) -> Tensor:
         size, where = torch.ones(9, dtype=x.dtype), list(range(9))
@@ -141,7 +140,7 @@ FAMILIES = {
     each.name: each
     for each in (
         *map(of_timm, ("vit", "dinov3")),
-        *map(of_hf, (hf.vit, hf.videomae, hf.vivit, hf.vjepa2, hf.timesformer)),
+        *map(of_hf, (hf.vit, hf.clip_vision, hf.dinov3, hf.videomae, hf.vivit, hf.vjepa2, hf.timesformer)),
     )
 }
 WAYS: dict[str, Way] = {}
