@@ -19,7 +19,7 @@ if shutil.which(cuda_host.compiler()) is None:
     pytest.skip(f"needs a C++ compiler, {cuda_host.compiler()} is not there", allow_module_level=True)
 
 HERE = Path(__file__).parent
-OTHERS = ("test_torch_only.py", "test_triton_only.py")
+OTHERS = ("test_cpu_only.py", "test_torch_only.py", "test_triton_only.py")
 KERNELS = sorted(p for p in HERE.glob("kernels/test_*.py") if p.name not in OTHERS)
 SUITES = [str(p.relative_to(HERE)) for p in (*KERNELS, HERE / "test_cuda_arrays.py")]
 ORDERS = ("forward", "reverse", "shuffle:1", "shuffle:2")
