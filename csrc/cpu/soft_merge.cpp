@@ -129,12 +129,12 @@ void soft_merge_typed(const SoftMergeArguments& a, Stream stream) {
             for (int chunk = 1; chunk < chunks.count; ++chunk) sum += load(total + chunk * sum_size + c);
             if (chunks.count > 1) store(total + c, sum);
         }
-        const float mass = total[a.C + a.P], inverse = mass == 0 ? 0 : 1 / mass;
+        const float mass = total[a.C + a.P];
         T* const y = static_cast<T*>(a.y) + group * a.C;
         for (int c = 0; c < a.C; c += kWidth)
-            store_up_to(y + c, mass == 0 ? Floats{} : load(total + c) * inverse, a.C - c);
+            store_up_to(y + c, mass == 0 ? Floats{} : load(total + c) / mass, a.C - c);
         a.size_out[group] = mass;
-        for (int p = 0; p < a.P; ++p) a.positions_out[group * a.P + p] = mass == 0 ? 0 : total[a.C + p] * inverse;
+        for (int p = 0; p < a.P; ++p) a.positions_out[group * a.P + p] = mass == 0 ? 0 : total[a.C + p] / mass;
     });
 }
 

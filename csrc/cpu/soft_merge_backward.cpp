@@ -5,10 +5,11 @@ namespace sttm::cpu::STTM_ISA {
 
 namespace {
 
-// What a group hands to its tokens: rows g_k / mass_k of y and of positions as blocks of `columns` rows, and what is
-// the same for every token, <gradient of size'_k> - <g_k, y_k> / mass_k - <gradient of p_k, p_k> / mass_k.
+// What a group hands to its tokens: rows g_k of y and of positions as blocks of `columns` rows, and what is the same
+// for every token, -<g_k, y_k> - <gradient of p_k, p_k>. What is divided by mass_k is size_n A, which is not greater:
+// 1 / mass_k alone overflows for a group far from every token.
 struct Groups {
-    const float *blocks, *constant, *of_size;  // of_size: gradient of size'_k times mass_k
+    const float *blocks, *constant, *grad_size, *divisor;  // divisor: mass_k, infinity for an empty group
     int64_t columns;
 };
 
@@ -16,23 +17,25 @@ template <class T>
 Groups pack_groups(const SoftMergeBackwardArguments& a, const Meta& meta, int threads) {
     const int64_t columns = block_rows(int64_t(a.C) + a.P), rows = meta.rows();
     float* const blocks = take<float>(a.B * rows * columns);
-    float *const constant = take<float>(a.B * rows), *const of_size = take<float>(a.B * rows);
+    float *const constant = take<float>(a.B * rows), *const grad_size = take<float>(a.B * rows);
+    float* const divisor = take<float>(a.B * rows);
     const T *const grad_y = static_cast<const T*>(a.grad_y.data), *const y = static_cast<const T*>(a.y);
     const float* const grad_p = static_cast<const float*>(a.grad_positions.data);
     parallel_for(a.B * rows, threads, [&](int64_t task, int) {
         const int64_t b = task / rows, k = task % rows;
         const bool real = k < a.K;
-        const float mass = real ? a.mass[b * a.K + k] : 0, inverse = mass == 0 ? 0 : 1 / mass;
-        const float grad_size = real && a.grad_size.data != nullptr
-                                    ? a.grad_size.data[b * a.grad_size.stride_b + k * a.grad_size.stride_n]
-                                    : 0;
+        const float mass = real ? a.mass[b * a.K + k] : 0;
+        divisor[task] = mass == 0 ? kInfinity : mass;
+        grad_size[task] = real && a.grad_size.data != nullptr
+                              ? a.grad_size.data[b * a.grad_size.stride_b + k * a.grad_size.stride_n]
+                              : 0;
         float* const to = blocks + (b * rows + k / kRows * kRows) * columns + k % kRows;
         Floats dot{};
         for (int c = 0; c < a.C; c += kWidth) {
             Floats g{};
             if (mass != 0 && grad_y != nullptr) {
                 const T* const at = grad_y + b * a.grad_y.stride_b + k * a.grad_y.stride_n + c * a.grad_y.stride_c;
-                g = load_up_to(at, a.C - c, a.grad_y.stride_c) * inverse;
+                g = load_up_to(at, a.C - c, a.grad_y.stride_c);
                 dot += g * load_up_to(y + (b * a.K + k) * a.C + c, a.C - c, 1);
             }
             for (int i = 0; i < min(kWidth, a.C - c); ++i) to[int64_t(c + i) * kRows] = g[i];
@@ -41,17 +44,16 @@ Groups pack_groups(const SoftMergeBackwardArguments& a, const Meta& meta, int th
         for (int p = 0; p < a.P; ++p) {
             float g = 0;
             if (mass != 0 && grad_p != nullptr) {
-                g = inverse * grad_p[b * a.grad_positions.stride_b + k * a.grad_positions.stride_n +
-                                     p * a.grad_positions.stride_c];
+                g = grad_p[b * a.grad_positions.stride_b + k * a.grad_positions.stride_n +
+                           p * a.grad_positions.stride_c];
                 total += g * a.positions_out[(b * a.K + k) * a.P + p];
             }
             to[int64_t(a.C + p) * kRows] = g;
         }
         for (int64_t c = int64_t(a.C) + a.P; c < columns; ++c) to[c * kRows] = 0;
-        constant[task] = grad_size - total;
-        of_size[task] = grad_size * mass;
+        constant[task] = -total;
     });
-    return {blocks, constant, of_size, columns};
+    return {blocks, constant, grad_size, divisor, columns};
 }
 
 // Features and positions of the tokens of a panel, one to a lane; zeros for those that are not real.
@@ -67,7 +69,8 @@ void load_features(const SoftMergeBackwardArguments& a, int64_t b, int start, co
                              : p[b * a.positions.stride_b + (start + i) * a.positions.stride_n + j * a.positions.stride_c];
 }
 
-// dL/dA without its factor size_n: T[k, n] = constant_k + <g_k, x_n> + <gradient of p_k, p_n>, (K, kPanel).
+// T[k, n] = constant_k + <g_k, x_n> + <gradient of p_k, p_n>, (K, kPanel). dL/dA[n, k] is
+// size_n (T / mass_k + gradient of size'_k).
 void worth(const SoftMergeBackwardArguments& a, const Groups& groups, const Meta& meta, int64_t b, const float* panel,
            float* tile) {
     const float* const blocks = groups.blocks + b * meta.rows() * groups.columns;
@@ -82,23 +85,30 @@ void worth(const SoftMergeBackwardArguments& a, const Groups& groups, const Meta
     }
 }
 
-// Of A and T: the gradient of sizes to `sum`, and W, A times sizes, over A; dS over T. `of_size` is null where the
-// gradient of size' is nothing.
-void through_softmax(const SoftMergeBackwardArguments& a, const Meta& meta, const float* size, const float* of_size,
-                     float* A, float* T, float* sum) {
+// Of A and T of item b: the gradient of sizes to `sum`; size_n A / mass_k over A; dS over T.
+void through_softmax(const SoftMergeBackwardArguments& a, const Groups& groups, const Meta& meta, int64_t b,
+                     const float* size, float* A, float* T, float* sum) {
+    const float* const divisor = groups.divisor + b * meta.rows();
+    const float* const grad_size = groups.grad_size + b * meta.rows();
     for (int v = 0; v < kVectors; ++v) {
-        Floats total{};
-        for (int64_t k = 0; k < a.K; ++k)
-            total += load(A + k * kPanel + v * kWidth) * load(T + k * kPanel + v * kWidth);
-        store(sum + v * kWidth, total);
-        const Floats n = load(size + v * kWidth);
+        const auto of_weight = [&](int64_t k, Floats weight) {
+            return weight / divisor[k] * load(T + k * kPanel + v * kWidth) + weight * grad_size[k];
+        };
+        const auto over_meta = [&](Floats n) {
+            Floats total{};
+            for (int64_t k = 0; k < a.K; ++k) total += of_weight(k, load(A + k * kPanel + v * kWidth) * n);
+            return total;
+        };
+        if (a.grad_size_in != nullptr) store(sum + v * kWidth, over_meta(splat(1.0f)));
+        const Floats n = load(size + v * kWidth), total = a.over_meta ? over_meta(n) : Floats{};
         for (int64_t k = 0; k < meta.rows(); ++k) {
             float *const share = A + k * kPanel + v * kWidth, *const t = T + k * kPanel + v * kWidth;
             const Floats w = load(share) * n;
-            Floats off = a.over_meta ? load(share) * (n * total) : Floats{};
-            if (!a.over_meta && of_size != nullptr) off = load(share) * of_size[k];
-            store(t, (w * load(t) - off) * a.inverse_temperature);
-            store(share, w);
+            Floats off = load(share) * total;
+            // Over tokens, what T stands for is centred but for the gradient of size'.
+            if (!a.over_meta && k < a.K) off = load(share) * (grad_size[k] * a.mass[b * a.K + k]);
+            store(t, (of_weight(k, w) - off) * a.inverse_temperature);
+            store(share, w / divisor[k]);
         }
     }
 }
@@ -148,8 +158,7 @@ void soft_merge_backward_typed(const SoftMergeBackwardArguments& a, Stream strea
             attend(a, a.over_meta ? lse : a.lse + b * a.K, real, meta.rows(), A);
             load_features<T>(a, b, start, real, x);
             worth(a, groups, meta, b, x, dS);
-            through_softmax(a, meta, size, a.grad_size.data == nullptr ? nullptr : groups.of_size + b * meta.rows(), A,
-                            dS, sum);
+            through_softmax(a, groups, meta, b, size, A, dS, sum);
             if (of_tokens)
                 sum_over_meta(A, groups.blocks + b * meta.rows() * groups.columns, a.K, groups.columns, x);
             write_tokens<T>(a, b, start, sum, x);

@@ -122,3 +122,28 @@ def test_a_loss_of_one_output(backend, output, normalize):
     actual, specification = through(sttm.soft_merge, impl=backend.impl), through(sttm.soft_merge, impl="reference")
     inputs = tokens(backend, 1, 17, 5, 20, 20)
     assert_verb_within_budget(f"soft_merge: {output}", actual, specification, inputs, 42, 62)
+
+
+@each("sized", [False, True])
+def test_gradients_of_a_group_far_from_every_token_are_finite(backend, sized):
+    """Under the loss scale of mixed precision 1 / mass times a gradient overflows, yet no gradient is large."""
+    far, scale = torch.tensor([[0.0] * 8, [3.27] * 8], device=backend.device), 2.0**16
+    inputs = tokens(backend, 1, 17, 2, 8, 20) | {"meta": far}
+    inputs["q"].mul_(0.01)
+    if not sized:
+        inputs = only(inputs, "x", "q", "meta")
+    else:
+        inputs["size"][0, 3] = 0
+
+    def gradients(dtype, impl):
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+        out = sttm.soft_merge(**leaves, similarity="l2", impl=impl)
+        results = (out.x, out.size, out.positions)
+        loss = sum((t * torch.arange(1, 1 + t.shape[-1], device=t.device)).sum() for t in results if t is not None)
+        return out.size, torch.autograd.grad(loss * scale, leaves.values())
+
+    mass, found = gradients(torch.float32, backend.impl)
+    _, truth = gradients(torch.float64, "reference")
+    assert torch.finfo(torch.float32).tiny < mass[0, 1] < 20 * scale / torch.finfo(torch.float32).max
+    for got, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=1e-3, atol=1e-3)
