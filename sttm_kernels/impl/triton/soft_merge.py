@@ -48,6 +48,8 @@ _NUMBERS = [
     "stride_pb", "stride_gb",
 ]  # fmt: skip
 _ADJACENT = ["stride_qd", "stride_xd"]
+_UP = tl.constexpr(2.0**24)
+"""Takes the least number above 0 to where its inverse is finite."""
 
 
 class Side(NamedTuple):
@@ -69,6 +71,7 @@ class Frame(NamedTuple):
     lse: Any
     mass: Any
     shift: Any
+    grad_size: Any
     centre: Any
     token: Any
     group: Any
@@ -127,7 +130,7 @@ def soft_merge_kernel(
     tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
     metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
     x_rows = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xd, None, N)
-    frame = Frame(size, mask, lse, None, None, None, item * N, item * K, N, K)
+    frame = Frame(size, mask, lse, None, None, None, None, item * N, item * K, N, K)
     if p is not None:
         p += item * stride_pb
     lanes, token_lanes = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
@@ -188,10 +191,10 @@ def soft_merge_kernel(
 
 @triton.jit(do_not_specialize=["K", "stride_gb"])
 def soft_merge_shift_kernel(
-    g, stride_gb, grad_size, u, y, p_out, mass, shift,
+    g, stride_gb, u, y, p_out, shift,
     K, C: tl.constexpr, P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """shift_k = dL/dsize'_k - (<g_k, y_k> + <dL/dp_k, p_k>) / mass_k: what dL/dA[n, k] has in common for all n."""
+    """shift_k = -<g_k, y_k> - <dL/dp_k, p_k>."""
     _, first, item = tile_of_program(K, BLOCK_K)
     k = first + tl.arange(0, BLOCK_K)
     inside = k < K
@@ -207,11 +210,7 @@ def soft_merge_shift_kernel(
     if u is not None:
         for axis in range(P):
             dot += _column(u, row, axis, inside, P) * _column(p_out, row, axis, inside, P)
-    total = tl.load(mass + row, mask=inside, other=0.0)
-    value = -dot * tl.where(total == 0.0, 0.0, 1.0 / total)
-    if grad_size is not None:
-        value += tl.load(grad_size + row, mask=inside, other=0.0)
-    tl.store(shift + row, value, mask=inside)
+    tl.store(shift + row, -dot, mask=inside)
 
 
 @triton.jit
@@ -222,6 +221,15 @@ def _level(frame, n, real, k, is_group, OVER_META: tl.constexpr, ACROSS: tl.cons
     else:
         level = tl.expand_dims(tl.load(frame.lse + frame.group + k, mask=is_group, other=0.0), 1 - ACROSS)
     return level
+
+
+@triton.jit
+def _over_mass(weights, total, AXIS: tl.constexpr):
+    """weights / mass_k, 0 for an empty group, in two steps: weights are not greater than mass_k where sizes are 1, but
+    1 / mass_k overflows for a group far from every token.
+    """
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / (total * _UP))
+    return weights * _UP * tl.expand_dims(inverse, AXIS)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
@@ -237,7 +245,7 @@ def soft_merge_grad_x_kernel(
     part, first, item = tile_of_program(N, BLOCK_OWN, C, SLICE)
     tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
     metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    frame = Frame(size, mask, lse, mass, None, None, item * N, item * K, N, K)
+    frame = Frame(size, mask, lse, mass, None, None, None, item * N, item * K, N, K)
     if g is not None:
         g_rows = Rows(g + item * aligned(stride_gb, ALIGN), C, 1, None, K)
     lanes, meta_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
@@ -257,7 +265,7 @@ def soft_merge_grad_x_kernel(
         S = tl.where(real[:, None] & inside[None, :], S, float("-inf"))
         level = _level(frame, n, real, k, inside, OVER_META, 1)
         total = tl.load(mass + frame.group + k, mask=inside, other=0.0)
-        share = tl.exp(S - level) * count[:, None] * tl.where(total == 0.0, 0.0, 1.0 / total)[None, :]
+        share = _over_mass(tl.exp(S - level) * count[:, None], total, 0)
         if g is not None:
             g_tile = Tile(g_rows, rows_at(g_rows, start, meta_lanes), inside[:, None])
             acc = _add_values(acc, share, g_tile, part, C, PRECISION, SLICE)
@@ -284,18 +292,27 @@ def _value_products(own, other, C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _through_weights(weights, T, total, frame, k, is_group, DOWN: tl.constexpr):
+    """weights (T / mass_k + dL/dsize'_k)."""
+    grad = _over_mass(weights, total, DOWN) * T
+    if frame.grad_size is not None:
+        grad += weights * tl.expand_dims(tl.load(frame.grad_size + frame.group + k, mask=is_group, other=0.0), DOWN)
+    return grad
+
+
+@triton.jit
 def _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META: tl.constexpr, ACROSS: tl.constexpr):
-    """dS: size_n A (T - mean_n) over meta tokens, A (size_n T - mass_k dL/dsize'_k) over tokens."""
-    count = tl.expand_dims(count, ACROSS)
+    """dS: over meta tokens size_n A (T' - mean_n), over tokens A (size_n T' - mass_k dL/dsize'_k), with
+    T' = T / mass_k + dL/dsize'_k.
+    """
+    W = A * tl.expand_dims(count, ACROSS)
+    dS = _through_weights(W, T, total, frame, k, is_group, 1 - ACROSS)
     if OVER_META:
-        centre = tl.load(frame.centre + frame.token + n, mask=real, other=0.0)
-        dS = A * count * (T - tl.expand_dims(centre, ACROSS))
-    else:
-        dS = count * T
-        if frame.centre is not None:
-            centre = total * tl.load(frame.centre + frame.group + k, mask=is_group, other=0.0)
-            dS -= tl.expand_dims(centre, 1 - ACROSS)
-        dS *= A
+        centre = tl.load(frame.centre + frame.token + n, mask=real & (count != 0.0), other=0.0)
+        dS -= W * tl.expand_dims(centre, ACROSS)
+    elif frame.grad_size is not None:
+        centre = total * tl.load(frame.grad_size + frame.group + k, mask=is_group, other=0.0)
+        dS -= A * tl.expand_dims(centre, 1 - ACROSS)
     return dS
 
 
@@ -303,7 +320,7 @@ def _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META:
 def soft_merge_grad_metric_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, x, stride_xb, stride_xn, stride_xd,
     size, mask, p, stride_pb,
-    g, stride_gb, u, lse, mass, shift, centre, grad,
+    g, stride_gb, u, lse, mass, shift, grad_size, centre, grad,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     OVER_META: tl.constexpr, OF: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,9 +328,9 @@ def soft_merge_grad_metric_kernel(
 ):  # fmt: skip
     """dL/dsize_n (OF "size"), dL/dq (OF "q") by tiles of tokens, or dL/dm (OF "meta") by tiles of meta tokens.
 
-    With T[n, k] = (<g_k, x_n> + <dL/dp_k, p_n>) / mass_k + shift_k: dL/dA = size_n T and mean_n = dL/dsize_n =
-    sum_k A T. `centre` is mean_n over meta tokens, dL/dsize'_k over tokens. S and T are worked out again a tile at a
-    time, for every slice of D.
+    With T[n, k] = <g_k, x_n> + <dL/dp_k, p_n> + shift_k: dL/dA = size_n (T / mass_k + dL/dsize'_k), and dL/dsize_n =
+    mean_n = sum_k A (T / mass_k + dL/dsize'_k), which is `centre` over meta tokens. S and T are worked out again a tile
+    at a time, for every slice of D.
     """
     TOKENS: tl.constexpr = OF != "meta"
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast; those of meta tokens: DOWN
@@ -326,7 +343,7 @@ def soft_merge_grad_metric_kernel(
     tokens = Side(q_rows, x_rows, None if p is None else p + item * stride_pb)
     metas = Side(m_rows, g_rows, None if u is None else u + item * K * P)
     own, other = (tokens, metas) if TOKENS else (metas, tokens)
-    frame = Frame(size, mask, lse, mass, shift, centre, item * N, item * K, N, K)
+    frame = Frame(size, mask, lse, mass, shift, grad_size, centre, item * N, item * K, N, K)
 
     lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
     own_n = first + lanes
@@ -358,15 +375,13 @@ def soft_merge_grad_metric_kernel(
                 mine_along = _column(own.positions, own_n, axis, own_real, P)
                 T += mine_along[:, None] * _column(other.positions, other_n, axis, other_real, P)[None, :]
         total = tl.load(mass + frame.group + k, mask=is_group, other=0.0)
-        inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-        common = tl.load(shift + frame.group + k, mask=is_group, other=0.0)
-        T = T * tl.expand_dims(inverse, DOWN) + tl.expand_dims(common, DOWN)
+        T += tl.expand_dims(tl.load(shift + frame.group + k, mask=is_group, other=0.0), DOWN)
 
         S = similarity_of(dot, own_sq, other_sq, inverse_temperature, SIMILARITY)
         S = tl.where(own_real[:, None] & other_real[None, :], S, float("-inf"))
         A = tl.exp(S - _level(frame, n, real, k, is_group, OVER_META, ACROSS))
         if OF == "size":
-            along += tl.sum(A * T, 1)
+            along += tl.sum(_through_weights(A, T, total, frame, k, is_group, DOWN), 1)
         else:
             dS = _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META, ACROSS)
             dS *= inverse_temperature
@@ -520,11 +535,11 @@ def soft_merge_backward(
     launch(
         soft_merge_shift_kernel,
         (B * -(-K // config.blocks["BLOCK_K"]),),
-        grad_y, stride_gb, grad_size, grad_positions, y, positions_out, mass, shift, K, config=config, C=C, P=P,
+        grad_y, stride_gb, grad_positions, y, positions_out, shift, K, config=config, C=C, P=P,
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
     grad_size_in = mass.new_empty(B, N) if need_mean else None
-    centre = grad_size_in if over_meta else grad_size
+    centre = grad_size_in if over_meta else None
     passes = (("size", N, grad_size_in, None), ("q", N, grad_q, centre), ("meta", K, grad_meta, centre))
     config = _grad_metric_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, min(D, 128))
     blocks = config.blocks
@@ -535,7 +550,7 @@ def soft_merge_backward(
                 soft_merge_grad_metric_kernel,
                 (B * -(-rows // blocks["BLOCK_OWN"]) * slices,),
                 *metric, x, *x_strides, size, mask, *items(positions), grad_y, stride_gb, grad_positions,
-                lse, mass, shift, centre, grad, *extents,
+                lse, mass, shift, grad_size, centre, grad, *extents,
                 config=config, OF=of, **common,
             )  # fmt: skip
     return OfSoftMerge(grad_x, grad_q, grad_meta, grad_size_in if need_size else None, grad_p)
