@@ -80,7 +80,7 @@ def other_linear_layers(family: Family) -> None:
         pytest.skip("this version of the model takes no other linear layers")
 
 
-def outputs(model: nn.Module, pixels: Tensor) -> Tensor:
+def outputs(model: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
     out = model(pixels)
     return out if isinstance(out, Tensor) else hf.used(out)
 
@@ -364,6 +364,22 @@ def _(family):
     outputs(model, family.pixels.clone().requires_grad_())
 
 
+@way(
+    "attention checkpointed, before",
+    (ValueError, "must attend through the interface of transformers"),
+    ("vit", "vivit", "vjepa2"),
+)
+def _(family):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = family.build()
+    for layer in family.layers(model):
+        layer.attention = checkpoint_wrapper(layer.attention)
+    if any("attention" in layer.attention._checkpoint_wrapped_module._modules for layer in family.layers(model)):
+        pytest.skip("this version of the model has the module that attends inside of that")
+    sttm.apply(model, r=R)
+
+
 # LoRA
 
 
@@ -517,7 +533,94 @@ def _(family):
     family.check(averaged)
 
 
+@way("per-sample gradients")
+def _(family):
+    model, plain = family.merging(), family.build()
+    family.plainly(plain, family.pixels).square().sum().backward()
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return outputs(lambda x: torch.func.functional_call(model, parameters, x), x[None]).square().sum()
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, family.pixels)
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            tm.close(name, found[name].sum(0), parameter.grad, 1e-7)
+
+
+@way("a forward that fails, and another")
+def _(family):
+    model = family.merging()
+    hook = list(family.layers(model)[1].children())[-1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(family.pixels)
+    hook.remove()
+    family.check(model)
+
+
+@way("a model inside of a hook of another")
+def _(family):
+    model, other, seen = family.merging(), family.merging(), []
+    for module in family.layers(model)[1].children():
+        module.register_forward_pre_hook(lambda *_: seen.append(outputs(other, family.pixels)))
+    family.check(model)
+    for out in seen:
+        tm.close("inside", out, family.expected(), 1e-7)
+
+
+# Applied again, layers taken out
+
+
+@way("applied again, and refused")
+def _(family):
+    model = family.merging()
+    for arguments in ({"keep": 1000}, {"flops": 1e-4}, {"r": R, "layers": [0, 0]}):
+        with pytest.raises(ValueError, match=r"keep|flops|layers"):
+            sttm.apply(model, **arguments)
+        family.check(model)
+    sttm.remove(model)
+    assert not any(isinstance(module, merging.Swapped) for module in model.modules())
+
+
+@way("the last layer taken out", (RuntimeError, "what came after layer 1 was taken out"))
+def _(family):
+    model = family.merging()
+    del family.layers(model)[DEPTH - 1]
+    outputs(model, family.pixels)
+
+
+@way("the last layer taken out, then applied again")
+def _(family):
+    model, other = family.build(), family.merging()
+    for each in (model, other):
+        del family.layers(each)[DEPTH - 1]
+    with torch.no_grad():
+        expected = outputs(sttm.apply(model, r=R), family.pixels)
+        assert_equal("again", outputs(sttm.apply(other, r=R), family.pixels), expected)
+
+
+@way("one layer at two depths", (ValueError, "layer 1 is the same module as layer 0"))
+def _(family):
+    model = family.build()
+    layers = family.layers(model)
+    layers[1] = layers[0]
+    sttm.apply(model, r=R)
+
+
 # Compiled and exported
+
+
+@way("traced", (RuntimeError, "needs torch.export or torch.compile in place of torch.jit.trace"))
+def _(family):
+    torch.jit.trace(family.merging().requires_grad_(False), family.pixels, strict=False)
+
+
+@way("hooks that drop arguments", (RuntimeError, "must pass on the argument sttm"))
+def _(family):
+    model = family.merging()
+    for layer in family.layers(model):
+        layer.register_forward_pre_hook(lambda module, args, kwargs: (args, {}), with_kwargs=True)
+    outputs(model, family.pixels)
 
 
 COMPILED = ("timm vit", "videomae")  # which takes time
@@ -718,6 +821,38 @@ def test_the_state_follows_its_tokens_to_another_device():
         state.of(torch.empty(1, 5, 8), 1)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"r": 3, "layers": [0], "window": (1, 3, 3)}, {"method": "sttm", "layers": (0, None), "spatial_keep": 4}],
+    ids=str,
+)
+def test_intermediates_of_models_that_know_their_grid(arguments):
+    model, x = tm.build("vit"), tm.image()
+    shapes = [each.shape for each in model.forward_intermediates(x, intermediates_only=True)]
+    sttm.apply(model, **arguments)
+    final, maps = model.forward_intermediates(x)
+    assert [each.shape for each in maps] == shapes
+    assert_equal("features", final, model.forward_features(x))
+
+
+def test_attention_that_is_not_fused_any_more_takes_counts():
+    model, x = sttm.apply(tm.build("vit", torch.float64), r=R, prop_attn="augment"), tm.image(torch.float64)
+    expected = model(x)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    tm.close("not fused", model(x), expected)
+
+
+def test_features_traced_symbolically_are_refused():
+    with pytest.raises(RuntimeError, match=r"hooks in place of torch\.fx\.symbolic_trace"):
+        torch.fx.symbolic_trace(sttm.apply(tm.build("vit"), r=R))
+
+
+def test_divided_attention_takes_no_clips():
+    model, clip = hf.build(hf.timesformer), hf.pixels(hf.timesformer)[:0]
+    assert hf.logits(sttm.apply(model, r=R), clip).shape == (0, 5)
+
+
 # What method "sttm" adds
 
 
@@ -742,6 +877,18 @@ def test_motion_weights_survive_another_apply():
             sttm.apply(model, **lost)
         assert_equal("as it was", hf.logits(model, clip), expected)
     sttm.apply(sttm.remove(model), r=1)
+
+
+def test_another_apply_keeps_the_parameters_that_an_optimizer_has():
+    model = trained()
+    hf.layers_of(model)[1].sttm.requires_grad_(False)
+    before = dict(model.named_parameters())
+    for arguments in ({"trace": True}, {"prop_attn": "off"}, {}):
+        sttm.apply(model, **arguments, **STAGES)
+        now = dict(model.named_parameters())
+        assert list(now) == list(before)
+        assert all(now[name] is parameter for name, parameter in before.items())
+        assert not hf.layers_of(model)[1].sttm.motion.weight.requires_grad
 
 
 def test_motion_weights_come_back(tmp_path):

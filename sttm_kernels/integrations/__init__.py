@@ -31,6 +31,7 @@ from sttm_kernels.integrations.merging import (
     Passage,
     Record,
     Step,
+    container_of,
     drop_own_forward,
     find_layers,
     swap,
@@ -147,10 +148,10 @@ def apply(
     _check_grid(type(model).__name__, parts, method, window, merging, flops)
 
     _keep_trained(model, stages)
-    remove(model)
-    plain = budget.try_on_meta(model) if by_intent else None
+    put_back = unswap(model)
     record, tried = Record() if trace else None, dict[Any, Step]()
     try:
+        plain = budget.try_on_meta(model) if by_intent else None
         for number in range(depth):
             _install(parts, number, prop_attn, number in (0, depth - 1), tried)
         for number, layer in enumerate(parts.layers):
@@ -166,11 +167,12 @@ def apply(
             for part in parts.gridded:
                 swap(*part)
         if parts.mixin is not None:
-            swap(model, parts.mixin)
+            swap(model, parts.mixin, container_of(model, parts.layers))
         if by_intent:
             budget.fit(model, plain, parts, keep, flops)
     except BaseException:
-        remove(model)
+        unswap(model)
+        put_back()
         raise
     return model
 
@@ -266,15 +268,18 @@ def _anatomy(model: nn.Module) -> Anatomy:
 
 
 def _keep_trained(model: nn.Module, stages: dict[int, STTM]) -> None:
-    """Gives new mergers the parameters of those that a model has; `ValueError` if some that were trained are lost."""
+    """Gives new mergers the parameters that a model has of theirs; `ValueError` if some that were trained are lost."""
     for layer in find_layers(model):
         old, number = getattr(layer, "sttm", None), layer._sttm.layer
         if old is None:
             continue
-        state = old.state_dict()
+        state = old.state_dict(keep_vars=True)
         shapes = {name: value.shape for name, value in state.items()}
         if number in stages and shapes == {name: value.shape for name, value in stages[number].state_dict().items()}:
-            stages[number].load_state_dict(state)
+            frozen = [each for each in old.parameters() if not each.requires_grad]
+            stages[number].load_state_dict(state, assign=True)  # the same parameters, which an optimizer may know
+            for parameter in frozen:
+                parameter.requires_grad_(False)
         elif old.motion is not None and bool(old.motion.weight.any()):
             raise ValueError(
                 f"model must not lose what it has learned: the motion weights of layer {number} are not zero, and have "
@@ -411,7 +416,10 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
             rotary=parts.rotary,
         )
         _become(trial, step)
-        after = selfcheck.run(trial, x, {**arguments, "sttm": Passage(NOTHING)})[0]
+        try:
+            after = selfcheck.run(trial, x, {**arguments, "sttm": Passage(NOTHING)})[0]
+        except RuntimeError as error:
+            raise ValueError(f"model must be of a known kind: {what} fails without merging: {error}") from error
         if torch.equal(before, after):
             break
         remove(trial)

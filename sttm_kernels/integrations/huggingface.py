@@ -256,17 +256,18 @@ def _attend_divided(layer: Layer, x: Tensor, told: Told) -> Tensor:
     T = layer.config.num_frames
     B, _, C = x.shape
     first, tubes = x[:, :1], x[:, 1:]
-    over_time = layer.temporal_attention(layer.temporal_layernorm(tubes.reshape(-1, T, C)))[0]
-    over_time = layer.drop_path(over_time).reshape(B, -1, C)
+    P = tubes.shape[1] // T
+    over_time = layer.temporal_attention(layer.temporal_layernorm(tubes.reshape(B * P, T, C)))[0]
+    over_time = layer.drop_path(over_time).reshape(B, P * T, C)
     tubes = tubes + layer.temporal_dense(over_time)
 
-    frames = tubes.reshape(B, -1, T, C).transpose(1, 2).reshape(B * T, -1, C)
+    frames = tubes.reshape(B, P, T, C).transpose(1, 2).reshape(B * T, P, C)
     frames = torch.cat((first.repeat(1, T, 1).reshape(B * T, 1, C), frames), 1)
     if told.size is not None:
         told.size = torch.cat((told.size[:, :1], told.size[:, 1::T]), 1).repeat_interleave(T, 0)
     out = layer.drop_path(layer.attention(layer.layernorm_before(frames))[0])
     class_out = out[:, 0].reshape(B, T, C).mean(1, True)
-    out = out[:, 1:].reshape(B, T, -1, C).transpose(1, 2).reshape(B, -1, C)
+    out = out[:, 1:].reshape(B, T, P, C).transpose(1, 2).reshape(B, P * T, C)
     return torch.cat((first, tubes), 1) + torch.cat((class_out, out), 1)
 
 
@@ -279,10 +280,10 @@ def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state:
     if layer.attention_type != "divided_space_time":
         return merge_tokens(layer, x, keys, step, state)
     T = layer.config.num_frames
-    B, C = x.shape[0], x.shape[2]
+    B, N, C = x.shape
     metric = keys[:, :, 1:].unflatten(0, (B, T)).permute(0, 2, 3, 1, 4).flatten(3)
     plan = find_pairs(metric, step, 0)
-    tubes = merge(x[:, 1:].reshape(B, -1, T * C), plan, None if state.size is None else state.size[:, 1::T])
+    tubes = merge(x[:, 1:].reshape(B, (N - 1) // T, T * C), plan, None if state.size is None else state.size[:, 1::T])
 
     one = torch.ones_like(tubes.size[:, :1])
     size = torch.cat((one, tubes.size.repeat_interleave(T, 1)), 1)
@@ -291,7 +292,7 @@ def _merge_timesformer(layer: Layer, x: Tensor, keys: Tensor, step: Step, state:
     index = torch.cat((torch.zeros_like(index[:, :1]), index), 1)
     if state.index is not None:
         index = compose(MergePlan(state.index, x.shape[1]), MergePlan(index, size.shape[1])).index
-    return torch.cat((x[:, :1], tubes.x.reshape(B, -1, C)), 1), replace(state, size=size, index=index)
+    return torch.cat((x[:, :1], tubes.x.reshape(B, T * plan.num_groups, C)), 1), replace(state, size=size, index=index)
 
 
 TIMESFORMER = Family(_parts_timesformer, _heads_timesformer, _attend_timesformer, _feed_timesformer, _merge_timesformer)

@@ -134,6 +134,9 @@ def _find(x: Tensor, layer: int) -> State:
     """
     state: State | None = getattr(x, STATE, None)
     if state is not None:
+        if layer == 0 and THREAD.dense and not state.dense:  # told by the embeddings, which do not know
+            state = replace(state, dense=True)
+            setattr(x, STATE, state)
         return state
     if not torch.compiler.is_compiling():
         left = THREAD.left() if THREAD.left is not None and layer > 0 else None
@@ -185,11 +188,11 @@ class Told:
 @contextmanager
 def densely() -> Iterator[None]:
     """Within it, tokens of this thread are copied back to all places after every layer."""
-    THREAD.dense = True
+    outer, THREAD.dense = THREAD.dense, True
     try:
         yield
     finally:
-        THREAD.dense = False
+        THREAD.dense = outer
 
 
 @dataclass(frozen=True)
@@ -344,16 +347,25 @@ def swap(module: Layer, mixin: type, told: Any = None) -> None:
     module._sttm = told
 
 
-def unswap(model: nn.Module) -> None:
-    """Undoes `swap` in all modules of a model, or in none if it cannot be undone in one."""
+def unswap(model: nn.Module) -> Callable[[], None]:
+    """Undoes `swap` in all modules of a model, or in none if it cannot be undone in one; returns what does it again."""
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     classes = [library_class(module) for module in swapped]
     for module in swapped:
         drop_own_forward(module)
+    before = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in swapped]
     for module, own in zip(swapped, classes, strict=True):
         module._restored()
         del module._sttm
         module.__class__ = own
+
+    def again() -> None:
+        for module, merging, attributes, modules in before:
+            module.__class__ = merging
+            vars(module).update(attributes)
+            module._modules.update(modules)
+
+    return again
 
 
 def drop_own_forward(module: Layer) -> None:
@@ -378,10 +390,15 @@ WRAPPERS = {
 
 def own_layers(layers: Sequence[nn.Module]) -> list[Layer]:
     """The layers inside of activation checkpointing; `ValueError` if they are wrapped in what must come after."""
-    found = []
+    found: list[Layer] = []
     for number, layer in enumerate(layers):
         while "_checkpoint_wrapped_module" in layer._modules:
             layer = layer._modules["_checkpoint_wrapped_module"]  # type: ignore[assignment]
+        if layer in found:
+            raise ValueError(
+                f"model must have layers of its own at every depth, layer {number} is the same module as layer "
+                f"{found.index(layer)}"
+            )
         for name, how in WRAPPERS.items():
             if name in layer._modules:
                 raise ValueError(
@@ -420,7 +437,32 @@ class Carries(Swapped):
 
 
 class MergingModel(Swapped):
-    """A model whose layers merge."""
+    """A model whose layers merge. It finds in `_sttm` the path of what they are in."""
+
+    _sttm: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_ending()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_ending(self: Any) -> None:
+        """`RuntimeError` if the layer that copies tokens back to their places was taken out."""
+        if torch.compiler.is_compiling():
+            return
+        try:
+            container = self.get_submodule(self._sttm)
+        except AttributeError:
+            return
+        for child in reversed([*container.children()]):
+            layers = find_layers(child)
+            if layers:
+                step = layers[-1]._sttm
+                if not step.last and (step.begun or merges(step.r) or hasattr(layers[-1], "sttm")):
+                    raise RuntimeError(
+                        f"model must have all of its layers: what came after layer {step.layer} was taken out since "
+                        "tokens were told to merge, and the last layer copies them back; remove, and then apply again"
+                    )
+                return
 
     @property
     def r(self) -> int:
@@ -440,6 +482,8 @@ class MergingLayer(Swapped, nn.Module):
     _sttm: Step
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(hidden_states, torch.fx.Proxy):
+            raise RuntimeError("token merging needs torch.export or hooks in place of torch.fx.symbolic_trace")
         state = _find(hidden_states, self._sttm.layer)
         x = hidden_states if state.tokens is None else state.tokens
         passage = Passage(state)
@@ -457,7 +501,10 @@ class MergingLayer(Swapped, nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, sttm: Passage | None = None, **kwargs: Any) -> Any:
         step, x = self._sttm, hidden_states
         if sttm is None:
-            raise RuntimeError(f"layer {step.layer} merges tokens: it must be called, not its forward")
+            raise RuntimeError(
+                f"layer {step.layer} merges tokens: it must be called, not its forward, and hooks with_kwargs must "
+                "pass on the argument sttm"
+            )
         state = sttm.before.of(x, step.layer)
         if state.size is None and step.begun:
             raise RuntimeError(
@@ -468,6 +515,8 @@ class MergingLayer(Swapped, nn.Module):
         if getattr(self, "_is_replica", False):
             raise RuntimeError("token merging needs DistributedDataParallel in place of DataParallel")
         merging = merges(step.r) or hasattr(self, "sttm")
+        if merging and torch.jit.is_tracing():
+            raise RuntimeError("token merging needs torch.export or torch.compile in place of torch.jit.trace")
         if x.requires_grad and not torch.is_grad_enabled() and (merging or state.size is not None):
             raise RuntimeError(
                 "token merging needs activation checkpointing with use_reentrant=False, got use_reentrant=True"
@@ -621,6 +670,12 @@ def rows(table: Tensor, ids: Tensor) -> Tensor:
     """The rows `ids` `(B, N')` of rotary tables `([[B,] heads,] N, E)`, as `(B, 1 or heads, N', E)`."""
     table = table.reshape(*(1,) * (4 - table.dim()), *table.shape).expand(ids.shape[0], -1, -1, -1)
     return table.gather(2, ids[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def container_of(model: nn.Module, layers: Sequence[Layer]) -> str:
+    """The path of the innermost list of modules that holds all layers of a model."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, (nn.ModuleList, nn.Sequential))}
+    return [name for name, part in lists.items() if set(layers) <= set(part.modules())][-1]
 
 
 def find_layers(model: nn.Module) -> list[MergingLayer]:

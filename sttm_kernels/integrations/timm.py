@@ -65,10 +65,9 @@ def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -
         arguments["rope"] = rows(arguments["rope"], told.ids)
     if told.size is None:
         return layer.attn(x, **arguments)
-    method = told.method
+    method = told.method if layer.attn.fused_attn else "mask"
     if method == "auto":
-        fused = layer.attn.fused_attn
-        method = choose_method(x.device, x.dtype, layer.attn.head_dim) if fused else "mask"
+        method = choose_method(x.device, x.dtype, layer.attn.head_dim)
     if method in ("augment", "flex"):
         with _Counting(told.size, method):
             return layer.attn(x, **arguments)
@@ -130,6 +129,10 @@ class TimmModel(MergingModel):
         if state is not None:
             setattr(out[0] if isinstance(out, tuple) else out, STATE, state)
         return out
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_ending()
+        return super().forward_features(*args, **kwargs)  # type: ignore[misc]
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """timm's, with every layer's tokens copied back to all places."""
