@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -120,11 +120,63 @@ def apply(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise TypeError("model must not be compiled yet: apply, and then torch.compile")
+    parts = _anatomy(model)
+    wanted = _wanted(model, parts, r, schedule, method, layers, prop_attn, window, keep, flops, protect, sttm)
+    _keep_trained(model, wanted.stages)
+    put_back = unswap(model)
+    try:
+        _put_in(model, parts, wanted, Record() if trace else None)
+    except BaseException:
+        unswap(model)
+        put_back()
+        raise
+    return model
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `apply` was told, checked.
+
+    Attributes:
+        amounts: by layer, what "tome" merges away.
+        stages: by number of the layer, the STTM that it gets.
+        protected: the places that never merge.
+        by_intent: whether r is a share, or `keep` or `flops` was given.
+    """
+
+    amounts: list[Amount]
+    stages: dict[int, STTM]
+    protected: tuple[int, ...]
+    prop_attn: str
+    window: tuple[int, int, int] | None
+    keep: int | None
+    flops: float | None
+    by_intent: bool
+
+    @property
+    def merging(self) -> list[int]:
+        """The layers that merge."""
+        return [n for n, amount in enumerate(self.amounts) if merges(amount) or n in self.stages]
+
+
+def _wanted(
+    model: nn.Module,
+    parts: Anatomy,
+    r: float | list[int] | None,
+    schedule: str | float,
+    method: str,
+    layers: Sequence[int] | None,
+    prop_attn: str,
+    window: tuple[int, int, int] | None,
+    keep: int | None,
+    flops: float | None,
+    protect: Tensor | Iterable[int] | None,
+    sttm: dict[str, Any],
+) -> Wanted:
     validate.one_of("method", method, MERGES)
     validate.one_of("prop_attn", prop_attn, METHODS)
     if window is not None:
         window = validate.extents("window", window, 3, "(t, h, w)")
-    parts = _anatomy(model)
     depth = len(parts.layers)
     protected = () if protect is None else _pieces(parts, validate.tokens("protect", protect, None))
     amounts: list[Amount] = [0] * depth
@@ -144,37 +196,34 @@ def apply(
         _must_be_none(r=r, keep=keep, flops=flops, protect=protect)
         with torch.inference_mode(False):  # parameters are to be trained, wherever they were made
             stages = _stages(parts, layers, sttm)
-    merging = [layer for layer in range(depth) if merges(amounts[layer]) or layer in stages]
-    _check_grid(type(model).__name__, parts, method, window, merging, flops)
+    wanted = Wanted(amounts, stages, protected, prop_attn, window, keep, flops, by_intent)
+    _check_grid(type(model).__name__, parts, method, window, wanted.merging, flops)
+    return wanted
 
-    _keep_trained(model, stages)
-    put_back = unswap(model)
-    record, tried = Record() if trace else None, dict[Any, Step]()
-    try:
-        plain = budget.try_on_meta(model) if by_intent else None
-        for number in range(depth):
-            _install(parts, number, prop_attn, number in (0, depth - 1), tried)
-        for number, layer in enumerate(parts.layers):
-            step: Step = layer._sttm
-            step.r, step.protect, step.begun = amounts[number], protected, any(other < number for other in merging)
-            step.last = number == depth - 1
-            step.window, step.empties, step.record = window, bool(stages), record
-            if number in stages:
-                device, dtype = next(layer.parameters()).device, selfcheck.dtype_of(layer)
-                with torch.inference_mode(False):
-                    layer.add_module("sttm", stages[number].to(device, dtype))
-        if window is not None or stages:
-            for part in parts.gridded:
-                swap(*part)
-        if parts.mixin is not None:
-            swap(model, parts.mixin, container_of(model, parts.layers))
-        if by_intent:
-            budget.fit(model, plain, parts, keep, flops)
-    except BaseException:
-        unswap(model)
-        put_back()
-        raise
-    return model
+
+def _put_in(model: nn.Module, parts: Anatomy, wanted: Wanted, record: Record | None) -> None:
+    """Makes every layer a merging one, and tells it what to merge."""
+    depth, merging, stages = len(parts.layers), wanted.merging, wanted.stages
+    plain = budget.try_on_meta(model) if wanted.by_intent else None
+    tried = dict[Any, Step]()
+    for number in range(depth):
+        _install(parts, number, wanted.prop_attn, number in (0, depth - 1), tried)
+    for number, layer in enumerate(parts.layers):
+        step: Step = layer._sttm
+        step.r, step.protect, step.window = wanted.amounts[number], wanted.protected, wanted.window
+        step.begun, step.last = any(other < number for other in merging), number == depth - 1
+        step.empties, step.record = bool(stages), record
+        if number in stages:
+            device, dtype = next(layer.parameters()).device, selfcheck.dtype_of(layer)
+            with torch.inference_mode(False):
+                layer.add_module("sttm", stages[number].to(device, dtype))
+    if wanted.window is not None or stages:
+        for part in parts.gridded:
+            swap(*part)
+    if parts.mixin is not None:
+        swap(model, parts.mixin, container_of(model, parts.layers))
+    if wanted.by_intent:
+        budget.fit(model, plain, parts, wanted.keep, wanted.flops)
 
 
 def remove(model: Model) -> Model:
