@@ -13,10 +13,11 @@ __device__ __forceinline__ SoftTerm soft_meta(const SoftMergeBackwardArguments& 
     SoftTerm term = soft_meta(a, a.lse, item, k);
     if (!term.real) return term;
     const float mass = a.mass[item * a.K + k];
-    term.scale = mass == 0 ? 0.0f : 1.0f / mass;
+    term.scale = mass == 0 ? 0.0f : 1.0f / (kUp * mass);
     if (a.shift != nullptr) term.common = a.shift[item * a.K + k];
-    if (!a.over_meta && a.grad_size.data != nullptr) {
-        term.centre = mass * a.grad_size.data[item * a.grad_size.stride_b + k * a.grad_size.stride_n];
+    if (a.grad_size.data != nullptr) {
+        term.grad_size = a.grad_size.data[item * a.grad_size.stride_b + k * a.grad_size.stride_n];
+        if (!a.over_meta) term.centre = mass * term.grad_size;
     }
     return term;
 }
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
                 const float S = similarity_of(W[0][j][e], tiles.own_term[row], tiles.other_term[column],
                                               a.inverse_temperature, a.similarity);
                 const SoftTerm& term = terms[column];
-                W[0][j][e] = attention(S, own_terms[row], term) * own_terms[row].scale * term.scale;
+                W[0][j][e] = over_mass(attention(S, own_terms[row], term) * own_terms[row].scale, term);
                 sum.weigh(row, column, W[0][j][e]);
             }
         }
@@ -81,8 +82,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     });
 }
 
-// shift_k = dL/dsize'_k - (<g_k, y_k> + <dL/dp_k, p_k>) / mass_k: what dL/dA[n, k] has in common for all n. A warp per
-// meta token.
+// shift_k = -<g_k, y_k> - <dL/dp_k, p_k>. A warp per meta token.
 template <typename T>
 __global__ void __launch_bounds__(kSoftThreads) soft_merge_shift_kernel(const SoftMergeBackwardArguments a) {
     const int64_t row = int64_t(blockIdx.x) * (kSoftThreads / kWarpSize) + warp_index(), item = row / a.K;
@@ -100,16 +100,11 @@ __global__ void __launch_bounds__(kSoftThreads) soft_merge_shift_kernel(const So
         }
     }
     dot = warp_sum(dot);
-    const float mass = a.mass[row];
-    float shift = mass == 0 ? 0.0f : -dot / mass;
-    if (a.grad_size.data != nullptr) {
-        shift += a.grad_size.data[item * a.grad_size.stride_b + k * a.grad_size.stride_n];
-    }
-    if (lane_index() == 0) a.shift[row] = shift;
+    if (lane_index() == 0) a.shift[row] = -dot;
 }
 
 // dL/dsize_n (`sizes`), dL/dq by tiles of tokens (TOKENS), or dL/dmeta by tiles of meta tokens; one block per tile and
-// slice of D. dL/dsize_n = sum_k A T is also the mean that centres T over meta tokens.
+// slice of D. dL/dsize_n = sum_k A (T / mass_k + dL/dsize'_k) is also the mean that centres it over meta tokens.
 template <typename T, bool EXACT, bool TOKENS>
 __global__ void __launch_bounds__(kSoftThreads, 2)
     soft_merge_grad_metric_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, int slices, bool sizes) {
@@ -191,8 +186,9 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             if (!token.real || !meta.real) return 0.0f;
             const float S =
                 similarity_of(dot, tiles.own_term[row], tiles.other_term[column], a.inverse_temperature, a.similarity);
-            const float of_size = U * meta.scale + meta.common;
-            return attention(S, token, meta) * (sizes ? of_size : token.scale * (of_size - token.centre) - meta.centre);
+            const float A = attention(S, token, meta), weight = sizes ? A : A * token.scale;
+            const float grad = over_mass(weight, meta) * (U + meta.common) + weight * (meta.grad_size - token.centre);
+            return sizes ? grad : grad - A * meta.centre;
         };
         const int here = anew(thread);
         STTM_UNROLL

@@ -9,31 +9,38 @@ constexpr int kSoftThreads = 256;
 constexpr int kAxes = 8;  // of positions that a slice takes along
 
 // What a token or a meta token adds to its weights A = exp(S - level of both) and to their gradients: with
-// T = <g_k, x_n> scale_k + common_k, where <g_k, x_n> includes positions,
-// dL/dS = A (scale_n (T - centre_n) - centre_k).
+// T = <g_k, x_n> + common_k, where <g_k, x_n> includes positions,
+// dL/dS = A scale_n (T / mass_k + grad_size_k - centre_n) - A centre_k.
 struct SoftTerm {
     int real;
-    float scale;  // size_n; 1 / mass_k backward
+    float scale;  // size_n; backward 1 / (kUp mass_k)
     float level;  // lse_n or lse_k, of the side that a softmax belongs to
-    float centre, common;
+    float centre, common, grad_size;
 };
+
+// Takes the least number above 0 to where its inverse is finite.
+constexpr float kUp = 0x1p24f;
+
+// weight / mass_k, in two steps: weights are not greater than mass_k where sizes are 1, but 1 / mass_k overflows for a
+// group far from every token.
+__device__ __forceinline__ float over_mass(float weight, const SoftTerm& meta) { return weight * kUp * meta.scale; }
 
 __device__ __forceinline__ SoftTerm soft_token(const SoftMergeInputs& a, const float* lse, const float* mean,
                                                int64_t item, int n) {
-    SoftTerm term{0, 0, 0, 0, 0};
+    SoftTerm term{};
     if (n >= a.N) return term;
     if (a.mask.data != nullptr && a.mask.data[item * a.mask.stride_b + n * a.mask.stride_n] == 0) return term;
     term.real = 1;
     term.scale = a.size.data == nullptr ? 1.0f : a.size.data[item * a.size.stride_b + n * a.size.stride_n];
     if (a.over_meta) {
         term.level = lse[item * a.N + n];
-        if (mean != nullptr) term.centre = mean[item * a.N + n];
+        if (mean != nullptr && term.scale != 0) term.centre = mean[item * a.N + n];
     }
     return term;
 }
 
 __device__ __forceinline__ SoftTerm soft_meta(const SoftMergeInputs& a, const float* lse, int64_t item, int k) {
-    SoftTerm term{k < a.K, 1, 0, 0, 0};
+    SoftTerm term{k < a.K, 1};
     if (term.real && !a.over_meta) term.level = lse[item * a.K + k];
     return term;
 }
