@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sttm_kernels
-from sttm_kernels import MergePlan
+from sttm_kernels import MergePlan, dispatch
 from sttm_kernels.cli import main
 from sttm_kernels.demo import merging, picture, result, shapes, video
 from sttm_kernels.demo.tokens import dominant, lab, mean_colours, patch_tokens
@@ -206,7 +206,7 @@ def test_without_a_video_it_draws_the_moving_shapes(draw: Callable[..., Any], tm
     assert "frames 0 to 40, every 20th" in out
     assert re.search(r"spatial +3888 to 972 tokens.* ms", out)
     assert re.search(r"temporal +972 to 16 tokens.* ms", out)
-    assert "torch on cpu" in out
+    assert f"{dispatch.choose('assign_merge', 'cpu', torch.float32)} on cpu" in out
     assert "% saved" in out
     assert str(path) in out
     assert str(gif) in out
