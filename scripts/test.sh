@@ -43,7 +43,7 @@ case $what in
   all)
     tests
     TRITON_INTERPRET=1 tests tests/kernels
-    PYTHONPATH=.venv-test/transformers-4 $bin/python -m pytest tests/test_integrations_hf.py
+    PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks
     ;;
 esac
