@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sttm_kernels as sttm
@@ -72,6 +72,46 @@ def test_merge_takes_an_sttm_and_its_state_is_stable():
     assert_equal("logits", twin(clip(model)), model(clip(model)))
 
 
+def test_stem_positions_and_no_class_token_and_no_head():
+    class Places(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.linspace(-1, 1, 32 * 24).view(1, 32, 24)
+
+    stem = nn.Conv3d(3, 24, (2, 4, 4), stride=(2, 4, 4), bias=False)
+    model = small(
+        stem=stem, position_embedding=Places(), class_token=False, num_classes=None, merge={2: {"temporal_keep": 5}}
+    )
+    x = clip(model)
+    first = next(model.layers(x)).x
+    assert_equal("tokens", first, model.blocks[0](stem(x).flatten(2).mT + Places()()))
+    out = model.features(x)
+    assert out.x.shape == (2, 5, 24)
+    mean = (out.x * out.size[..., None]).sum(1) / out.size.sum(1, keepdim=True)
+    assert_within_budget("features", model(x), mean.double(), mean, 33)
+
+
+def test_merging_inside_a_block_sees_its_keys_and_the_plan_leads_to_every_layer():
+    class Halves(nn.Module):
+        def forward(self, x, grid, size, positions, metric, return_plan):
+            assert metric.shape == (2, 3, x.shape[1], 8)
+            plan = sttm.match(metric, x.shape[1] // 2)
+            out = sttm.merge(x, plan, size, positions)
+            return (out, plan) if return_plan else out
+
+        def output_grid(self, grid):
+            return 1, 1, grid[0] * grid[1] * grid[2] // 2
+
+    model = small(class_token=False, merge={1: Halves(), 3: Halves()}, merge_place="inside")
+    layers = list(model.layers(clip(model), trace=True))
+    assert [layer.x.shape[1] for layer in layers] == [16, 16, 8, 8]
+    assert layers[-1].grid == (1, 1, 8)
+    attended, keys = model.blocks[0].attend(model.embed(clip(model)).flatten(2).mT + model.positions)
+    assert_equal("plan", layers[0].plan.index, sttm.match(keys, 16).index)
+    merged = sttm.merge(attended, layers[0].plan)
+    assert_equal("x", layers[0].x, model.blocks[0].feed_forward(merged.x))
+    assert_equal("size", sttm.merge(torch.ones(2, 32, 1), layers[-1].plan).size, layers[-1].size)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -80,7 +120,8 @@ def test_merge_takes_an_sttm_and_its_state_is_stable():
         ({"heads": 5}, ValueError, "dim must be a multiple of heads = 5, got 24"),
         ({"merge": {5: {}}}, ValueError, "merge must name blocks from 1 to depth = 4, got 5"),
         ({"merge": {0: {}}}, ValueError, "merge must name blocks from 1 to depth = 4, got 0"),
-        ({"merge": {1: 0.5}}, TypeError, r"merge\[1\] must be an STTM or a dict, got float"),
+        ({"merge": {1: 0.5}}, TypeError, r"merge\[1\] must be an STTM, a module like it or a dict, got float"),
+        ({"merge_place": "before"}, ValueError, "merge_place must be one of"),
         ({"merge": {1: STTM(24)}}, ValueError, r"merge\[1\] must have dim = 24 and num_prefix = 1, got 24 and 0"),
         ({"attention": "eager"}, ValueError, "attention must be one of"),
     ],
