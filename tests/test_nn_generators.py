@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sttm_kernels.nn import DPCKNN, GENERATORS, FarthestPoint, KMeans, Learned, Pool, TopK
+from sttm_kernels.nn import DPCKNN, GENERATORS, Distinct, FarthestPoint, KMeans, Learned, Pool, TopK
 from sttm_kernels.nn.generators import make, pool_plan
 from sttm_kernels.testing import assert_equal, assert_within_budget, make_tokens
 
@@ -101,6 +101,38 @@ def test_farthest_point_leaves_tokens_of_size_0_for_last():
     points = FarthestPoint("l2")
     assert points(column(0, 1, 99, 3), 1, 4, 2, size).flatten().tolist() == [0, 3]
     assert points(column(0, 1, 99, 3), 1, 4, 4, size).flatten().tolist() == [0, 1, 99, 3]
+
+
+# Distinct tokens
+
+
+def naive_distinct(q: Tensor, K: int, size: Tensor) -> list[int]:
+    """The definition, token by token, for one item (N, D), by cosine."""
+    q = q / q.norm(dim=-1, keepdim=True)
+    novelty = []
+    for n in range(len(q)):
+        earlier = [(q[n] @ q[m]).item() for m in range(n) if size[m] != 0]
+        novelty.append(-math.inf if size[n] == 0 else -max(earlier, default=-math.inf))
+    return sorted(sorted(range(len(q)), key=lambda n: (-novelty[n], n))[:K])
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 9, 36, 61])
+def test_distinct_is_its_definition(N):
+    q = make_tokens(3, N, 4, torch.float64)
+    size = torch.arange(3 * N).view(3, N) * 7 % 3 - 1.0
+    for counts in (torch.ones(3, N), size):
+        for K in {1, -(-N // 2), N}:
+            meta = Distinct()(q, 1, N, K, None if counts is not size else size)
+            expected = torch.stack([item[naive_distinct(item, K, of)] for item, of in zip(q, counts, strict=True)])
+            assert_equal("meta", meta, expected)
+
+
+def test_of_duplicates_the_first_is_distinct_and_ties_go_to_the_lowest_index():
+    distinct = Distinct("l2")
+    assert distinct(column(5, 5, 7, 5, 9), 1, 5, 3).flatten().tolist() == [5, 7, 9]
+    size = torch.tensor([[0.0, 1, 1, 1, 1]])
+    assert distinct(column(5, 5, 7, 5, 7), 1, 5, 2, size).flatten().tolist() == [5, 7]
+    assert distinct(column(1, 1, 1, 1), 2, 2, 3).flatten().tolist() == [1, 1, 1]
 
 
 # Learned saliency

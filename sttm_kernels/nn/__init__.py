@@ -1,7 +1,7 @@
 """Modules built from the verbs: STTM, its meta-token generators, proportional attention, a ready video Transformer."""
 
 from sttm_kernels.nn.attention import proportional_attention
-from sttm_kernels.nn.generators import DPCKNN, GENERATORS, FarthestPoint, KMeans, Learned, Pool, TopK
+from sttm_kernels.nn.generators import DPCKNN, GENERATORS, Distinct, FarthestPoint, KMeans, Learned, Pool, TopK
 from sttm_kernels.nn.sttm import STTM
 from sttm_kernels.nn.video_transformer import VideoTransformer
 
@@ -9,6 +9,7 @@ __all__ = [
     "DPCKNN",
     "GENERATORS",
     "STTM",
+    "Distinct",
     "FarthestPoint",
     "KMeans",
     "Learned",

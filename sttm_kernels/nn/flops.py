@@ -93,6 +93,11 @@ def _farthest_points(q: Shape, num_points: int, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q) * (num_points + 1)
 
 
+def _distinct_tokens(q: Shape, *_: Any, **__: Any) -> int:
+    """Similarities to earlier tokens: half of all."""
+    return math.prod(q) * q[1]
+
+
 def _density_peaks(q: Shape, num_peaks: int, *_: Any, **__: Any) -> int:
     """All distances, twice."""
     return 2 * 2 * math.prod(q) * q[1]
@@ -108,6 +113,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "soft_merge": _soft_merge,
     "soft_merge_backward": _soft_merge_backward,
     "farthest_points": _farthest_points,
+    "distinct_tokens": _distinct_tokens,
     "density_peaks": _density_peaks,
 }
 

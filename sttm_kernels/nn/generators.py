@@ -163,6 +163,68 @@ class FarthestPoint(nn.Module):
         return f"similarity={self.similarity!r}"
 
 
+# An operator for the same reason as farthest points.
+@torch.library.custom_op("sttm_kernels::distinct_tokens", mutates_args=())
+def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
+    B, N, D = q.shape
+    first = torch.zeros((B, 1), dtype=torch.int64, device=q.device)
+    if size is not None:
+        present = size != 0
+        first = present.to(torch.int64).argmax(1, keepdim=True)
+        # In an absent token's place stands the present one before it, a predecessor of all that follow anyway.
+        token = torch.arange(N, device=q.device).expand(B, -1)
+        q = _take(q, torch.maximum(token.masked_fill(~present, 0).cummax(1).values, first))
+    likeness = torch.full((B, N + 1), -torch.inf, dtype=acc_dtype(q.dtype), device=q.device)
+    parts, token, length = q[:, None], torch.arange(N, device=q.device)[None], N
+    while length > 1:
+        # Of every part, the second half looks at the first; then halves are parts. What pads a part is behind all that
+        # is in it, so that only padding sees it.
+        half = -(-length // 2)
+        parts = F.pad(parts, (0, 0, 0, 2 * half - length)).unflatten(2, (2, half))
+        token = F.pad(token, (0, 2 * half - length), value=N).unflatten(1, (2, half))
+        earlier, later = parts.flatten(0, 1).unbind(1)
+        score = assign(later, earlier, similarity, weight="uniform", impl=impl).score
+        assert score is not None
+        looking = token[:, 1].flatten()
+        likeness[:, looking] = torch.maximum(likeness[:, looking], score.view(B, len(looking)))
+        parts, token, length = parts.flatten(1, 2), token.flatten(0, 1), half
+    likeness = likeness[:, :N]
+    novelty = -likeness.scatter_(1, first, -torch.inf)
+    if size is not None:
+        novelty.masked_fill_(size == 0, -torch.inf)
+    return novelty.argsort(dim=1, descending=True, stable=True)[:, :num_tokens].sort(1).values
+
+
+@_distinct_tokens.register_fake
+def _(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
+    return q.new_empty((q.shape[0], num_tokens), dtype=torch.int64)
+
+
+class Distinct(nn.Module):
+    """The K tokens least similar to any earlier one: of near-duplicates the first stays.
+
+    novelty_n = -max over m < n of sim(q_n, q_m), infinite for the first token; the K most novel tokens are taken, ties
+    to the lowest token index. A token of size 0 is earlier than none and taken only when no other is left. O(N) memory,
+    about half of the O(N^2 D) time that all similarities take. No parameters; the choice is not differentiable, the
+    tokens are.
+    """
+
+    def __init__(self, similarity: str = "cosine", impl: str = "auto") -> None:
+        super().__init__()
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
+        self.similarity = similarity
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        return _take(q, _distinct_tokens(q.detach(), num_meta, size, self.similarity, self.impl))
+
+    def extra_repr(self) -> str:
+        return f"similarity={self.similarity!r}"
+
+
 class TopK(nn.Module):
     """The K tokens of highest learned saliency, ties to the lowest token index.
 
@@ -302,6 +364,7 @@ class DPCKNN(nn.Module):
 GENERATORS: dict[str, Callable[[int, str, str], nn.Module]] = {
     "pool": lambda dim, similarity, impl: Pool(impl),
     "kmeans": lambda dim, similarity, impl: KMeans(1, similarity, impl),
+    "distinct": lambda dim, similarity, impl: Distinct(similarity, impl),
     "farthest": lambda dim, similarity, impl: FarthestPoint(similarity, impl),
     "topk": lambda dim, similarity, impl: TopK(dim, impl),
     "learned": lambda dim, similarity, impl: Learned(dim, impl=impl),

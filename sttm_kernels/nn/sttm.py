@@ -89,8 +89,8 @@ class STTM(nn.Module):
         spatial_keep: K_s as a fraction of the H * W tokens of a frame, a float in (0, 1] (to the nearest count, at
             least 1), or as a count, an int: note that 1.0 is all and 1 is one. None leaves the stage out.
         temporal_keep: K_t, likewise, of the T * K_s survivors of a clip or of the tokens of each temporal window.
-        meta: the generator: "pool", "kmeans", "farthest", "topk", "learned", "dpc_knn", of which each stage gets its
-            own, or a module, which both stages share. See `sttm_kernels.nn.generators`.
+        meta: the generator: "pool", "kmeans", "distinct", "farthest", "topk", "learned", "dpc_knn", of which each
+            stage gets its own, or a module, which both stages share. See `sttm_kernels.nn.generators`.
         motion: whether to add motion features.
         num_prefix: how many tokens at the front (class, distillation, registers) are left as they are, bit for bit.
         similarity, temperature, weight: of `sttm_kernels.assign`. The parameters of "topk" and "learned" learn through
