@@ -1,0 +1,149 @@
+"""The motion task and its contenders: clips by seed, digits in one split only, operations as asked, rows once."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sttm_kernels.cli import main
+
+pytest.importorskip("sklearn")
+
+from sttm_kernels.evidence import clips, contenders, jobs, rows, table, train
+from sttm_kernels.evidence.network import Network
+from sttm_kernels.testing import assert_equal
+
+EVERY = sorted(contenders.CONTENDERS)
+
+
+# The clips
+
+
+def test_clips_follow_from_split_seed_and_index():
+    first = clips.draw("train", 3, 7, 5)
+    again, other = clips.draw("train", 3, 7, 5), clips.draw("train", 3, 8, 5)
+    for name in ("pixels", "digit", "motion", "where"):
+        assert_equal(name, getattr(again, name), getattr(first, name))
+    assert not torch.equal(first.pixels, other.pixels)
+    assert first.pixels.shape == first.where.shape == (5, clips.FRAMES, clips.SIZE, clips.SIZE)
+
+
+def test_no_image_of_a_digit_is_in_two_splits():
+    images = [image.tobytes() for of, _ in clips._images().values() for image in of]
+    assert len(images) == sum(clips.SPLITS.values()) == 1797
+    assert len(set(images)) == 1797
+
+
+def test_the_digit_moves_as_its_label_says():
+    seen = clips.draw("choose", 0, 0, 200, clutter=0.0)
+    at = torch.arange(clips.SIZE, dtype=torch.float32)
+    mass = seen.where.sum((-1, -2))
+    y = (seen.where.sum(-1) * at).sum(-1) / mass
+    x = (seen.where.sum(-2) * at).sum(-1) / mass
+    across = torch.stack((x[:, -1] - x[:, 0], y[:, -1] - y[:, 0]), -1)
+    for motion in range(8):
+        mine = across[seen.motion == motion].mean(0)
+        angle = torch.atan2(mine[1], mine[0]).item()
+        assert abs(np.angle(np.exp(1j * (angle - motion * np.pi / 4)))) < 0.3, clips.MOTIONS[motion]
+    turn = (x.diff()[:, :-1] * y.diff()[:, 1:] - y.diff()[:, :-1] * x.diff()[:, 1:]).sum(1)
+    assert (turn[seen.motion == 8] > 0).all()
+    assert (turn[seen.motion == 9] < 0).all()
+    assert mass.min() > 0.9 * mass.max(1).values.min()  # nothing leaves the frame
+
+
+# Contenders
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_operations_are_as_asked_and_answers_learn(name):
+    knob = contenders.calibrated(name, jobs.GOAL)
+    cut = 1 - contenders.operations(name, knob) / contenders.operations("unmerged", 0)
+    if len(contenders.CONTENDERS[name].knobs) > 1:
+        assert abs(cut - jobs.GOAL / 100) < {"even-frames": 0.05, "smaller": 0.025}.get(name, 0.01)
+    torch.manual_seed(0)
+    network, seen = contenders.network(name, knob), clips.draw("train", 0, 0, 2)
+    answers = network(seen.pixels, seen)
+    (answers.digit.sum() + answers.motion.sum() + answers.auxiliary).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_a_merger_in_a_trained_network_leaves_its_parameters():
+    base, merging = Network(), contenders.network("sttm-motion", 38)
+    jobs.take(merging, base)
+    assert_equal("stem", merging.backbone.embed.layers[0].weight, base.backbone.embed.layers[0].weight)
+    with pytest.raises(ValueError, match="network must be the unmerged one and mergers, differs in"):
+        jobs.take(Network(), merging)
+
+
+# Rows
+
+
+def test_a_row_is_measured_once_and_again_to_the_bit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "EVALUATED", 48)
+    command = ["evidence", "--quick", "--steps", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    path = tmp_path / rows.FILE
+    found = rows.read(path)
+    assert [key.contender for key in found] == list(jobs.QUICK)
+    assert "goals, trained from scratch" in capsys.readouterr().out
+
+    before = path.read_text()
+    assert main(command) == 0
+    assert "0 of them to be measured" in capsys.readouterr().out
+    assert path.read_text() == before
+
+    kept = [line for line in before.splitlines() if ",tome," not in line]
+    path.write_text("\n".join(kept) + "\n")
+    for model in (tmp_path / "models").iterdir():
+        model.unlink()
+    assert main([*command, "--only", "tome"]) == 0
+    again = rows.read(path)
+    for key, row in found.items():
+        assert row["right"] == again[key]["right"], key
+
+
+def test_applied_rows_take_the_trained_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "SCANNED", 32)
+    command = ["evidence", "--setting", "applied", "--percent", "38", "--steps", "1", "--out", str(tmp_path)]
+    assert main([*command, "--only", "sttm", "tome"]) == 0
+    assert [key.contender for key in rows.read(tmp_path / rows.FILE)] == ["tome", "sttm"]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["unmerged-0-1-steps-seed-0.pt"]
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    right = {name: rng.random((3, 1000)) < 0.7 for name in ("a", "b")}
+    right["b"][:, :100] = True
+    ours, theirs = (
+        [{"seed": str(seed), "clips": "1000", "right": rows.packed(of[seed])} for seed in range(3)]
+        for of in (right["a"], right["b"])
+    )
+    found = table.difference(ours, theirs)
+    points = 100 * (right["a"].mean(1) - right["b"].mean(1))
+    assert found.points == pytest.approx(points.mean())
+    assert found.over_seeds == pytest.approx(4.302653 * points.std(ddof=1) / 3**0.5, rel=1e-6)
+    assert found.seeds == 3
+    assert table.difference(ours, ours).over_clips == 0
+    assert table.difference(ours[:1], theirs[1:]) is None
+    assert table.difference(ours[:1], theirs).over_seeds is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nobody"], "--only must name contenders of"),
+        (["--only", "unmerged", "--percent", "25"], "no rows are of such"),
+    ],
+)
+def test_bad_requests(arguments, message, capsys):
+    assert main(["evidence", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_scikit_learn_it_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['sklearn'] = None; from sttm_kernels.cli import main; sys.exit(main(['evidence']))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "pip install 'sttm_kernels[evidence]'" in ran.stderr
