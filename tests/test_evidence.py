@@ -10,6 +10,7 @@ import torch
 from sttm_kernels.cli import main
 
 pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 
 from sttm_kernels.evidence import clips, contenders, jobs, rows, table, train
 from sttm_kernels.evidence.network import Network
@@ -89,6 +90,7 @@ def test_a_row_is_measured_once_and_again_to_the_bit(tmp_path, capsys, monkeypat
     assert [key.contender for key in found] == list(jobs.QUICK)
     assert "goals, trained from scratch" in capsys.readouterr().out
 
+    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
     before = path.read_text()
     assert main(command) == 0
     assert "0 of them to be measured" in capsys.readouterr().out

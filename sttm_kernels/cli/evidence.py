@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sttm_kernels.console import InputError, extra, threads
-from sttm_kernels.evidence import contenders, jobs, rows, table, train
+from sttm_kernels.evidence import contenders, jobs, picture, rows, table, train
 
 HELP = "Train and compare ways of merging tokens on a task that needs motion."
 
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    extra("sklearn", "scikit-learn", "evidence", "evidence")
+    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        extra(module, package, "evidence", "evidence")
     for name in arguments.only or ():
         if name not in contenders.CONTENDERS:
             raise InputError(f"--only must name contenders of {', '.join(contenders.CONTENDERS)}, got {name}")
@@ -71,18 +72,16 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"--out {arguments.out}: {error}") from None
 
-    found = rows.read(path)
+    found, steps = rows.read(path), wanted[0].steps
     print()
     for line in table.lines({key: found[key] for key in wanted}):
         print(line)
-    return _report(arguments, found, wanted[0].steps)
-
-
-def _report(arguments: argparse.Namespace, found: table.Rows, steps: int) -> int:
-    print(f"goals, trained from scratch at -38 % for {steps} steps")
+    print(f"goals, trained from scratch at -{jobs.GOAL} % for {steps} steps")
     for line in table.verdicts(found, steps):
         print(line)
-    print(f"\n{'rows':<10}{arguments.out}")
+    drawn = arguments.out / "evidence.png"
+    picture.draw(found, drawn, steps)
+    print(f"\n{'rows':<10}{path}\n{'picture':<10}{drawn}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sttm_kernels.bench import report, results
 from sttm_kernels.console import InputError, extra
+from sttm_kernels.evidence import rows
 
 HELP = "Write tables and pictures of measurements."
 MEASURED, OUT = Path("benchmarks", "results"), Path("benchmarks")
@@ -15,7 +16,11 @@ MEASURED, OUT = Path("benchmarks", "results"), Path("benchmarks")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "results", nargs="*", type=Path, metavar="CSV", help=f"of sttm-kernels bench (default: {MEASURED}/*.csv)"
+        "results",
+        nargs="*",
+        type=Path,
+        metavar="CSV",
+        help=f"of sttm-kernels bench (default: {MEASURED}/*.csv but {rows.FILE})",
     )
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="for RESULTS.md and plots/ (default: %(default)s)"
@@ -24,14 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     extra("matplotlib", "matplotlib", "report", "bench")
-    paths = sorted(set(arguments.results or MEASURED.glob("*.csv")), key=lambda path: (path.name, str(path)))
+    measured = arguments.results or (path for path in MEASURED.glob("*.csv") if path.name != rows.FILE)
+    paths = sorted(set(measured), key=lambda path: (path.name, str(path)))
     if not paths:
         raise InputError(f"no results: there is no {MEASURED}/*.csv here, and no CSV was named")
-    rows = [row for path in paths for row in _read(path)]
-    if not rows:
+    measurements = [row for path in paths for row in _read(path)]
+    if not measurements:
         raise InputError(f"no rows in {', '.join(map(str, paths))}")
     try:
-        written = report.write(rows, arguments.out, [path.name for path in paths])
+        written = report.write(measurements, arguments.out, [path.name for path in paths])
     except OSError as error:
         raise InputError(f"--out {arguments.out}: {error}") from None
     for path in written:

@@ -47,6 +47,11 @@ def _take(q: Tensor, tokens: Tensor) -> Tensor:
     return q.gather(1, tokens[..., None].expand(-1, -1, q.shape[-1]))
 
 
+def _constant(size: Tensor | None) -> Tensor | None:
+    """Without a gradient, so that the operators that choose tokens leave nothing for a backward pass."""
+    return None if size is None else size.detach()
+
+
 def pool_plan(rows: int, columns: int, num_cells: int, batch: int, cells: str, device: torch.device) -> MergePlan:
     """Cuts a rows x columns grid into exactly `num_cells` cells; the plan `(batch, rows * columns)` of that.
 
@@ -157,7 +162,7 @@ class FarthestPoint(nn.Module):
         self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return _take(q, _farthest_points(q.detach(), num_meta, size, self.similarity, self.impl))
+        return _take(q, _farthest_points(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
 
     def extra_repr(self) -> str:
         return f"similarity={self.similarity!r}"
@@ -219,7 +224,7 @@ class Distinct(nn.Module):
         self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return _take(q, _distinct_tokens(q.detach(), num_meta, size, self.similarity, self.impl))
+        return _take(q, _distinct_tokens(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
 
     def extra_repr(self) -> str:
         return f"similarity={self.similarity!r}"
@@ -355,7 +360,7 @@ class DPCKNN(nn.Module):
         self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return _take(q, _density_peaks(q.detach(), num_meta, self.neighbours, size))
+        return _take(q, _density_peaks(q.detach(), num_meta, self.neighbours, _constant(size)))
 
     def extra_repr(self) -> str:
         return f"neighbours={self.neighbours}"
