@@ -16,7 +16,7 @@ from sttm_kernels.evidence import clips, contenders, jobs, rows, table, train
 from sttm_kernels.evidence.network import Network
 from sttm_kernels.testing import assert_equal
 
-EVERY = sorted(contenders.CONTENDERS)
+EVERY = sorted(contenders.ALL)
 
 
 # The clips
@@ -57,14 +57,22 @@ def test_the_digit_moves_as_its_label_says():
 # Contenders
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_operations_are_as_asked_and_answers_learn(name):
+@pytest.mark.parametrize("name", ["smaller", "even-frames", "random-drop", "tome", "tome-once", "sttm-motion"])
+def test_operations_are_as_asked(name):
     knob = contenders.calibrated(name, jobs.GOAL)
     cut = 1 - contenders.operations(name, knob) / contenders.operations("unmerged", 0)
-    if len(contenders.CONTENDERS[name].knobs) > 1:
-        assert abs(cut - jobs.GOAL / 100) < {"even-frames": 0.05, "smaller": 0.025}.get(name, 0.01)
+    assert abs(cut - jobs.GOAL / 100) < {"even-frames": 0.05, "smaller": 0.025}.get(name, 0.01)
+    knobs = contenders.ALL[name].knobs
+    for nearby in {max(knobs[0], knob - 1), min(knobs[-1], knob + 1)} & set(knobs):
+        other = 1 - contenders.operations(name, nearby) / contenders.operations("unmerged", 0)
+        assert abs(cut - jobs.GOAL / 100) <= abs(other - jobs.GOAL / 100)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_contender_learns(name):
+    knobs = contenders.ALL[name].knobs
     torch.manual_seed(0)
-    network, seen = contenders.network(name, knob), clips.draw("train", 0, 0, 2)
+    network, seen = contenders.network(name, knobs[len(knobs) // 2]), clips.draw("train", 0, 0, 2)
     answers = network(seen.pixels, seen)
     (answers.digit.sum() + answers.motion.sum() + answers.auxiliary).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -130,6 +138,20 @@ def test_differences_are_paired():
     assert table.difference(ours, ours).over_clips == 0
     assert table.difference(ours[:1], theirs[1:]) is None
     assert table.difference(ours[:1], theirs).over_seeds is None
+
+
+def test_settings_are_chosen_on_other_clips(tmp_path, monkeypatch):
+    splits, evaluate = [], train.evaluate
+    monkeypatch.setattr(
+        train, "evaluate", lambda network, split, _: splits.append(split) or evaluate(network, split, 16)
+    )
+    command = ["evidence", "--steps", "1", "--out", str(tmp_path), "--only", "unmerged"]
+    assert main([*command, "--choose"]) == 0
+    assert not (tmp_path / rows.FILE).exists()
+    assert main([*command, "--goals", "--seed", "0"]) == 0
+    assert splits == ["choose", "report"]
+    chosen, reported = (next(iter(rows.read(tmp_path / name).values())) for name in (rows.CHOOSING, rows.FILE))
+    assert chosen["command"] == reported["command"].replace("evidence", "evidence --choose")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ _from_zero, _from_one = partial(_count, least=0), partial(_count, least=1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, three contenders, fewer steps: some minutes")
     parser.add_argument("--goals", action="store_true", help="only what the goals are judged on")
+    parser.add_argument(
+        "--choose", action="store_true", help="settings of ToMe and STTM, on clips that no other row is measured on"
+    )
     parser.add_argument("--setting", choices=jobs.SETTINGS, help="only rows of this setting")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these contenders")
     parser.add_argument(
@@ -53,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         extra(module, package, "evidence", "evidence")
     for name in arguments.only or ():
-        if name not in contenders.CONTENDERS:
-            raise InputError(f"--only must name contenders of {', '.join(contenders.CONTENDERS)}, got {name}")
-    path = arguments.out / rows.FILE
+        if name not in contenders.ALL:
+            raise InputError(f"--only must name contenders of {', '.join(contenders.ALL)}, got {name}")
+    path = arguments.out / (rows.CHOOSING if arguments.choose else rows.FILE)
     found, wanted = rows.read(path), list(_wanted(arguments))
     missing = [key for key in wanted if key not in found]
     if not wanted:
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(wanted)} rows, {len(missing)} of them to be measured")
     try:
         with threads(arguments.threads):
-            _measure(missing, path, arguments.models or arguments.out / "models")
+            _measure(missing, path, arguments.models or arguments.out / "models", arguments.choose)
     except OSError as error:
         raise InputError(f"--out {arguments.out}: {error}") from None
 
@@ -76,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     for line in table.lines({key: found[key] for key in wanted}):
         print(line)
+    if arguments.choose:
+        return 0
     print(f"goals, trained from scratch at -{jobs.GOAL} % for {steps} steps")
     for line in table.verdicts(found, steps):
         print(line)
@@ -90,6 +95,8 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[rows.Key]:
         keys = jobs.quick(arguments.steps or jobs.QUICK_STEPS)
     elif arguments.goals:
         keys = jobs.goals(arguments.seeds, arguments.steps or train.STEPS)
+    elif arguments.choose:
+        keys = jobs.choices(arguments.steps or train.STEPS)
     else:
         keys = jobs.table(arguments.seeds, arguments.steps or train.STEPS)
     for key in keys:
@@ -102,9 +109,10 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[rows.Key]:
             yield key
 
 
-def _measure(missing: Sequence[rows.Key], path: Path, models: Path) -> None:
+def _measure(missing: Sequence[rows.Key], path: Path, models: Path, choosing: bool) -> None:
     for i, key in enumerate(missing, 1):
         print(f"{i} of {len(missing)}: {key.setting} {key.contender}, {key.percent} %, seed {key.seed}", flush=True)
-        row = jobs.run(key, models, lambda text: print(f"  {text}", flush=True))
+        split = "choose" if choosing else "report"
+        row = jobs.run(key, models, lambda text: print(f"  {text}", flush=True), split)
         rows.append(path, row)
         print(f"  {row['joint']} % right, {row['digit']} % of digits, {row['motion']} % of motions", flush=True)

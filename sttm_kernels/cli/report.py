@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="CSV",
-        help=f"of sttm-kernels bench (default: {MEASURED}/*.csv but {rows.FILE})",
+        help=f"of sttm-kernels bench (default: {MEASURED}/*.csv but {rows.FILE} and {rows.CHOOSING})",
     )
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="for RESULTS.md and plots/ (default: %(default)s)"
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     extra("matplotlib", "matplotlib", "report", "bench")
-    measured = arguments.results or (path for path in MEASURED.glob("*.csv") if path.name != rows.FILE)
+    measured = arguments.results or (
+        path for path in MEASURED.glob("*.csv") if path.name not in (rows.FILE, rows.CHOOSING)
+    )
     paths = sorted(set(measured), key=lambda path: (path.name, str(path)))
     if not paths:
         raise InputError(f"no results: there is no {MEASURED}/*.csv here, and no CSV was named")

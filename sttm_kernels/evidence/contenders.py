@@ -43,7 +43,7 @@ class Contender:
 
 
 def network(contender: str, knob: int) -> Network:
-    return Network(**CONTENDERS[contender].settings(knob))
+    return Network(**ALL[contender].settings(knob))
 
 
 @cache
@@ -54,7 +54,7 @@ def operations(contender: str, knob: int) -> int:
 
 def calibrated(contender: str, percent: int) -> int:
     """The setting whose operations come nearest to `percent` below those of the unmerged network."""
-    knobs = CONTENDERS[contender].knobs
+    knobs = ALL[contender].knobs
     wanted = operations("unmerged", 0) * (100 - percent) / 100
     low, high = 0, len(knobs) - 1
     while high - low > 1:
@@ -72,26 +72,44 @@ def _matched_once(keep: int, place: str = "after", **settings: Any) -> dict[str,
     return {"merge": {AFTER: matching}, "merge_place": place}
 
 
-def _matched_in_every_block(minus_r: int) -> dict[str, Any]:
+def _matched_in_every_block(minus_r: int, place: str = "inside") -> dict[str, Any]:
     merge = {block: mergers.Matching(-minus_r) for block in range(1, DEPTH + 1)}
-    return {"merge": merge, "merge_place": "inside"}
+    return {"merge": merge, "merge_place": place}
 
 
 def _even_frames(count: int) -> dict[str, Any]:
     return {"frames": tuple((2 * i + 1) * FRAMES // (2 * count) for i in range(count))}
 
 
-def _sttm(keep: int, window: int = WINDOW, spatial: bool = True, temporal: bool = True, **settings: Any) -> Any:
-    """`keep` tokens of a window are left; both stages take the same share."""
-    in_frame = round(SIDE * SIDE * (keep / (window * SIDE * SIDE)) ** 0.5) if temporal else keep
+def _in_frame(keep: int, window: int, part: float = 0.5) -> int:
+    """What the spatial stage leaves of a frame where `keep` of a window are left; `part` is how much of the merging it
+    does, 0.5 where both stages take the same share."""
+    return max(-(-keep // window), round(SIDE * SIDE * (keep / (window * SIDE * SIDE)) ** part))
+
+
+def _soft(keep: int) -> dict[str, Any]:
+    return {"merge": {AFTER: mergers.SoftMerging(_in_frame(keep, WINDOW), keep, WINDOW)}}
+
+
+def _sttm(
+    keep: int,
+    window: int = WINDOW,
+    spatial: bool = True,
+    temporal: bool = True,
+    part: float = 0.5,
+    place: str = "after",
+    **settings: Any,
+) -> dict[str, Any]:
+    """`keep` tokens of a window are left, or of a frame without the temporal stage."""
+    in_frame = _in_frame(keep, window, part) if temporal else keep
     sttm = STTM(
         DIM,
-        max(1, in_frame) if spatial else None,
+        in_frame if spatial else None,
         keep if temporal else None,
         **{"meta": "distinct", "motion": False, **settings},
         temporal_window=window if temporal else None,
     )
-    return {"merge": {AFTER: sttm}}
+    return {"merge": {AFTER: sttm}, "merge_place": place}
 
 
 _KEEP = range(1, TOKENS + 1)
@@ -130,6 +148,7 @@ CONTENDERS: dict[str, Contender] = {
     "sttm-uniform": Contender(
         "STTM, distinct, members weighted alike", _KEEP_OF_WINDOW, partial(_sttm, weight="uniform")
     ),
+    "sttm-soft": Contender("both stages by soft assignment", _KEEP_OF_WINDOW, _soft),
     "sttm-whole-clip": Contender(
         "STTM, distinct, temporal stage over the whole clip", _KEEP, partial(_sttm, window=FRAMES)
     ),
@@ -138,3 +157,26 @@ CONTENDERS: dict[str, Contender] = {
         for meta in ("pool", "kmeans", "farthest", "topk", "learned", "dpc_knn")
     },
 }
+
+VARIANTS: dict[str, Contender] = {
+    "tome-x": Contender(
+        "ToMe after every block, by x", range(-TOKENS // 2, 1), partial(_matched_in_every_block, place="after")
+    ),
+    **{
+        f"sttm-{name}": Contender(f"STTM, distinct, {says}", _KEEP_OF_WINDOW, partial(_sttm, **settings))
+        for name, says, settings in (
+            ("cold", "temperature 0.02", {"temperature": 0.02}),
+            ("warm", "temperature 0.5", {"temperature": 0.5}),
+            ("l2", "by squared distance", {"similarity": "l2", "weight": "uniform"}),
+            ("keys", "in block 1, by keys", {"place": "inside"}),
+            ("more-in-space", "most of the merging in space", {"part": 0.8}),
+            ("more-in-time", "most of the merging in time", {"part": 0.2}),
+        )
+    },
+    "sttm-window-4": Contender(
+        "STTM, distinct, windows of 4 frames", range(1, 4 * SIDE * SIDE + 1), partial(_sttm, window=4)
+    ),
+}
+"""Settings of ToMe and STTM that are looked at on the clips for choosing, never on those that are reported."""
+
+ALL = CONTENDERS | VARIANTS

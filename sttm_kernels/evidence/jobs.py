@@ -16,7 +16,7 @@ import sttm_kernels
 from sttm_kernels.bench.runner import commit
 from sttm_kernels.bench.timing import device_name
 from sttm_kernels.evidence import contenders, rows, train
-from sttm_kernels.evidence.contenders import CONTENDERS, RATES
+from sttm_kernels.evidence.contenders import ALL, CONTENDERS, RATES
 from sttm_kernels.evidence.network import Network
 from sttm_kernels.evidence.rows import Key
 
@@ -63,16 +63,28 @@ def table(seeds: int, steps: int) -> Iterator[Key]:
         yield from (Key(TUNED, name, percent, 0, steps) for name in others if not CONTENDERS[name].trained)
 
 
-def command(key: Key) -> str:
+def choices(steps: int) -> Iterator[Key]:
+    """Settings of ToMe and STTM, for the clips on which they are chosen."""
+    yield Key(TRAINED, "unmerged", 0, 0, steps)
+    for name in ALL:
+        if name.startswith(("tome", "sttm")):
+            yield Key(APPLIED, name, GOAL, 0, steps)
+
+
+def command(key: Key, split: str) -> str:
     """What gives this row again."""
     return (
-        f"sttm-kernels evidence --setting {key.setting} --only {key.contender} --percent {key.percent}"
-        f" --seed {key.seed} --steps {key.steps}"
+        "sttm-kernels evidence"
+        + " --choose" * (split == "choose")
+        + (
+            f" --setting {key.setting} --only {key.contender} --percent {key.percent}"
+            f" --seed {key.seed} --steps {key.steps}"
+        )
     )
 
 
-def run(key: Key, models: Path, log: train.Log) -> dict[str, Any]:
-    """The row of a key. Trained networks are kept in `models`, and taken from there where they are wanted again."""
+def run(key: Key, models: Path, log: train.Log, split: str = "report") -> dict[str, Any]:
+    """The row of a key, on clips of a split. Trained networks are kept in `models`, and taken from there again."""
     knob = contenders.calibrated(key.contender, key.percent)
     if key.setting == TRAINED:
         network, seconds = trained(key, models, log)
@@ -84,7 +96,7 @@ def run(key: Key, models: Path, log: train.Log) -> dict[str, Any]:
     if key.setting == TUNED:
         seconds = train.train(network, key.seed, train.TUNING_STEPS, log, tuning=True)
     clips = SCANNED if key.setting != TRAINED else train.EVALUATED
-    right = train.evaluate(network, count=clips)
+    right = train.evaluate(network, split, clips)
     flops = contenders.operations(key.contender, knob)
     return {
         **key._asdict(),
@@ -103,7 +115,7 @@ def run(key: Key, models: Path, log: train.Log) -> dict[str, Any]:
         "scikit-learn": version("scikit-learn"),
         "version": sttm_kernels.__version__,
         "commit": commit(),
-        "command": command(key),
+        "command": command(key, split),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

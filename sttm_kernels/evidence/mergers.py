@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sttm_kernels.functional import compose, match, merge
-from sttm_kernels.nn.generators import pool_plan
+from sttm_kernels.functional import assign, compose, match, merge, soft_merge
+from sttm_kernels.nn.generators import Distinct, pool_plan
 from sttm_kernels.nn.sttm import Grid
 from sttm_kernels.plan import MergedTokens, MergePlan
 
@@ -134,3 +134,45 @@ class Matching(Merger):
             plan = match(metric, whole.num_groups - keep)
             whole = compose(whole, plan)
         return whole
+
+
+class SoftMerging(nn.Module):
+    """STTM's two stages by `soft_merge`: every token into every meta token, no groups.
+
+    Its plan is where tokens would go by hard assignment. `keep` tokens of each frame, then of each window of frames.
+    """
+
+    def __init__(self, in_frame: int, in_window: int, window: int, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.keep = in_frame, in_window
+        self.window = window
+        self.temperature = temperature
+        self.generator = Distinct()
+
+    def output_grid(self, grid: Grid) -> Grid:
+        return grid[0] // self.window, 1, self.keep[1]
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        size: Tensor | None = None,
+        positions: Tensor | None = None,
+        metric: Tensor | None = None,
+        return_plan: bool = False,
+    ) -> MergedTokens | tuple[MergedTokens, MergePlan]:
+        B, (frames, height, width) = len(x), grid
+        stages = (frames, (height, width), "square"), (frames // self.window, (self.window, self.keep[0]), "tall")
+        plans: list[MergePlan] = []
+        for keep, (parts, shape, cells) in zip(self.keep, stages, strict=True):
+            q = x.reshape(B * parts, -1, x.shape[-1])
+            size = None if size is None else size.reshape(B * parts, -1)
+            meta = self.generator(q, *shape, keep, size, cells)
+            out = soft_merge(q, q, meta, temperature=self.temperature, size=size)
+            out = MergedTokens(out.x.reshape(B, parts * keep, -1), out.size.reshape(B, -1))
+            x, size = out.x, out.size
+            if return_plan:
+                first = keep * torch.arange(parts, dtype=torch.int32, device=x.device)[:, None]
+                index = assign(q, meta, weight="uniform").index.view(B, parts, -1) + first
+                plans.append(MergePlan(index.flatten(1), parts * keep))
+        return (out, compose(plans[0], plans[1])) if return_plan else out

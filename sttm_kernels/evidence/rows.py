@@ -12,7 +12,8 @@ import numpy as np
 
 from sttm_kernels.console import InputError
 
-FILE = "evidence.csv"
+FILE, CHOOSING = "evidence.csv", "evidence-choosing.csv"
+"""Rows on the clips that are reported, and on those on which settings are chosen."""
 COLUMNS = (
     "setting", "contender", "percent", "seed", "steps", "clips", "joint", "digit", "motion", "flops", "share", "knob",
     "seconds", "right", "device", "threads", "python", "torch", "numpy", "scikit-learn", "version", "commit", "command",

@@ -10,7 +10,7 @@ import numpy as np
 
 from sttm_kernels.console import extra
 from sttm_kernels.evidence import jobs, rows
-from sttm_kernels.evidence.contenders import CONTENDERS
+from sttm_kernels.evidence.contenders import ALL
 from sttm_kernels.evidence.rows import Key
 
 Rows = Mapping[Key, Mapping[str, str]]
@@ -73,7 +73,7 @@ def lines(found: Rows) -> Iterator[str]:
         yield f"{setting}, {steps} steps{' of the unmerged network' * (setting != jobs.TRAINED)}"
         yield f"  {'contender':<17}{'FLOPs':>7}{'joint':>8}{'digit':>7}{'motion':>8}{'to unmerged':>20}{'to ToMe':>20}"
         listed = {(key.contender, key.percent) for key in cells[setting, steps]}
-        order = list(CONTENDERS)
+        order = list(ALL)
         for contender, percent in sorted(listed, key=lambda one: (one[1], order.index(one[0]))):
             mine = of(found, setting, contender, percent, steps)
             means = [np.mean([float(row[name]) for row in mine]) for name in ("share", "joint", "digit", "motion")]
