@@ -8,10 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from sttm_kernels import __version__
-from sttm_kernels.cli import bench, demo, evidence, info, report, verify
+from sttm_kernels.cli import bench, demo, evidence, flops, info, report, verify
 from sttm_kernels.console import InputError
 
-COMMANDS = {"bench": bench, "demo": demo, "evidence": evidence, "info": info, "report": report, "verify": verify}
+COMMANDS = {
+    "bench": bench,
+    "demo": demo,
+    "evidence": evidence,
+    "flops": flops,
+    "info": info,
+    "report": report,
+    "verify": verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from sttm_kernels.evidence import mergers
 from sttm_kernels.evidence.clips import FRAMES, SIZE
 from sttm_kernels.evidence.network import DEPTH, DIM, HEADS, PATCH, Network
+from sttm_kernels.integrations.amounts import nearest
 from sttm_kernels.nn import STTM
 from sttm_kernels.nn.flops import flops
 
@@ -56,11 +57,7 @@ def calibrated(contender: str, percent: int) -> int:
     """The setting whose operations come nearest to `percent` below those of the unmerged network."""
     knobs = ALL[contender].knobs
     wanted = operations("unmerged", 0) * (100 - percent) / 100
-    low, high = 0, len(knobs) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if operations(contender, knobs[middle]) <= wanted else (low, middle)
-    return min((knobs[low], knobs[high]), key=lambda knob: abs(operations(contender, knob) - wanted))
+    return knobs[nearest(wanted, 0, len(knobs) - 1, lambda i: operations(contender, knobs[i]))]
 
 
 def _once(make: Callable[[int], nn.Module], keep: int) -> dict[str, Any]:

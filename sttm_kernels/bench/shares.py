@@ -1,0 +1,159 @@
+"""Which setting of ToMe and of STTM takes a share of a model's operations; counted on PyTorch's meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import sttm_kernels as sttm
+from sttm_kernels.bench.models import Encoder
+from sttm_kernels.integrations.amounts import nearest
+from sttm_kernels.nn.flops import flops
+
+Shape = tuple[int, ...]
+STEPS = 256
+"""The keep of STTM's stages is chosen in steps of 1 / STEPS."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of random weights and the shape of one input of it."""
+
+    build: Callable[[], nn.Module]
+    shape: Shape
+
+
+def _timm(name: str, size: int = 224) -> Model:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name)
+
+    return Model(build, (3, size, size))
+
+
+def _transformers(kind: str, shape: Shape, **options: Any) -> Model:
+    def build() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{kind.removesuffix('Model')}Config")(**options)
+        return getattr(transformers, kind)(config)
+
+    return Model(build, shape)
+
+
+def _sizes(width: int, depth: int, heads: int, mlp: int) -> dict[str, int]:
+    return {
+        "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp,
+    }  # fmt: skip
+
+
+BASE, LARGE, HUGE = _sizes(768, 12, 12, 3072), _sizes(1024, 24, 16, 4096), _sizes(1280, 32, 16, 5120)
+CLIP = 16, 3, 224, 224
+
+
+def _vjepa2(frames: int, size: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> Model:
+    return _transformers(
+        "VJEPA2Model", (frames, 3, size, size), hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+        mlp_ratio=mlp_ratio, crop_size=size, frames_per_clip=frames,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Model] = {
+    "vit-b": _timm("vit_base_patch16_224"),
+    "vit-l": _timm("vit_large_patch16_224"),
+    "videomae-b": _transformers("VideoMAEModel", CLIP, **BASE),
+    "videomae-l": _transformers("VideoMAEModel", CLIP, **LARGE),
+    "videomae-h": _transformers("VideoMAEModel", CLIP, **HUGE),
+    "vivit-b": _transformers("VivitModel", (32, 3, 224, 224)),
+    "timesformer": _transformers("TimesformerModel", (8, 3, 224, 224)),
+    "vjepa2-l": _vjepa2(64, 256, 1024, 24, 16),
+    "vjepa2-h": _vjepa2(64, 256, 1280, 32, 16),
+    "vjepa2-g": _vjepa2(64, 384, 1408, 40, 22, 48 / 11),
+    "clip-b-16": _transformers("CLIPVisionModel", (3, 224, 224), patch_size=16, **BASE),
+    "clip-l-14": _transformers("CLIPVisionModel", (3, 224, 224), patch_size=14, **LARGE),
+    "siglip-b-16": _transformers("SiglipVisionModel", (3, 224, 224), patch_size=16, **BASE),
+    "siglip-so400m": _transformers(
+        "SiglipVisionModel", (3, 384, 384), patch_size=14, image_size=384, **_sizes(1152, 27, 16, 4304)
+    ),
+}
+
+
+def of_timm(name: str, shape: Shape | None = None) -> Model:
+    """A model of timm's, at the size it is configured for unless `shape` says another."""
+    import timm
+
+    if shape is None:
+        configured = timm.get_pretrained_cfg(name)
+        assert configured is not None
+        shape = tuple(configured.input_size)
+    return Model(lambda: timm.create_model(name), shape)
+
+
+def of_folder(folder: str, shape: Shape | None = None) -> Model:
+    """The model that a config.json of transformers describes, at the size it says unless `shape` says another.
+
+    Raises:
+        ValueError: it says no size.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    size = getattr(config, "crop_size", None) or getattr(config, "image_size", None)
+    frames = getattr(config, "frames_per_clip", None) or getattr(config, "num_frames", None)
+    if shape is None:
+        if size is None:
+            raise ValueError(f"shape must be given, for {folder} says no size of images")
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (*([frames] if frames else []), config.num_channels, height, width)
+    return Model(lambda: transformers.AutoModel.from_config(config), shape)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arguments of `apply`, in words, and the operations of one input with them; None where it refuses."""
+
+    says: str
+    operations: int | None
+
+
+def settings(model: Model, share: float) -> Iterator[Setting]:
+    """Of the model without merging, with ToMe in every layer, and with STTM at its usual layers; nearest to `share`.
+
+    Images have no temporal stage. Where a method is refused, the reason stands in place of its setting.
+    """
+    with torch.device("meta"):
+        plain = model.build().eval()
+    shape = (1, *model.shape)
+    full = flops(Encoder(plain), shape)
+    yield Setting("without merging", full)
+
+    def merging(**options: Any) -> nn.Module:
+        return sttm.apply(copy.deepcopy(plain), **options)
+
+    def cost(**options: Any) -> int:
+        return flops(Encoder(merging(**options)), shape)
+
+    traced = merging(r=1, trace=True)
+    flops(Encoder(traced), shape)
+    layers = sttm.trace(traced)
+    r = -nearest(share * full, -layers[0].index.shape[1] // 2, 0, lambda minus_r: cost(r=-minus_r))
+    yield Setting(f"ToMe, r = {r} in each of {len(layers)} layers", cost(r=r))
+
+    image = len(model.shape) == 3
+    stages = ("spatial_keep",) if image else ("spatial_keep", "temporal_keep")
+    where: dict[str, Any] = {"layers": (len(layers) // 3, None)} if image else {}
+
+    def keeping(step: int) -> dict[str, Any]:
+        return {"method": "sttm", **where, **dict.fromkeys(stages, step / STEPS)}
+
+    try:
+        step = nearest(share * full, 1, STEPS, lambda step: cost(**keeping(step)))
+        yield Setting(f"STTM, {' = '.join(stages)} = {step / STEPS:.3f}", cost(**keeping(step)))
+    except ValueError as error:
+        yield Setting(f"STTM: {error}", None)

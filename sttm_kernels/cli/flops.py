@@ -1,0 +1,67 @@
+"""`sttm-kernels flops`: which setting of ToMe and of STTM takes a share of a model's operations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sttm_kernels.bench import shares
+from sttm_kernels.console import InputError, extra
+
+HELP = "Count a model's operations, and find the merging that takes a share of them."
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(shares.MODELS)
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"{known}; a name of timm's; or a folder with a config.json of transformers (default: the first, all)",
+    )
+    parser.add_argument("--share", type=_share, default=0.62, help="of the operations (default: %(default)s)")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of one input, (3, H, W) or (T, 3, H, W), where it is not known",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name in arguments.models or shares.MODELS:
+        full = None
+        try:
+            for setting in shares.settings(_model(name, arguments.shape), arguments.share):
+                full = full or setting.operations
+                counted = ""
+                if full and setting.operations:
+                    counted = f"{setting.operations / 1e9:>9.1f} GFLOP{setting.operations / full:>7.3f}"
+                print(f"{name:<14}{counted:<24} {setting.says}", flush=True)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: {error}") from None
+    return 0
+
+
+def _model(name: str, shape: list[int] | None) -> shares.Model:
+    given = tuple(shape) if shape else None
+    if name in shares.MODELS:
+        return shares.MODELS[name]
+    if Path(name, "config.json").exists():
+        extra("transformers", "transformers", "command flops", "hf")
+        return shares.of_folder(name, given)
+    if not extra("timm", "timm", "command flops", "timm").is_model(name):
+        known = ", ".join(shares.MODELS)
+        raise InputError(f"MODEL must be one of {known}, of timm, or a folder with a config.json, got {name}")
+    return shares.of_timm(name, given)

@@ -1,0 +1,62 @@
+"""`sttm-kernels flops`: operations against a count by hand, settings nearest to the share, models of one's own."""
+
+import pytest
+from transformers import VideoMAEConfig, VideoMAEModel
+
+from sttm_kernels.bench import shares
+from sttm_kernels.cli import main
+
+D, MLP, DEPTH = 48, 96, 6
+SMALL = {
+    "hidden_size": D, "intermediate_size": MLP, "num_hidden_layers": DEPTH, "num_attention_heads": 4,
+    "image_size": 64, "num_frames": 8,
+}  # fmt: skip
+N = 4 * 4 * 4
+VIDEO = shares.Model(lambda: VideoMAEModel(VideoMAEConfig(**SMALL)), (8, 3, 64, 64))
+
+
+def attention(n: int) -> int:
+    return 2 * n * D * 3 * D + 2 * 2 * n * n * D + 2 * n * D * D
+
+
+def feed_forward(n: int) -> int:
+    return 2 * 2 * n * D * MLP
+
+
+def matching(n: int) -> int:
+    """Half of the tokens with the other half, by the mean of the keys over heads; then counts ride along."""
+    return 2 * (n - n // 2) * (n // 2) * (D // 4) + 2 * n * D
+
+
+def test_operations_by_hand_and_near_the_share():
+    plain, tome, merged = shares.settings(VIDEO, 0.7)
+    assert abs(merged.operations / plain.operations - 0.7) < 0.01
+    embedding = 2 * N * D * 3 * 2 * 16 * 16
+    assert plain.operations == embedding + DEPTH * (attention(N) + feed_forward(N))
+
+    r = int(tome.says.split("r = ")[1].split()[0])
+    counted, n = embedding, N
+    for _ in range(DEPTH):
+        counted += attention(n)
+        counted += matching(n)
+        n -= r
+        counted += feed_forward(n)
+    assert abs(counted / plain.operations - 0.7) < 0.03
+    assert tome.operations == pytest.approx(counted, rel=0.002)  # what is left is copied back to all tokens for free
+
+
+def test_a_model_that_is_refused_says_why(monkeypatch, capsys):
+    assert main(["flops", "nobody-knows-it"]) == 2
+    assert "MODEL must be one of vit-b, " in capsys.readouterr().err
+    assert main(["flops", "resnet18"]) == 2
+    assert "resnet18: " in capsys.readouterr().err
+
+
+def test_a_folder_of_transformers(tmp_path, capsys):
+    VideoMAEConfig(**SMALL).save_pretrained(tmp_path)
+    assert main(["flops", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3
+    assert out[0].endswith(" without merging")
+    assert "ToMe, r = " in out[1]
+    assert "STTM, spatial_keep = temporal_keep = " in out[2]
