@@ -248,7 +248,7 @@ def _match_moved(moved: _partition.Moved, metric: Tensor, *args: Any) -> MergePl
         from sttm_kernels import sharding  # not before there are DTensors: it imports torch.distributed.tensor
 
         moved = _partition.Moved(*(sharding.on_every_rank(each, metric) for each in moved))
-    plan = ops.match(metric.index_select(-2, moved.token), *args)
+    plan = ops.match(metric.index_select(metric.dim() - 2, moved.token), *args)
     assert plan.score is not None
     assert plan.order is not None
     index, score = (each.index_select(1, moved.place) for each in (plan.index, plan.score))

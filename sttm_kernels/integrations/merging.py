@@ -521,7 +521,7 @@ class MergingLayer(Swapped, nn.Module):
             raise RuntimeError(
                 "token merging needs activation checkpointing with use_reentrant=False, got use_reentrant=True"
             )
-        arguments = {**dict(zip(step.names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(step.names[: len(args)], args, strict=True)), **kwargs}
         told = Told(_counts(step, state), state.ids, "auto" if step.method == "off" else step.method)
         with told:
             x, rest = step.family.attend(self, x, told, arguments)
