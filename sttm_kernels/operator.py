@@ -55,6 +55,11 @@ def _lead(args: Sequence[Any]) -> Tensor:
     return args[0] if args[0] is not None else next(arg for arg in args if isinstance(arg, Tensor))
 
 
+def _own(t: Tensor) -> Tensor:
+    """A view has no tangent, and cannot be modified in place by who gets it."""
+    return t.detach() if t._is_view() else t
+
+
 def _primal(value: Any) -> Any:
     return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
 
@@ -253,8 +258,7 @@ class Operator:
 
         def forward(ctx: Any, *args: Any) -> Any:
             found = self._below(*args)
-            # A view has no tangent, and cannot be modified in place by who gets it.
-            found = torch.utils._pytree.tree_map(lambda t: t.detach() if t._is_view() else t, found)
+            found = tuple(map(_own, found)) if isinstance(found, tuple) else _own(found)
             self._setup(ctx, args, found)
             return found
 

@@ -35,7 +35,10 @@ def _if(given: Any, tensor: Tensor | None) -> Tensor | None:
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+    """The sum of two gradients; it takes the place of `a`, which must be nobody else's, where nothing is recorded."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b if torch.is_grad_enabled() else a.add_(b)
 
 
 def _similarity(a: Any) -> Similarity:
@@ -123,7 +126,8 @@ def _assign_gradient(a: AssignIn, out: AssignOut, g: AssignOut, needs: AssignIn)
 def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfAssign) -> OfAssign:
     """Gradients of q and meta; that of weight = exp(score - lse) joins those of score and lse."""
     through = None if g.weight is None else g.weight * out.weight
-    score, lse = _sum(g.score, through), _sum(g.lse, None if through is None else -through)
+    lse = _sum(None if through is None else -through, g.lse)
+    score = _sum(through, g.score)
     if not any(needs) or (score is None and lse is None):
         return OfAssign(None, None)
     grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
@@ -455,7 +459,7 @@ def _assign_merge_gradient(
     wanted = OfMerge(needs.x, soft and any(of_plan), needs.size, needs.positions)
     plan = _plan(out, a.meta.shape[1], a.weight)
     found = _reduction_gradient(a.x, plan, a.size, a.positions, out, g, "mean", wanted, a.impl)
-    g = g._replace(weight=_sum(g.weight, found.weight))
+    g = g._replace(weight=_sum(found.weight, g.weight))
     of_metric = _plan_gradient(_metric(a), a.meta, a, out, g, of_plan)
     grad_x, grad_q = (_sum(found.x, of_metric.q), None) if a.q is None else (found.x, of_metric.q)
     return {

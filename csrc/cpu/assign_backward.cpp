@@ -7,21 +7,22 @@ namespace {
 
 inline float at(const Column& c, int64_t b, int64_t n) { return c.data[b * c.stride_b + n * c.stride_n]; }
 
-// Of the tokens of a panel: whose group it is, -1 if none, and the gradients of score and lse over the temperature.
+// Of the tokens of a panel: whose group it is, -1 if none, and the gradients of score and lse times the scale of S.
 struct Given {
     int32_t k[kPanel];
     float g[kPanel], h[kPanel], lse[kPanel];
 };
-Given given(const AssignBackwardArguments& a, int64_t b, int start) {
+Given given(const AssignBackwardArguments& a, int64_t b, int start, const Panel& panel) {
     Given found{};
     for (int i = 0; i < kPanel; ++i) {
         const int64_t n = start + i;
         const int32_t k = n < a.N ? a.index[b * a.N + n] : -1;
         found.k[i] = k < a.K ? max(k, -1) : -1;
         if (found.k[i] < 0) continue;
-        found.g[i] = at(a.grad_score, b, n) * a.inverse_temperature;
+        const float scale = panel.scale[i / kWidth][i % kWidth];
+        found.g[i] = at(a.grad_score, b, n) * scale;
         if (a.grad_lse.data == nullptr) continue;
-        found.h[i] = at(a.grad_lse, b, n) * a.inverse_temperature;
+        found.h[i] = at(a.grad_lse, b, n) * scale;
         found.lse[i] = a.lse[b * a.N + n];
     }
     return found;
@@ -56,10 +57,10 @@ void from_item(AssignBackwardArguments& a, int64_t b) {
 
 template <class T>
 void assign_backward_typed(const AssignBackwardArguments& a, Stream stream) {
-    const Meta meta = pack_meta<T>(a, stream);
+    const Meta meta = pack_meta<T>(a, stream, true);
     const Chunks chunks = chunks_of(a.N);
     const int threads = threads_for(stream, int64_t(a.B) * a.N * (a.K + kRows) * a.D / 2);
-    const int64_t panel_size = int64_t(a.D) * kPanel, tile_size = meta.rows() * kPanel;
+    const int64_t panel_size = int64_t(a.D) * kPanel, tile_size = meta.num_rows() * kPanel;
     float* const packed = take<float>(threads * panel_size);
     float* const tiles = take<float>(threads * kTogether * tile_size);
     const PullBack<T, AssignBackwardArguments> back(a, meta, chunks, threads);
@@ -74,14 +75,15 @@ void assign_backward_typed(const AssignBackwardArguments& a, Stream stream) {
         back.begin(chunk, a.grad_lse.data == nullptr);
         for (int i = first; i < last; ++i) {
             const int start = i * kPanel, at = (i - first) % kTogether;
+            panel.rows = back.rows(slot, at);
             load_panel<T>(a, b, start, real, panel);
-            const Given in = given(a, b, start);
+            const Given in = given(a, b, start, panel);
             if (a.grad_lse.data == nullptr) {
                 back.chosen(panel, b, chunk, start, in.k, in.g, slot);
                 continue;
             }
             make_gradient(a, meta, b, panel, in, dS + at * tile_size);
-            back.panel(panel, b, chunk, start, dS + at * tile_size, slot, at);
+            back.panel(panel, b, chunk, start, dS + at * tile_size, slot);
             if (at + 1 == kTogether || i + 1 == last) back.add_up(chunk, dS, at + 1, i - first == at, slot);
         }
     });

@@ -22,8 +22,8 @@ Places compact(const int32_t* list, int count, int N, int32_t* out) {
 }
 
 template <class T>
-void pack_dst(const MatchArguments& a, int64_t b, const Places& dst, int block, float* to, float* row) {
-    pack_block<T>(a.metric, b, a.D, true, to, row,
+void pack_dst(const MatchArguments& a, int64_t b, const Places& dst, int block, float* to, float* rows) {
+    pack_block<T>(a.metric, b, a.D, true, to, rows, kRows,
                   [&](int r) { return block * kRows + r < dst.count ? dst[block * kRows + r] : -1; });
 }
 
@@ -68,7 +68,7 @@ void search_whole(const MatchArguments& a, Stream stream) {
     const int blocks = static_cast<int>(ceil_div(a.num_dst, kRows));
     const int panels = static_cast<int>(ceil_div(a.num_src, kPanel));
     const int threads = threads_for(stream, int64_t(a.B) * a.num_src * a.num_dst * a.D / 8);
-    const int64_t size = block_size(a.D), row_size = a.D + kWidth;
+    const int64_t size = block_size(a.D), row_size = kRows * columns_of(a.D);
     int32_t* const listed = a.listed ? take<int32_t>(int64_t(a.B) * (a.num_src + a.num_dst)) : nullptr;
     Places* const places = take<Places>(2 * int64_t(a.B));
     for (int64_t b = 0; b < a.B; ++b) {
@@ -102,7 +102,7 @@ template <class T>
 void search_windows(const MatchArguments& a, Stream stream) {
     const int64_t work = int64_t(a.num_src + kPanel) * (a.num_dst + kRows) * a.D;
     const int threads = threads_for(stream, a.B * a.windows * work / 8);
-    const int64_t blocks = ceil_div(a.num_dst, kRows), size = block_size(a.D), row_size = a.D + kWidth;
+    const int64_t blocks = ceil_div(a.num_dst, kRows), size = block_size(a.D), row_size = kRows * columns_of(a.D);
     int32_t* const listed = take<int32_t>(threads * int64_t(a.num_src + a.num_dst));
     float* const packed = take<float>(threads * blocks * size);
     float* const rows = take<float>(threads * row_size);

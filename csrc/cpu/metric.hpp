@@ -8,9 +8,14 @@ namespace {
 
 constexpr float kNormFloor = 1e-6f;
 
-// A block holds kRows tokens, and a row of kRows floats for each feature; rows of zeros follow to a multiple of kRows.
-inline int64_t block_rows(int64_t D) { return ceil_div(D, kRows) * kRows; }
-inline int64_t block_size(int64_t D) { return block_rows(D) * kRows; }
+// Rows of features lie in strips of kPanel columns, all rows of a strip one after another, so that a product that runs
+// down the rows reads what is consecutive. The last strip is padded.
+inline int64_t columns_of(int64_t D) { return ceil_div(D, kPanel) * kPanel; }
+// Where feature d of row i of `count` is.
+inline int64_t in_strip(int64_t count, int64_t i, int64_t d) { return (d / kPanel * count + i) * kPanel + d % kPanel; }
+
+// A block: kRows tokens, feature d of token r at block[d kRows + r].
+inline int64_t block_size(int64_t D) { return D * kRows; }
 
 // acc[r][v] += sum over d of a[d kStepD + r kStepR] times vector v of row d of b. The sum runs in the order of d, so it
 // depends on its own terms alone.
@@ -70,44 +75,45 @@ inline void transpose(Floats (&rows)[kWidth]) {
     if constexpr (h > 1) transpose<h / 2>(rows);
 }
 
+// lane i of the result: the elements of values[i] added up, in the order of sum_of.
+inline Floats sums_of(Floats (&values)[kWidth]) {
+    transpose<kWidth / 2>(values);
+    Floats total{};
+    STTM_UNROLL
+    for (int i = 0; i < kWidth; ++i) total += values[i];
+    return total;
+}
+
 // A panel: kPanel tokens, one to a lane, feature d of them at panel[d kPanel]. `token(lane)` is the token in a lane, -1
-// for zeros.
+// for zeros. Unless `rows` is null, the same goes there, as rows of `count`, zeros behind D.
 template <class T, class F>
-void pack_panel(const Metric& m, int64_t b, int D, float* panel, const F& token) {
+void pack_panel(const Metric& m, int64_t b, int D, float* panel, const F& token, float* rows = nullptr,
+                int64_t count = 0) {
+    const int64_t columns = columns_of(D);
     for (int v = 0; v < kVectors; ++v) {
         int64_t tokens[kWidth];
         for (int i = 0; i < kWidth; ++i) tokens[i] = token(v * kWidth + i);
-        for (int d = 0; d < D; d += kWidth) {
-            Floats rows[kWidth];
-            STTM_UNROLL
-            for (int i = 0; i < kWidth; ++i) rows[i] = tokens[i] < 0 ? Floats{} : features<T>(m, b, tokens[i], d, D);
-            transpose<kWidth / 2>(rows);
-            float* const to = panel + int64_t(d) * kPanel + v * kWidth;
-            if (d + kWidth <= D) {
-                STTM_UNROLL
-                for (int i = 0; i < kWidth; ++i) store(to + i * kPanel, rows[i]);
-            } else {
-                STTM_UNROLL
-                for (int i = 0; i < kWidth; ++i)
-                    if (d + i < D) store(to + i * kPanel, rows[i]);
-            }
-        }
-    }
-}
-
-// The features of a panel, times `scale`, to the rows of its first `count` tokens.
-template <class T>
-void unpack_panel(const float* panel, int D, float scale, int count, T* rows, int64_t step) {
-    for (int v = 0; v * kWidth < count; ++v)
-        for (int d = 0; d < D; d += kWidth) {
+        for (int d = 0; d < (rows == nullptr ? D : columns); d += kWidth) {
             Floats part[kWidth];
             STTM_UNROLL
             for (int i = 0; i < kWidth; ++i)
-                part[i] = d + i < D ? load(panel + int64_t(d + i) * kPanel + v * kWidth) * scale : Floats{};
+                part[i] = tokens[i] < 0 || d >= D ? Floats{} : features<T>(m, b, tokens[i], d, D);
+            if (rows != nullptr) {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i) store(rows + in_strip(count, v * kWidth + i, d), part[i]);
+            }
             transpose<kWidth / 2>(part);
-            for (int i = 0; i < min(kWidth, count - v * kWidth); ++i)
-                store_up_to(rows + (v * kWidth + i) * step + d, part[i], D - d);
+            float* const to = panel + int64_t(d) * kPanel + v * kWidth;
+            if (d + kWidth <= D) {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i) store(to + i * kPanel, part[i]);
+            } else {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i)
+                    if (d + i < D) store(to + i * kPanel, part[i]);
+            }
         }
+    }
 }
 
 // |q|^2 of the tokens of a panel.
@@ -125,27 +131,45 @@ inline Floats inverse_norm(Floats square) {
     return 1.0f / (square < kNormFloor ? splat(kNormFloor) : square);
 }
 
-// A block: kRows tokens, feature d of token r at block[d kRows + r], of unit length if `unit`; zeros for tokens of -1.
-// Writes 1 / max(|q|, floor) to inverse and |q|^2 to square, unless they are null. `row` is scratch for D + kWidth.
+// kRows rows of `count`, as a block of D features.
+inline void block_of_rows(const float* rows, int64_t count, int64_t D, float* block) {
+    for (int64_t d = 0; d < D; d += kWidth) STTM_UNROLL
+    for (int r = 0; r < kRows; r += kWidth) {
+        constexpr int kLast = kRows % kWidth == 0 ? kWidth : kRows % kWidth;
+        const int lanes = r + kWidth <= kRows ? kWidth : kLast;
+        Floats part[kWidth];
+        STTM_UNROLL
+        for (int i = 0; i < kWidth; ++i) part[i] = i < lanes ? load(rows + in_strip(count, r + i, d)) : Floats{};
+        transpose<kWidth / 2>(part);
+        STTM_UNROLL
+        for (int i = 0; i < kWidth; ++i)
+            if (d + i < D) __builtin_memcpy(block + (d + i) * kRows + r, &part[i], sizeof(float) * lanes);
+    }
+}
+
+// A block of tokens, of unit length if `unit`; zeros for tokens of -1. The same as rows of `count`, zeros behind D.
+// Writes 1 / max(|q|, floor) to inverse and |q|^2 to square, unless they are null.
 template <class T, class F>
-void pack_block(const Metric& m, int64_t b, int D, bool unit, float* block, float* row, const F& token,
+void pack_block(const Metric& m, int64_t b, int D, bool unit, float* block, float* rows, int64_t count, const F& token,
                 float* inverse = nullptr, float* square = nullptr) {
     for (int r = 0; r < kRows; ++r) {
         const int64_t n = token(r);
         Floats sum{};
-        for (int d = 0; d < D; d += kWidth) {
-            const Floats x = n < 0 ? Floats{} : features<T>(m, b, n, d, D);
+        for (int d = 0; d < columns_of(D); d += kWidth) {
+            const Floats x = n < 0 || d >= D ? Floats{} : features<T>(m, b, n, d, D);
             sum += x * x;
-            store(row + d, x);
+            store(rows + in_strip(count, r, d), x);
         }
         const float total = sum_of(sum), norm = __builtin_sqrtf(total);
         const float scale = 1 / (norm < kNormFloor ? kNormFloor : norm);
         if (inverse != nullptr) inverse[r] = scale;
         if (square != nullptr) square[r] = total;
-        const float factor = unit ? scale : 1;
-        for (int d = 0; d < D; ++d) block[int64_t(d) * kRows + r] = row[d] * factor;
-        for (int64_t d = D; d < block_rows(D); ++d) block[d * kRows + r] = 0;
+        for (int d = 0; d < D && unit; d += kWidth) {
+            float* const at = rows + in_strip(count, r, d);
+            store(at, load(at) * scale);
+        }
     }
+    block_of_rows(rows, count, D, block);
 }
 
 }  // namespace

@@ -6,9 +6,10 @@
 namespace sttm::cpu::STTM_ISA {
 namespace {
 
-constexpr int kFewestPanels = 4, kMostChunks = 8;
+constexpr int kMostChunks = 8;
 constexpr int64_t kScratch = 16 << 20;  // bytes
-constexpr int kTogether = 4;  // panels that a sum over tokens takes at a time: it is fetched and put back as often
+constexpr int kTokens = 128;            // that a sum over tokens takes at a time: it is fetched and put back as often
+constexpr int kTogether = kTokens / kPanel;
 
 // The panels of an item in consecutive chunks, each of which sums over its tokens; then the chunks are summed in order.
 // The number of chunks depends on N alone.
@@ -17,7 +18,7 @@ struct Chunks {
 };
 inline Chunks chunks_of(int N) {
     const int panels = static_cast<int>(ceil_div(N, kPanel));
-    const int step = max(kFewestPanels, static_cast<int>(ceil_div(panels, kMostChunks)));
+    const int step = max(kTogether, static_cast<int>(ceil_div(panels, kMostChunks)));
     return {panels, step, static_cast<int>(ceil_div(panels, step))};
 }
 
@@ -54,47 +55,57 @@ void by_items(const Arguments& a, Stream stream, int64_t floats, const From& fro
 
 // The meta tokens of every item as blocks, for cosine of unit length.
 struct Meta {
-    const float *blocks, *inverse, *square;  // block_size(D) floats of each block; 1 / |m| and |m|^2 of each meta token
+    const float *blocks, *rows;     // block_size(D) floats of each block; all rows of each item, if asked for
+    const float *inverse, *square;  // 1 / |m| and |m|^2 of each meta token
     int num_blocks;
-    int64_t size, items;  // of a block; 1 if all items have the same ones
+    int64_t size, columns, items;  // of a block; of a row; 1 if all items have the same ones
 
-    int64_t rows() const { return int64_t(num_blocks) * kRows; }
+    int64_t num_rows() const { return int64_t(num_blocks) * kRows; }
     int64_t at(int64_t b) const { return (items == 1 ? 0 : b) * num_blocks; }
     const float* block(int64_t b, int block) const { return blocks + (at(b) + block) * size; }
+    const float* rows_of(int64_t b) const { return rows + at(b) * kRows * columns; }
 };
 
 template <class T, class Arguments>
-Meta pack_meta(const Arguments& a, Stream stream) {
+Meta pack_meta(const Arguments& a, Stream stream, bool with_rows = false) {
     Meta meta{};
     meta.num_blocks = static_cast<int>(ceil_div(a.K, kRows));
     meta.size = block_size(a.D);
+    meta.columns = columns_of(a.D);
     meta.items = a.meta.stride_b == 0 && a.B != 0 ? 1 : a.B;
-    const int64_t blocks = meta.items * meta.num_blocks, row_size = a.D + kWidth;
+    const int64_t blocks = meta.items * meta.num_blocks, rows_size = kRows * meta.columns;
+    const int64_t count = with_rows ? meta.num_rows() : kRows;
     const int threads = threads_for(stream, blocks * meta.size * 4);
-    float *const packed = take<float>(blocks * meta.size), *const rows = take<float>(threads * row_size);
+    float* const packed = take<float>(blocks * meta.size);
+    float* const rows = take<float>((with_rows ? blocks : threads) * rows_size);
     float *const inverse = take<float>(blocks * kRows), *const square = take<float>(blocks * kRows);
     parallel_for(blocks, threads, [&](int64_t task, int slot) {
+        const int64_t b = task / meta.num_blocks;
         const int first = static_cast<int>(task % meta.num_blocks) * kRows;
+        float* const to =
+            with_rows ? rows + b * count * meta.columns + in_strip(count, first, 0) : rows + slot * rows_size;
         pack_block<T>(
-            a.meta, task / meta.num_blocks, a.D, a.similarity == Similarity::cosine, packed + task * meta.size,
-            rows + slot * row_size, [&](int r) { return first + r < a.K ? first + r : -1; }, inverse + task * kRows,
-            square + task * kRows);
+            a.meta, b, a.D, a.similarity == Similarity::cosine, packed + task * meta.size, to, count,
+            [&](int r) { return first + r < a.K ? first + r : -1; }, inverse + task * kRows, square + task * kRows);
     });
     meta.blocks = packed;
+    meta.rows = with_rows ? rows : nullptr;
     meta.inverse = inverse;
     meta.square = square;
     return meta;
 }
 
-// kPanel tokens from `start` on. What is not there, or not real, is 0.
+// kPanel tokens from `start` on, and unless that is null as rows of kTokens. What is not there, or not real, is 0.
 struct Panel {
-    float* q;
+    float *q, *rows = nullptr;
     Floats square[kVectors], inverse[kVectors], scale[kVectors];
 };
 
 template <class T, class Arguments, class F>
 void load_panel(const Arguments& a, int64_t b, int start, const F& real, Panel& panel) {
-    pack_panel<T>(a.q, b, a.D, panel.q, [&](int i) { return start + i < a.N && real(start + i) ? start + i : -1; });
+    pack_panel<T>(
+        a.q, b, a.D, panel.q, [&](int i) { return start + i < a.N && real(start + i) ? start + i : -1; }, panel.rows,
+        kTokens);
     for (int v = 0; v < kVectors; ++v) panel.inverse[v] = splat(1.0f);
     if (a.similarity != Similarity::dot) squares(panel.q, a.D, panel.square);
     if (a.similarity == Similarity::cosine)
@@ -107,191 +118,181 @@ template <class Arguments>
 inline void similarities(const Arguments& a, const Meta& meta, int64_t b, int block, const Panel& panel,
                          Floats (&S)[kRows][kVectors]) {
     STTM_UNROLL
-    for (int r = 0; r < kRows; ++r)
-        STTM_UNROLL
-        for (int v = 0; v < kVectors; ++v) S[r][v] = Floats{};
+    for (int r = 0; r < kRows; ++r) STTM_UNROLL
+    for (int v = 0; v < kVectors; ++v) S[r][v] = Floats{};
     product_of<kRows, 1>(a.K - block * kRows, S, a.D, meta.block(b, block), panel.q, kPanel);
     const float* const square = meta.square + (meta.at(b) + block) * kRows;
     STTM_UNROLL
-    for (int r = 0; r < kRows; ++r)
-        STTM_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-            if (a.similarity == Similarity::l2)
-                S[r][v] = (2.0f * S[r][v] - panel.square[v] - square[r]) * a.inverse_temperature;
-            else
-                S[r][v] *= panel.scale[v];
-            if (block * kRows + r >= a.K) S[r][v] = splat(-kInfinity);
-        }
+    for (int r = 0; r < kRows; ++r) STTM_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+        if (a.similarity == Similarity::l2)
+            S[r][v] = (2.0f * S[r][v] - panel.square[v] - square[r]) * a.inverse_temperature;
+        else
+            S[r][v] *= panel.scale[v];
+        if (block * kRows + r >= a.K) S[r][v] = splat(-kInfinity);
+    }
 }
 
-// out (K, columns) = or += tiles (panels, K, kPanel) times rows (panels, kPanel, columns): a sum over tokens. columns is a
-// multiple of kPanel.
-inline void sum_over_tokens(const float* tiles, int panels, int64_t K, const float* rows, int64_t columns, bool add,
-                            float* out) {
-    const int64_t tile_size = block_rows(K) * kPanel;
+// out (K, columns) = or += tiles (panels, K, kPanel) times rows (kTokens, columns): a sum over tokens. `out` has
+// `tile_rows` rows, as has a tile.
+inline void sum_over_tokens(const float* tiles, int panels, int64_t K, int64_t tile_rows, const float* rows,
+                            int64_t columns, bool add, float* out) {
     for (int64_t c = 0; c < columns; c += kPanel)
         for (int64_t k = 0; k < K; k += kRows) {
             Floats sum[kRows][kVectors] = {};
             for (int i = 0; i < panels; ++i)
-                product_of<1, kPanel>(K - k, sum, kPanel, tiles + i * tile_size + k * kPanel,
-                                      rows + i * kPanel * columns + c, columns);
+                product_of<1, kPanel>(K - k, sum, kPanel, tiles + (i * tile_rows + k) * kPanel,
+                                      rows + in_strip(kTokens, i * kPanel, c), kPanel);
+            float* const to = out + in_strip(tile_rows, k, c);
             STTM_UNROLL
-            for (int r = 0; r < kRows; ++r)
-                STTM_UNROLL
-                for (int v = 0; v < kVectors; ++v) {
-                    float* const to = out + (k + r) * columns + c + v * kWidth;
-                    store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-                }
+            for (int r = 0; r < kRows; ++r) STTM_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                float* const here = to + r * kPanel + v * kWidth;
+                store(here, add ? load(here) + sum[r][v] : sum[r][v]);
+            }
         }
 }
 
-// out (D, kPanel) = blocks (K, D) transposed times tile (K, kPanel): a sum over meta tokens. D is a multiple of kRows.
-inline void sum_over_meta(const float* tile, const float* blocks, int64_t K, int64_t D, float* out) {
-    for (int64_t d = 0; d < D; d += kRows) {
-        Floats sum[kRows][kVectors] = {};
-        for (int64_t k = 0; k < K; k += kRows)
-            product<kRows, 1, kRows>(sum, min<int64_t>(kRows, K - k), blocks + k * D + d * kRows, tile + k * kPanel,
-                                     kPanel);
-        STTM_UNROLL
-        for (int r = 0; r < kRows; ++r)
+// out (kPanel, columns) = tile (K, kPanel) transposed times rows (K of `count`, columns): a sum over meta tokens.
+inline void sum_over_meta(const float* tile, const float* rows, int64_t K, int64_t count, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += kPanel)
+        for (int n = 0; n < kPanel; n += kRows) {
+            Floats sum[kRows][kVectors] = {};
+            product_of<kPanel, 1>(kPanel - n, sum, K, tile + n, rows + in_strip(count, 0, c), kPanel);
             STTM_UNROLL
-            for (int v = 0; v < kVectors; ++v) store(out + (d + r) * kPanel + v * kWidth, sum[r][v]);
-    }
+            for (int r = 0; r < kRows; ++r) STTM_UNROLL
+            for (int v = 0; v < kVectors; ++v)
+                if (n + r < kPanel) store(out + in_strip(kPanel, n + r, c) + v * kWidth, sum[r][v]);
+        }
 }
 
-// Takes dS, the gradient of similarities that are not divided by the temperature, back to q and meta.
+// Takes the gradient of similarities back to q and meta: dS, that of S, over the temperature and for cosine over |q|.
 template <class T, class Arguments>
 class PullBack {
 public:
     PullBack(const Arguments& a, const Meta& meta, const Chunks& chunks, int threads)
-        : a_(a), meta_(meta), chunks_(chunks), columns_(ceil_div(a.D, kPanel) * kPanel) {
-        if (a.grad_q != nullptr) grad_ = take<float>(threads * block_rows(a.D) * kPanel);
+        : a_(a), meta_(meta), chunks_(chunks), columns_(meta.columns) {
+        rows_ = take<float>(threads * kTokens * columns_);
+        if (a.grad_q != nullptr) grad_ = take<float>(threads * columns_ * kPanel);
         if (a.grad_meta == nullptr) return;
-        rows_ = take<float>(threads * kTogether * columns_ * kPanel);
-        partial_ = take<float>(int64_t(a.B) * chunks.count * meta.rows() * columns_);
-        totals_ = take<float>(int64_t(a.B) * chunks.count * meta.rows());
+        partial_ = take<float>(int64_t(a.B) * chunks.count * meta.num_rows() * columns_);
+        totals_ = take<float>(int64_t(a.B) * chunks.count * meta.num_rows());
     }
+
+    // Room for the rows of the i-th panel of some that `add_up` takes together.
+    float* rows(int slot, int i) const { return rows_ + slot * kTokens * columns_ + in_strip(kTokens, i * kPanel, 0); }
 
     // Of a chunk: `chosen` if its tokens have a gradient at one meta token each.
     void begin(int64_t chunk, bool chosen) const {
         if (partial_ == nullptr) return;
         if (chosen)
-            __builtin_memset(partial_ + chunk * meta_.rows() * columns_, 0, sizeof(float) * meta_.rows() * columns_);
-        __builtin_memset(totals_ + chunk * meta_.rows(), 0, sizeof(float) * meta_.rows());
+            __builtin_memset(partial_ + chunk * meta_.num_rows() * columns_, 0,
+                             sizeof(float) * meta_.num_rows() * columns_);
+        __builtin_memset(totals_ + chunk * meta_.num_rows(), 0, sizeof(float) * meta_.num_rows());
     }
 
-    // dS (K, kPanel) of the tokens from `start` on, zeros for those that are not real: the i-th panel of some that
-    // `add_up` takes together.
-    void panel(const Panel& p, int64_t b, int64_t chunk, int start, const float* dS, int slot, int i) const {
+    // dS (K, kPanel) of the tokens from `start` on, zeros for those that are not real.
+    void panel(const Panel& p, int64_t b, int64_t chunk, int start, const float* dS, int slot) const {
+        const bool is_l2 = a_.similarity == Similarity::l2;
         if (grad_ != nullptr) {
-            float* const grad = grad_ + slot * block_rows(a_.D) * kPanel;
-            Floats total[kVectors];
-            sum_over_meta(dS, meta_.block(b, 0), a_.K, block_rows(a_.D), grad);
-            for (int v = 0; v < kVectors; ++v) {
-                total[v] = Floats{};
-                for (int64_t k = 0; k < a_.K; ++k) total[v] += load(dS + k * kPanel + v * kWidth);
-            }
+            float* const grad = grad_ + slot * columns_ * kPanel;
+            Floats total[kVectors] = {};
+            sum_over_meta(dS, meta_.rows_of(b), a_.K, meta_.num_rows(), columns_, grad);
+            for (int64_t k = 0; k < a_.K && is_l2; ++k)
+                for (int v = 0; v < kVectors; ++v) total[v] += load(dS + k * kPanel + v * kWidth);
             finish_q(p, b, start, total, grad);
         }
-        if (partial_ == nullptr) return;
-        load_rows(p, rows(slot) + i * columns_ * kPanel);
-        if (a_.similarity != Similarity::l2) return;
-        for (int64_t k = 0; k < a_.K; ++k) {
+        for (int64_t k = 0; k < a_.K && is_l2 && partial_ != nullptr; ++k) {
             Floats sum{};
             for (int v = 0; v < kVectors; ++v) sum += load(dS + k * kPanel + v * kWidth);
-            totals_[chunk * meta_.rows() + k] += sum_of(sum);
+            totals_[chunk * meta_.num_rows() + k] += sum_of(sum);
         }
     }
 
     // dS (panels, K, kPanel) of these panels, which are the first of their chunk or not.
     void add_up(int64_t chunk, const float* dS, int panels, bool first, int slot) const {
         if (partial_ != nullptr)
-            sum_over_tokens(dS, panels, a_.K, rows(slot), columns_, !first,
-                            partial_ + chunk * meta_.rows() * columns_);
+            sum_over_tokens(dS, panels, a_.K, meta_.num_rows(), rows(slot, 0), columns_, !first,
+                            partial_ + chunk * meta_.num_rows() * columns_);
     }
 
     // A panel whose tokens have a gradient g at one meta token each, k; -1 for tokens that are not real.
     void chosen(const Panel& p, int64_t b, int64_t chunk, int start, const int32_t* k, const float* g, int slot) const {
-        if (grad_ != nullptr) {
-            float* const grad = grad_ + slot * block_rows(a_.D) * kPanel;
-            Floats total[kVectors];
-            for (int i = 0; i < kPanel; ++i) {
-                total[i / kWidth][i % kWidth] = k[i] < 0 ? 0 : g[i];
-                const float* const m = k[i] < 0 ? nullptr : meta_.block(b, k[i] / kRows) + k[i] % kRows;
-                for (int64_t d = 0; d < a_.D; ++d) grad[d * kPanel + i] = k[i] < 0 ? 0 : g[i] * m[d * kRows];
-            }
-            finish_q(p, b, start, total, grad);
-        }
-        if (partial_ == nullptr) return;
-        load_rows(p, rows(slot));
+        float* const grad = grad_ + slot * columns_ * kPanel;
+        float* const partial = partial_ + chunk * meta_.num_rows() * columns_;
+        Floats total[kVectors] = {};
         for (int i = 0; i < kPanel; ++i) {
-            if (k[i] < 0) continue;
-            float* const to = partial_ + (chunk * meta_.rows() + k[i]) * columns_;
-            for (int64_t d = 0; d < columns_; d += kWidth) store(to + d, load(to + d) + g[i] * load(rows(slot) + i * columns_ + d));
-            totals_[chunk * meta_.rows() + k[i]] += g[i];
+            const bool real = k[i] >= 0;
+            total[i / kWidth][i % kWidth] = real ? g[i] : 0;
+            for (int64_t d = 0; d < columns_ && grad_ != nullptr; d += kWidth)
+                store(grad + in_strip(kPanel, i, d), real ? g[i] * load(meta_row(b, k[i], d)) : Floats{});
+            if (!real || partial_ == nullptr) continue;
+            for (int64_t d = 0; d < columns_; d += kWidth) {
+                float* const to = partial + in_strip(meta_.num_rows(), k[i], d);
+                store(to, load(to) + g[i] * load(p.rows + in_strip(kTokens, i, d)));
+            }
+            totals_[chunk * meta_.num_rows() + k[i]] += g[i];
         }
+        if (grad_ != nullptr) finish_q(p, b, start, total, grad);
     }
 
     // Meta token k of item b, when all chunks are done.
     void finish(int64_t b, int64_t k) const {
         T* const to = static_cast<T*>(a_.grad_meta) + (b * a_.K + k) * a_.D;
-        const int64_t stride = meta_.rows() * columns_;
-        float* const sum = partial_ + b * chunks_.count * stride + k * columns_;
+        const int64_t first = b * chunks_.count, size = meta_.num_rows() * columns_;
+        const auto sum = [&](int64_t d) { return partial_ + first * size + in_strip(meta_.num_rows(), k, d); };
         float total = 0;
-        for (int chunk = 0; chunk < chunks_.count; ++chunk)
-            total += totals_[(b * chunks_.count + chunk) * meta_.rows() + k];
-        const float* const block = meta_.block(b, static_cast<int>(k / kRows)) + k % kRows;
-        const float inverse = meta_.inverse[(meta_.at(b)) * kRows + k];
-        float radial = 0;
-        for (int64_t d = 0; d < a_.D; ++d) {
-            for (int chunk = 1; chunk < chunks_.count; ++chunk) sum[d] += sum[chunk * stride + d];
-            if (a_.similarity == Similarity::l2) sum[d] = 2 * (sum[d] - total * block[d * kRows]);
-            radial += sum[d] * block[d * kRows];
+        for (int chunk = 0; chunk < chunks_.count; ++chunk) total += totals_[(first + chunk) * meta_.num_rows() + k];
+        Floats along{};
+        for (int64_t d = 0; d < columns_; d += kWidth) {
+            Floats here = load(sum(d));
+            for (int chunk = 1; chunk < chunks_.count; ++chunk) here += load(sum(d) + chunk * size);
+            if (a_.similarity == Similarity::l2) here = 2 * (here - total * load(meta_row(b, k, d)));
+            along += here * load(meta_row(b, k, d));
+            store(sum(d), here);
         }
-        if (a_.similarity == Similarity::cosine) {
-            if (inverse >= 1 / kNormFloor) radial = 0;
-            for (int64_t d = 0; d < a_.D; ++d) sum[d] = (sum[d] - radial * block[d * kRows]) * inverse;
+        const bool is_cosine = a_.similarity == Similarity::cosine;
+        const float inverse = is_cosine ? meta_.inverse[meta_.at(b) * kRows + k] : 1;
+        const float radial = inverse < 1 / kNormFloor ? sum_of(along) : 0;
+        for (int64_t d = 0; d < a_.D; d += kWidth) {
+            Floats here = load(sum(d));
+            if (is_cosine) here = (here - radial * load(meta_row(b, k, d))) * inverse;
+            store_up_to(to + d, here, a_.D - d);
         }
-        for (int64_t d = 0; d < a_.D; d += kWidth) store_up_to(to + d, load(sum + d), a_.D - d);
     }
 
 private:
-    float* rows(int slot) const { return rows_ + slot * kTogether * columns_ * kPanel; }
-
-    // Of what each token gets from unit meta tokens, and the total of its dS: the gradient of q, written out.
-    void finish_q(const Panel& p, int64_t b, int start, const Floats (&total)[kVectors], float* grad) const {
-        for (int v = 0; v < kVectors; ++v) {
-            const auto at = [&](float* from, int64_t d) { return from + d * kPanel + v * kWidth; };
-            if (a_.similarity == Similarity::l2) {
-                for (int64_t d = 0; d < a_.D; ++d)
-                    store(at(grad, d), 2.0f * (load(at(grad, d)) - total[v] * load(at(p.q, d))));
-            } else if (a_.similarity == Similarity::cosine) {
-                Floats radial{};
-                for (int64_t d = 0; d < a_.D; ++d) radial += load(at(grad, d)) * load(at(p.q, d));
-                radial *= p.inverse[v] * p.inverse[v];
-                radial = p.inverse[v] >= 1 / kNormFloor ? Floats{} : radial;
-                for (int64_t d = 0; d < a_.D; ++d)
-                    store(at(grad, d), (load(at(grad, d)) - radial * load(at(p.q, d))) * p.inverse[v]);
-            }
-        }
-        const int heads = a_.q.heads, count = min(kPanel, a_.N - start);
-        for (int h = 0; h < heads; ++h)
-            unpack_panel(grad, a_.D, 1.0f / static_cast<float>(heads), count,
-                         static_cast<T*>(a_.grad_q) + ((b * heads + h) * a_.N + start) * a_.D, a_.D);
+    const float* meta_row(int64_t b, int64_t k, int64_t d) const {
+        return meta_.rows_of(b) + in_strip(meta_.num_rows(), k, d);
     }
 
-    // The tokens of a panel as rows (kPanel, columns), for cosine of unit length.
-    void load_rows(const Panel& p, float* rows) const {
-        for (int v = 0; v < kVectors; ++v)
-            for (int64_t d = 0; d < columns_; d += kWidth) {
-                Floats part[kWidth];
-                STTM_UNROLL
-                for (int i = 0; i < kWidth; ++i)
-                    part[i] = d + i < a_.D ? load(p.q + (d + i) * kPanel + v * kWidth) * p.inverse[v] : Floats{};
-                transpose<kWidth / 2>(part);
-                STTM_UNROLL
-                for (int i = 0; i < kWidth; ++i) store(rows + (v * kWidth + i) * columns_ + d, part[i]);
+    // Of what each token gets from meta tokens, and the total of its dS: the gradient of q, written out.
+    void finish_q(const Panel& p, int64_t b, int start, const Floats (&total)[kVectors], const float* grad) const {
+        const int heads = a_.q.heads, count = min(kPanel, a_.N - start);
+        const float factor = (a_.similarity == Similarity::l2 ? 2.0f : 1.0f) / static_cast<float>(heads);
+        for (int v = 0; v * kWidth < count; ++v) {
+            Floats along = total[v];  // how much of q is not in its gradient
+            if (a_.similarity == Similarity::cosine) {
+                Floats dot[kWidth];
+                for (int i = 0; i < kWidth; ++i) {
+                    const int row = v * kWidth + i;
+                    dot[i] = Floats{};
+                    for (int64_t d = 0; d < columns_; d += kWidth)
+                        dot[i] += load(grad + in_strip(kPanel, row, d)) * load(p.rows + in_strip(kTokens, row, d));
+                }
+                along = sums_of(dot) * p.inverse[v] * p.inverse[v];
+                along = p.inverse[v] >= 1 / kNormFloor ? Floats{} : along;
             }
+            for (int row = v * kWidth; row < min(count, (v + 1) * kWidth); ++row)
+                for (int64_t d = 0; d < a_.D; d += kWidth) {
+                    Floats here = load(grad + in_strip(kPanel, row, d));
+                    if (a_.similarity != Similarity::dot)
+                        here -= along[row % kWidth] * load(p.rows + in_strip(kTokens, row, d));
+                    T* to = static_cast<T*>(a_.grad_q) + (b * heads * a_.N + start + row) * a_.D + d;
+                    for (int h = 0; h < heads; ++h, to += int64_t(a_.N) * a_.D)
+                        store_up_to(to, here * factor, a_.D - d);
+                }
+        }
     }
 
     const Arguments& a_;
