@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _find(path: str, instead: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +104,12 @@ def map_by_func(
     values = (torch._remove_batch_dim(grads[i], level, 1, 0) for i in which)  # type: ignore[arg-type]
     found = iter(torch.func.vmap(mapped)(*values))
     return tuple(torch._add_batch_dim(next(found), 0, level) if is_here else None for is_here in here)
+
+
+def constant_when_compiled(run: Callable[P, R]) -> Callable[P, R]:
+    """What `torch.compiler.assume_constant_result` makes of a function, without importing the compiler."""
+    run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return run
 
 
 def tf32() -> bool:
