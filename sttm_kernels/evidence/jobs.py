@@ -26,7 +26,7 @@ GOAL = 38
 JUDGED = ("sttm-motion", "tome", "sttm", "random-drop", "even-frames", "sttm-moments")
 """What the goals compare, beside the unmerged network, with several seeds."""
 QUICK = ("unmerged", "sttm-motion", "tome")
-QUICK_STEPS = 400
+QUICK_STEPS = 600
 CONTROLS = ("shuffled", "one-frame")
 """What shows that the task cannot be done by appearance."""
 SCANNED = 2048

@@ -20,8 +20,9 @@ DIM, DEPTH, HEADS, MLP_RATIO = 64, 4, 4, 2
 STEM_CHANNELS = 16
 FREQUENCIES, BANDWIDTH = 64, 2.0
 """How many Fourier frequencies of (t, y, x) positions have, and their standard deviation in cycles per clip."""
-LOCATE, RECOGNISE, RECOGNISE_AGAIN = 0.5, 1.0, 1.0
-"""Weights of the auxiliary losses: where the digit is, and which it is, behind block 1; which it is, at the end."""
+LOCATE, RECOGNISE, RECOGNISE_AGAIN, FOLLOW = 0.5, 1.0, 1.0, 0.5
+"""Weights of the auxiliary losses, token by token: where the digit is, and which it is, behind block 1; which it is, and
+how it moves, at the end."""
 
 
 class Stem(nn.Module):
@@ -101,7 +102,7 @@ class Network(nn.Module):
         self.digit = nn.Linear(dim, DIGITS)
         self.motion = nn.Linear(dim, len(MOTIONS))
         self.early = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1 + DIGITS))
-        self.late = nn.Linear(dim, DIGITS)
+        self.late = nn.Linear(dim, DIGITS + len(MOTIONS))
 
     def forward(self, clip: Tensor, target: Clips | None = None) -> Answers:
         """`clip` is `(B, T, S, S)`; with `target`, the auxiliary loss is computed."""
@@ -122,7 +123,9 @@ class Network(nn.Module):
         x = self.backbone.norm(layer.x)
         if where is not None and target is not None and auxiliary is not None:
             here = where if layer.plan is None else merge(where, layer.plan).x
-            auxiliary = auxiliary + RECOGNISE_AGAIN * _recognition(self.late(x), target.digit, here)
+            recognised, followed = self.late(x).split([DIGITS, len(MOTIONS)], -1)
+            auxiliary = auxiliary + RECOGNISE_AGAIN * _recognition(recognised, target.digit, here)
+            auxiliary = auxiliary + FOLLOW * _recognition(followed, target.motion, here)
 
         x = self.last(x)
         size = torch.ones(x.shape[:2], device=x.device) if layer.size is None else layer.size
@@ -137,7 +140,7 @@ class Network(nn.Module):
         return (2 * share).clamp(max=1).flatten(1)[..., None]
 
 
-def _recognition(logits: Tensor, digit: Tensor, weight: Tensor) -> Tensor:
+def _recognition(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Cross entropy of every token, weighted by how much of it is the digit's."""
-    of_tokens = F.cross_entropy(logits.mT, digit[:, None].expand(logits.shape[:2]), reduction="none")
+    of_tokens = F.cross_entropy(logits.mT, label[:, None].expand(logits.shape[:2]), reduction="none")
     return (of_tokens * weight[..., 0]).sum() / weight.sum().clamp_min(1e-6)
