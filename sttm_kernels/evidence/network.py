@@ -21,8 +21,8 @@ STEM_CHANNELS = 16
 FREQUENCIES, BANDWIDTH = 64, 2.0
 """How many Fourier frequencies of (t, y, x) positions have, and their standard deviation in cycles per clip."""
 LOCATE, RECOGNISE, RECOGNISE_AGAIN, FOLLOW = 0.5, 1.0, 1.0, 0.5
-"""Weights of the auxiliary losses, token by token: where the digit is, and which it is, behind block 1; which it is, and
-how it moves, at the end."""
+"""Weights of the auxiliary losses, token by token: where the digit is, and which it is, behind block 1; which it is,
+and how it moves, at the end."""
 
 
 class Stem(nn.Module):
