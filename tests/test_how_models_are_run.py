@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
-import subprocess
-import sys
+import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ import plain_models
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
 from torch.utils.checkpoint import checkpoint
 
 import sttm_kernels as sttm
@@ -60,14 +64,21 @@ class Family:
                 self.name, outputs(model, self.pixels), self.expected() if expected is None else expected, tolerance
             )
 
-    def check_gradients(self, model: nn.Module, tolerance: float = 1e-7) -> None:
-        """Outputs and gradients, of every parameter that has some in the plain network."""
+    def check_gradients(self, model: nn.Module, tolerance: float = 1e-7, alike: bool = False) -> None:
+        """Outputs and gradients, of every parameter that has some in the plain network.
+
+        Of several processes each is given a part of the batch, and gradients are means over them, unless they are to
+        be `alike`.
+        """
         plain = self.build()
         expected = self.plainly(plain, self.pixels)
         expected.square().sum().backward()
-        out = outputs(model, self.pixels)
-        tm.close("outputs", out.double(), expected, tolerance)
-        out.square().sum().backward()
+        parts, here = 1, 0
+        if not alike and dist.is_initialized():
+            parts, here = dist.get_world_size(), dist.get_rank()
+        out = outputs(model, self.pixels.chunk(parts)[here])
+        tm.close("outputs", out.double(), expected.chunk(parts)[here], tolerance)
+        (parts * out.square().sum()).backward()
         found = {plain_name(name): full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         for name, parameter in plain.named_parameters():
             if parameter.grad is not None:
@@ -146,25 +157,37 @@ FAMILIES = {
 WAYS: dict[str, Way] = {}
 REFUSED: dict[str, tuple[type[Exception], str]] = {}
 """By name of a way: the error it ends in."""
+TOGETHER: set[str] = set()
+"""Ways that take two processes."""
 CELLS: list[tuple[str, str]] = []
 """Way and family."""
 
 
 def way(
-    name: str, refused: tuple[type[Exception], str] | None = None, families: Sequence[str] = tuple(FAMILIES)
+    name: str,
+    refused: tuple[type[Exception], str] | None = None,
+    families: Sequence[str] = tuple(FAMILIES),
+    together: bool = False,
 ) -> Callable[[Way], Way]:
     def register(how: Way) -> Way:
         WAYS[name] = how
         if refused is not None:
             REFUSED[name] = refused
+        if together:
+            TOGETHER.add(name)
         CELLS.extend((name, family) for family in families)
         return how
 
     return register
 
 
+def run_cell(name: str, family: str) -> None:
+    WAYS[name](FAMILIES[family])
+
+
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
+    """For what refuses to be applied after sharding; what is right is shown in two."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -234,18 +257,18 @@ def put_forward_aside(module: nn.Module) -> None:
 def sharded(model: nn.Module, family: Family, **policy: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in family.layers(model):
         fully_shard(layer, mesh=mesh, **policy)
     return fully_shard(model, mesh=mesh, **policy)
 
 
-@way("FSDP2")
+@way("FSDP2", together=True)
 def _(family):
     family.check_gradients(sharded(family.merging(), family))
 
 
-@way("FSDP2, mixed precision")
+@way("FSDP2, mixed precision", together=True)
 def _(family):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -253,11 +276,98 @@ def _(family):
     family.check_gradients(sharded(family.merging(), family, mp_policy=policy), 1e-3)
 
 
-@way("FSDP2 of checkpointed layers")
+@way("FSDP2 of checkpointed layers", together=True)
 def _(family):
     model = family.merging()
     checkpointed(model, family)
     family.check_gradients(sharded(model, family))
+
+
+@way("FSDP2, meta device", together=True)
+def _(family):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    with torch.device("meta"):
+        model = sharded(family.merging(), family)
+    source = family.build()
+    model.to_empty(device="cpu")
+    set_model_state_dict(model, source.state_dict(), options=StateDictOptions(full_state_dict=True))
+    for name, buffer in source.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    family.check_gradients(model)
+
+
+def sharded_steps(family: str, folder: str, steps: int, kill: bool) -> None:
+    """Goes on with training where a checkpoint was written, writes one, and is killed."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    this = FAMILIES[family]
+    model = sharded(this.merging(), this)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    weights, moments = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": moments}
+    if Path(folder, ".metadata").exists():
+        dcp.load(saved, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    for _ in range(steps):
+        step(model, optimizer, outputs(model, this.pixels.chunk(2)[dist.get_rank()]).square().mean())
+    if kill:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+    trained = plainly_trained(this, 4, lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9))
+    for name, parameter in model.named_parameters():
+        tm.close(name, full(parameter), trained.get_parameter(name), 1e-6)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def plainly_trained(family: Family, steps: int, optimizer: Callable[..., torch.optim.Optimizer]) -> nn.Module:
+    """The plain network after so many steps down the mean square of its outputs."""
+    model = family.build()
+    chosen = optimizer(model.parameters())
+    for _ in range(steps):
+        step(model, chosen, family.plainly(model, family.pixels).square().mean())
+    return model
+
+
+@way("FSDP2, killed and resumed")
+def _(family):
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            together(sharded_steps, family.name, folder, 2, True)
+        together(sharded_steps, family.name, folder, 2, False)
+
+
+HEADS_APART = ("vit", "clip_vision", "vivit")
+"""Families whose plain models can have their heads in several processes."""
+
+
+@way("tensor parallel", families=HEADS_APART, together=True)
+def _(family):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def parallel(model: nn.Module) -> nn.Module:
+        for layer in family.layers(model):
+            attention = getattr(layer, "attention", None) or layer.self_attn
+            out = "o_proj" if hasattr(attention, "o_proj") else "out_proj"
+            plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel()) | {out: RowwiseParallel()}
+            parallelize_module(attention, mesh, plan)
+        return model
+
+    with torch.no_grad():
+        tm.close("plain", outputs(parallel(family.build()), family.pixels), outputs(family.build(), family.pixels))
+    model = parallel(family.merging())
+    family.check_gradients(model, alike=True)
+    with pytest.raises(ValueError, match="apply first, and then shard it"):
+        sttm.apply(model, r=R)
 
 
 @way("FSDP2, before", (ValueError, "apply first, and then shard it"))
@@ -296,6 +406,20 @@ def _(family):
     family.check_gradients(model)
 
 
+@way("wrapped in modules that copy into a buffer")
+def _(family):
+    """What is in a buffer is another tensor in the next call."""
+    model, buffers = family.merging(), dict[nn.Module, Tensor]()
+
+    def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return layer(buffers.setdefault(layer, torch.empty_like(x)).copy_(x), *args, **kwargs)
+
+    put_around(model, family, call)
+    with torch.no_grad():
+        outputs(model, 2 * family.pixels.flip(0))
+    family.check(model)
+
+
 @way("layers in several processes", (RuntimeError, "the hidden states that layer 1 got are not those"))
 def _(family):
     """A pipeline sends what a layer returns, without what travels with it."""
@@ -309,7 +433,7 @@ def _(family):
     outputs(model, family.pixels)
 
 
-@way("DDP")
+@way("DDP", together=True)
 def _(family):
     family.check_gradients(nn.parallel.DistributedDataParallel(family.merging(), find_unused_parameters=True))
 
@@ -364,20 +488,46 @@ def _(family):
     outputs(model, family.pixels.clone().requires_grad_())
 
 
-@way(
-    "attention checkpointed, before",
-    (ValueError, "must attend through the interface of transformers"),
-    ("vit", "vivit", "vjepa2"),
-)
-def _(family):
+def with_attention_checkpointed(model: nn.Module, family: Family) -> nn.Module:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    model = family.build()
     for layer in family.layers(model):
-        layer.attention = checkpoint_wrapper(layer.attention)
-    if any("attention" in layer.attention._checkpoint_wrapped_module._modules for layer in family.layers(model)):
-        pytest.skip("this version of the model has the module that attends inside of that")
-    sttm.apply(model, r=R)
+        name = next(name for name in ("attn", "attention", "self_attn") if hasattr(layer, name))
+        setattr(layer, name, checkpoint_wrapper(getattr(layer, name)))
+    return model
+
+
+@way("attention checkpointed")
+def _(family):
+    family.check_gradients(with_attention_checkpointed(family.merging(), family))
+
+
+@way("attention checkpointed, before")
+def _(family):
+    family.check_gradients(sttm.apply(with_attention_checkpointed(family.build(), family), r=R))
+
+
+@way("save_on_cpu")
+def _(family):
+    with torch.autograd.graph.save_on_cpu():
+        family.check_gradients(family.merging())
+
+
+@way("save_on_cpu around checkpoint_wrapper", (RuntimeError, "such as save_on_cpu, must be inside"))
+def _(family):
+    model = family.merging()
+    checkpointed(model, family)
+    with torch.autograd.graph.save_on_cpu():
+        family.check_gradients(model)
+
+
+@way("applied again before checkpointed layers' backward", (RuntimeError, "nor between a forward and the backward"))
+def _(family):
+    model = family.merging()
+    checkpointed(model, family)
+    out = outputs(model, family.pixels)
+    sttm.apply(model, r=R, prop_attn="off")
+    out.sum().backward()
 
 
 # LoRA
@@ -486,6 +636,81 @@ def _(family):
         assert_equal("before", outputs(before, pixels), expected)
 
 
+# Automatic mixed precision, training loops of others
+
+
+def groups_of(traced: Sequence[sttm.integrations.LayerTrace], unit: int | None) -> Iterator[plain_models.Groups]:
+    """The groups that each layer made of each clip's tokens, in the order in which the plain network asks for them."""
+    indices = [each.index for each in traced]
+    if unit is not None:  # of pieces of so many tokens, behind one
+        indices = [(index[:, 1::unit].long() - 1) // unit for index in indices]
+    before = [torch.arange(indices[0].shape[1]).expand_as(indices[0]), *indices[:-1]]
+    layers = []
+    for was, now in zip(before, indices, strict=True):
+        layers.append([])
+        for one, other in zip(was.tolist(), now.tolist(), strict=True):
+            went = dict(zip(one, other, strict=True))
+            groups: plain_models.Groups = [[] for _ in range(max(other) + 1)]
+            for token in sorted(went):
+                groups[went[token]].append(token)
+            layers[-1].append(groups)
+    for layer in layers if unit is None else zip(*layers, strict=True):
+        yield from layer
+
+
+@way("autocast")
+def _(family):
+    """In bfloat16 others may merge among near-equal pairs: with the groups that were, and they near the best."""
+    cast = family.merging(trace=True).float()
+    plain = family.build()
+    with torch.no_grad():
+        unmerged = outputs(plain, family.pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            error = (outputs(family.build(torch.float32), family.pixels.float()) - unmerged).norm() / unmerged.norm()
+            actual = outputs(cast, family.pixels.float())
+    made = groups_of(sttm.trace(cast), 4 if family.name == "timesformer" else None)
+    best = plain_models.match
+
+    def chosen(keys: Tensor, r: int, prefix: int, protect: Sequence[int] = ()) -> plain_models.Groups:
+        groups = next(made)
+        similar = nn.functional.cosine_similarity(keys[:, None], keys[None], -1)
+        total = [
+            sum(float(similar[n, m]) for group in each for n in group for m in group if n % 2 == 0 and m % 2 == 1)
+            for each in (groups, best(keys, r, prefix, protect))
+        ]
+        assert total[0] > total[1] - 0.05 * r
+        # What a group is placed at is its token of odd place, as the plain network has it in front.
+        return [sorted(group, key=lambda n: n % 2 == 0) for group in groups]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(plain_models, "match", chosen)
+        expected = family.plainly(plain, family.pixels)
+    assert next(made, None) is None
+    assert (actual - expected).norm() / expected.norm() < 3 * error
+
+
+@way("transformers' Trainer")
+def _(family):
+    """With the library's checkpointing, where it is its."""
+
+    class Trainer(hf.transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            return outputs(model, inputs["pixels"]).square().mean()
+
+    model = family.merging()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = hf.transformers.TrainingArguments(
+            folder, max_steps=2, per_device_train_batch_size=2, optim="sgd", learning_rate=0.01, max_grad_norm=0,
+            lr_scheduler_type="constant", gradient_checkpointing=hasattr(model, "gradient_checkpointing_enable"),
+            gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True, remove_unused_columns=False,
+            save_strategy="no", report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=[{"pixels": clip} for clip in family.pixels]).train()
+    trained = plainly_trained(family, 2, lambda parameters: torch.optim.SGD(parameters, 0.01))
+    for name, parameter in trained.named_parameters():
+        tm.close(name, model.get_parameter(name).detach(), parameter.detach(), 1e-7)
+
+
 # Threads, devices, copies
 
 
@@ -582,10 +807,32 @@ def _(family):
     assert not any(isinstance(module, merging.Swapped) for module in model.modules())
 
 
-@way("the last layer taken out", (RuntimeError, "what came after layer 1 was taken out"))
+@way("the last layer taken out", (RuntimeError, "layer 1 left tokens merged"))
 def _(family):
     model = family.merging()
     del family.layers(model)[DEPTH - 1]
+    outputs(model, family.pixels)
+
+
+@way("the last layer taken out, of what is inside of the model", (RuntimeError, "layer 1 left tokens merged"))
+def _(family):
+    model = family.merging()
+    del family.layers(model)[DEPTH - 1]
+    inner = model.forward_features if hasattr(model, "forward_features") else hf.body_of(model)
+    inner(family.pixels)
+
+
+@way("the last layer taken out, compiled", (RuntimeError, "layer 1 left tokens merged"), ("timm vit",))
+def _(family):
+    model = family.merging()
+    del family.layers(model)[DEPTH - 1]
+    torch.compile(model, backend="eager")(family.pixels)
+
+
+@way("the last layer skipped", (RuntimeError, "layer 1 left tokens merged"))
+def _(family):
+    model = family.merging()
+    family.layers(model)[DEPTH - 1] = Around(nn.Identity(), lambda layer, x, *args, **kwargs: x)
     outputs(model, family.pixels)
 
 
@@ -624,6 +871,24 @@ def _(family):
 
 
 COMPILED = ("timm vit", "videomae")  # which takes time
+
+
+@way("torch.compile")
+def _(family):
+    try:
+        family.check_gradients(torch.compile(family.merging(), fullgraph=True, backend="aot_eager"))
+    finally:
+        torch._dynamo.reset()
+
+
+@way("torch.export")
+def _(family):
+    with torch.no_grad():
+        exported = torch.export.export(family.merging(), (family.pixels,))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    family.check(torch.export.load(file).module())
 
 
 @way("every layer compiled in place", families=COMPILED)
@@ -812,13 +1077,16 @@ def test_a_model_inside_of_another_of_timm_is_named():
 
 
 def test_the_state_follows_its_tokens_to_another_device():
-    state = merging.State(size=torch.ones(2, 5), index=torch.zeros(2, 5, dtype=torch.int32), first_grid=(1, 1, 5))
-    moved = state.of(torch.empty(2, 5, 8, device="meta"), 1)
+    step = merging.find_layers(sttm.apply(tm.build("vit"), r=1))[1]._sttm
+    state = merging.State(
+        size=torch.ones(2, 5), index=torch.zeros(2, 5, dtype=torch.int32), first_grid=(1, 1, 5), applied=step.applied
+    )
+    moved = state.of(torch.empty(2, 5, 8, device="meta"), step)
     assert moved.size.is_meta
     assert moved.index.is_meta
     assert moved.first_grid == (1, 1, 5)
     with pytest.raises(RuntimeError, match=r"layer 1 got must be the \(2, 5\) tokens"):
-        state.of(torch.empty(1, 5, 8), 1)
+        state.of(torch.empty(1, 5, 8), step)
 
 
 @pytest.mark.parametrize(
@@ -944,41 +1212,6 @@ def test_what_was_made_under_inference_mode_can_be_trained():
     assert hf.layers_of(model)[0].sttm.motion.weight.grad.any()
 
 
-# Heads in several processes
-
-
-def tensor_parallel(rank: int, store: str) -> None:
-    """One of two processes: the same groups as the plain network, in both."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    for family in (hf.vit, hf.vivit):
-        model, clip = sttm.apply(hf.build(family, torch.float64), r=R), hf.pixels(family, dtype=torch.float64)
-        with torch.no_grad():
-            expected = hf.logits(model, clip)
-            for layer in hf.layers_of(model):
-                plan = dict.fromkeys(names, ColwiseParallel()) | {names[-1]: RowwiseParallel()}
-                parallelize_module(layer.attention, mesh, plan)
-            assert float((hf.logits(model, clip) - expected).abs().max()) < 1e-9
-        with pytest.raises(ValueError, match="apply first, and then shard it"):
-            sttm.apply(model, r=R)
-    dist.destroy_process_group()
-
-
-def test_heads_in_two_processes(tmp_path):
-    if not hasattr(hf.layers_of(hf.vit())[0].attention, "q_proj"):
-        pytest.skip("this version of transformers takes the number of heads to be that of the whole model")
-    code = "import sys, conftest, test_how_models_are_run as t; t.tensor_parallel(int(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-c", code]
-    here = {"cwd": Path(__file__).parent, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **here) for rank in range(2)]
-    for process in running:
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error
-
-
 # All of them
 
 
@@ -999,10 +1232,13 @@ def test_the_page_shows_this_table():
 
 
 @pytest.mark.parametrize(("name", "family"), CELLS)
-def test_the_plain_network_or_refused(name, family, one_process):
-    if name in REFUSED:
+def test_the_plain_network_or_refused(name, family, request):
+    if name in TOGETHER:
+        together(run_cell, name, family)
+    elif name in REFUSED:
+        request.getfixturevalue("one_process")
         error, message = REFUSED[name]
         with pytest.raises(error, match=message):
-            WAYS[name](FAMILIES[family])
+            run_cell(name, family)
     else:
-        WAYS[name](FAMILIES[family])
+        run_cell(name, family)

@@ -246,13 +246,11 @@ def test_autocast_and_half_precision(name):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "prop_attn"), [("vit", "augment"), ("dinov3", "auto")])
-def test_compile_and_export(name, prop_attn):
-    model, x = sttm.apply(build(name), r=5, prop_attn=prop_attn), image()
+def test_compile_and_export_what_counts_inside_of_fused_attention():
+    model, x = sttm.apply(build("vit"), r=5, prop_attn="augment"), image()
     with torch.no_grad():
         expected = model(x)
-        if prop_attn == "augment":
-            close("compiled", torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, 1e-5)
+        close("compiled", torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, 1e-5)
         close("exported", torch.export.export(model, (x,)).module()(x), expected, 1e-5)
     torch._dynamo.reset()
 

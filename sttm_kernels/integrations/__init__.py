@@ -6,6 +6,7 @@ Neither library is imported unless the model is of it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,15 +26,16 @@ from sttm_kernels.integrations.merging import (
     NOTHING,
     Anatomy,
     Grid,
+    HoldsLayers,
     Layer,
     LayerTrace,
     MergingLayer,
     Passage,
     Record,
     Step,
-    container_of,
     drop_own_forward,
     find_layers,
+    holders,
     swap,
     unswap,
 )
@@ -45,6 +47,7 @@ __all__ = ["LayerTrace", "apply", "remove", "restore", "trace"]
 Model = TypeVar("Model", bound=nn.Module)
 
 MERGES = ("tome", "sttm")
+APPLIED = itertools.count(1)
 SCHEDULES = {"constant": 0.0, "rising": 1.0, "falling": -1.0}
 
 
@@ -203,7 +206,7 @@ def _wanted(
 
 def _put_in(model: nn.Module, parts: Anatomy, wanted: Wanted, record: Record | None) -> None:
     """Makes every layer a merging one, and tells it what to merge."""
-    depth, merging, stages = len(parts.layers), wanted.merging, wanted.stages
+    depth, merging, stages, applied = len(parts.layers), wanted.merging, wanted.stages, next(APPLIED)
     plain = budget.try_on_meta(model) if wanted.by_intent else None
     tried = dict[Any, Step]()
     for number in range(depth):
@@ -212,7 +215,7 @@ def _put_in(model: nn.Module, parts: Anatomy, wanted: Wanted, record: Record | N
         step: Step = layer._sttm
         step.r, step.protect, step.window = wanted.amounts[number], wanted.protected, wanted.window
         step.begun, step.last = any(other < number for other in merging), number == depth - 1
-        step.empties, step.record = bool(stages), record
+        step.empties, step.record, step.applied = bool(stages), record, applied
         if number in stages:
             device, dtype = next(layer.parameters()).device, selfcheck.dtype_of(layer)
             with torch.inference_mode(False):
@@ -221,7 +224,9 @@ def _put_in(model: nn.Module, parts: Anatomy, wanted: Wanted, record: Record | N
         for part in parts.gridded:
             swap(*part)
     if parts.mixin is not None:
-        swap(model, parts.mixin, container_of(model, parts.layers))
+        swap(model, parts.mixin)
+    for holder in holders(model, parts.layers):
+        swap(holder, HoldsLayers)
     if wanted.by_intent:
         budget.fit(model, plain, parts, wanted.keep, wanted.flops)
 

@@ -24,6 +24,7 @@ from sttm_kernels.integrations.merging import (
     STATE,
     THREAD,
     Anatomy,
+    Attends,
     Carries,
     Family,
     Grid,
@@ -37,6 +38,9 @@ from sttm_kernels.integrations.merging import (
     merge_tokens,
     own_layers,
     rows,
+    runs_again,
+    told_to,
+    unwrapped,
 )
 from sttm_kernels.nn.attention import proportional_attention
 from sttm_kernels.plan import MergePlan
@@ -63,7 +67,12 @@ def _attention(
 
     Queries and keys are rotated here by `rotation`, (cos, sin), if `_attend` kept that from the module.
     """
-    told = THREAD.told
+    told = THREAD.now.told
+    if told is None and runs_again():
+        raise RuntimeError(
+            "attention runs again in a backward without its layer, which tells it the token counts: checkpoint whole "
+            "layers, or attention by checkpoint_wrapper(attention)"
+        )
     if told is not None:
         told.keys = next((before for rotated, before in told.rotations if rotated is key), key)
     if rotation is not None:
@@ -91,7 +100,7 @@ class Own:
     names: tuple[str, ...]
 
 
-class Interface(Swapped):
+class Interface(Attends):
     """A module that calls the attention interface."""
 
     _sttm: Own
@@ -106,8 +115,8 @@ class RotaryInterface(Interface):
 
     def apply_rotary_embeddings(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rotated = super().apply_rotary_embeddings(x, *args, **kwargs)  # type: ignore[misc]
-        if THREAD.told is not None:
-            THREAD.told.rotations.append((rotated, x))
+        if THREAD.now.told is not None:
+            THREAD.now.told.rotations.append((rotated, x))
         return rotated
 
 
@@ -122,10 +131,15 @@ NORM1 = ("layernorm_before", "norm1", "layer_norm1")
 NORM2 = ("layernorm_after", "norm2", "layer_norm2")
 
 
+def _outer(layer: Layer) -> Layer:
+    """The module that the layer calls to attend."""
+    return unwrapped(_first(layer, ATTENTION))
+
+
 def _inner(layer: Layer) -> Layer:
     """The module that calls the attention interface."""
-    outer = _first(layer, ATTENTION)
-    return getattr(outer, "attention", outer)
+    outer = _outer(layer)
+    return unwrapped(getattr(outer, "attention", outer))
 
 
 def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
@@ -139,7 +153,9 @@ def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
     # A config of its own: the model's, which is saved and may be shared, stays as it is.
     inner.config = copy.copy(inner.config)
     inner.config._attn_implementation = IMPLEMENTATION
-    return [(inner, RotaryInterface if hasattr(inner, "apply_rotary_embeddings") else Interface, own)]
+    mixin = RotaryInterface if hasattr(inner, "apply_rotary_embeddings") else Interface
+    outer = [] if _outer(layer) is inner else [(_outer(layer), Attends, None)]
+    return [*outer, (inner, mixin, own)]
 
 
 def _heads(layer: Layer) -> int:
@@ -181,7 +197,8 @@ def _attend(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> t
             tables = tuple(rows(table, told.ids) for table in tables)
         # The module rotates by tables of no rows, which is not at all, so that `_attention` sees keys as they were.
         given |= {"position_embeddings": tuple(table[..., :0, :] for table in tables), "rotation": tables}
-    out = _first(layer, ATTENTION)(_first(layer, NORM1)(x), **given)
+    attention = _first(layer, ATTENTION)
+    out = attention(_first(layer, NORM1)(x), **given, **told_to(attention))
     out, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
     return _branch(layer, 1, out) + x, rest
 
@@ -215,7 +232,7 @@ class TimesformerAttention(Swapped):
     """TimeSformer's attention, which tells its keys and takes counts; the same bits as its own while it has none."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        told = THREAD.told
+        told = THREAD.now.told
         if told is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -229,7 +246,8 @@ class TimesformerAttention(Swapped):
 
 
 def _parts_timesformer(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
-    return [(layer.attention.attention, TimesformerAttention, None)]
+    outer = unwrapped(layer.attention)
+    return [(outer, Attends, None), (unwrapped(outer.attention), TimesformerAttention, None)]
 
 
 def _heads_timesformer(layer: Layer) -> int:
@@ -243,7 +261,8 @@ def _attend_timesformer(
         raise ValueError("output_attentions must be False in a TimeSformer that merges tokens, got True")
     if layer.attention_type == "divided_space_time":
         return _attend_divided(layer, x, told), ()
-    return x + layer.drop_path(layer.attention(layer.layernorm_before(x))[0]), ()
+    out = layer.attention(layer.layernorm_before(x), **told_to(layer.attention))
+    return x + layer.drop_path(out[0]), ()
 
 
 def _attend_divided(layer: Layer, x: Tensor, told: Told) -> Tensor:
@@ -265,7 +284,7 @@ def _attend_divided(layer: Layer, x: Tensor, told: Told) -> Tensor:
     frames = torch.cat((first.repeat(1, T, 1).reshape(B * T, 1, C), frames), 1)
     if told.size is not None:
         told.size = torch.cat((told.size[:, :1], told.size[:, 1::T]), 1).repeat_interleave(T, 0)
-    out = layer.drop_path(layer.attention(layer.layernorm_before(frames))[0])
+    out = layer.drop_path(layer.attention(layer.layernorm_before(frames), **told_to(layer.attention))[0])
     class_out = out[:, 0].reshape(B, T, C).mean(1, True)
     out = out[:, 1:].reshape(B, T, P, C).transpose(1, 2).reshape(B, P * T, C)
     return torch.cat((first, tubes), 1) + torch.cat((class_out, out), 1)

@@ -32,6 +32,8 @@ from sttm_kernels.torch_private import in_backward
 
 STATE = "_sttm_state"
 """The attribute of a hidden tensor that holds its `State`."""
+FOUND = "_sttm_found"
+"""That of a tensor that something put in place of one, for the call that found it out."""
 
 Grid = tuple[int, int, int]
 Layer = Any
@@ -72,6 +74,7 @@ class State:
         dense: whether every layer's tokens are copied back to all places, for who looks at them between layers.
         tokens: the merged tokens, if the tensor that carries this is their copy back to all places.
         traced: what the layers merged, if it is to be kept.
+        applied: the `Step.applied` of the layer that this comes from.
     """
 
     size: Tensor | None = None
@@ -84,11 +87,19 @@ class State:
     dense: bool = False
     tokens: Tensor | None = None
     traced: tuple[LayerTrace, ...] = ()
+    applied: int | None = None
 
-    def of(self, x: Tensor, layer: int) -> State:
-        """The state on x's device; `RuntimeError` if x `(B, N, C)` cannot be the tokens it tells of."""
+    def of(self, x: Tensor, step: Step) -> State:
+        """The state on x's device; `RuntimeError` if x `(B, N, C)` cannot be the tokens that it tells a layer of."""
         if self.size is None:
             return self
+        layer = step.layer
+        if self.applied != step.applied:
+            raise RuntimeError(
+                f"layer {layer} must be told by one and the same apply what the layer before it was told: call apply "
+                "neither on a part of the layers nor between a forward and the backward in which checkpointing runs "
+                "it again"
+            )
         if self.size.shape != x.shape[:2]:
             raise RuntimeError(
                 f"the hidden states that layer {layer} got must be the {tuple(self.size.shape)} tokens that the layer "
@@ -115,48 +126,69 @@ class Passage:
         self.after: State | None = None
 
 
-class _Thread(threading.local):
-    """What modules of a library, which pass on none of our arguments, find out while a layer calls them."""
+class Now:
+    """What modules of a library, which pass on none of our arguments, find out while a layer calls them.
 
-    told: Told | None = None
-    dense = False
-    left: weakref.ref[Tensor] | None = None
-    """What the last layer returned, while somebody has it."""
+    Attributes:
+        told: what attention is told.
+        dense: whether tokens are copied back to all places after every layer.
+        left: what the last layer returned, while somebody has it.
+        merged_after: the layer that was called last, if it left tokens merged.
+    """
+
+    def __init__(self) -> None:
+        self.told: Told | None = None
+        self.dense = False
+        self.left: weakref.ref[Tensor] | None = None
+        self.merged_after: int | None = None
+
+
+class _Thread(threading.local):
+    """Each thread has a `Now` of its own. What compiled code sets in that stays; what it sets here does not."""
+
+    def __init__(self) -> None:
+        self.now = Now()
 
 
 THREAD = _Thread()
 
 
+def runs_again() -> bool:
+    """Whether this forward is one that checkpointing repeats in a backward."""
+    return not torch.compiler.is_compiling() and in_backward()
+
+
 def _find(x: Tensor, layer: int) -> State:
     """The state of a hidden tensor; of one without, that of what the last layer returned, if it is that or its copy.
 
-    Wrappers of a layer, hooks of theirs and casts between layers put other tensors in place of that.
+    Wrappers of a layer, hooks of theirs and casts between layers put other tensors in place of that. What was found so
+    holds for this call, for which a checkpointed layer may ask again: other values may come in the same tensor.
     """
+    compiling = torch.compiler.is_compiling()
+    if runs_again() and hasattr(x, FOUND):
+        return getattr(x, FOUND)
     state: State | None = getattr(x, STATE, None)
-    if state is not None:
-        if layer == 0 and THREAD.dense and not state.dense:  # told by the embeddings, which do not know
-            state = replace(state, dense=True)
-            setattr(x, STATE, state)
-        return state
-    if not torch.compiler.is_compiling():
-        left = THREAD.left() if THREAD.left is not None and layer > 0 else None
-        THREAD.left = None
+    carried = state
+    if state is None and not compiling:
+        left = THREAD.now.left() if THREAD.now.left is not None and layer > 0 else None
+        THREAD.now.left = None
         if left is not None and left.shape == x.shape:
             moved = left.detach().to(x.device, x.dtype)
             if x.is_meta or moved.data_ptr() == x.data_ptr() or torch.equal(moved, x.detach()):
                 state = getattr(left, STATE)
-    if state is None and THREAD.dense:
-        state = State(dense=True)
+    if THREAD.now.dense and not (state is not None and state.dense):  # the embeddings do not know
+        state = replace(state or NOTHING, dense=True)
     if state is None:
         return NOTHING
-    setattr(x, STATE, state)  # for a checkpointed layer that runs again
+    if state is not carried and not compiling:
+        setattr(x, FOUND, state)
     return state
 
 
 def _leave(x: Tensor, state: State) -> None:
     setattr(x, STATE, state)
     if not torch.compiler.is_compiling():
-        THREAD.left = weakref.ref(x)
+        THREAD.now.left = weakref.ref(x)
 
 
 class Told:
@@ -179,20 +211,26 @@ class Told:
         self.outer: Told | None = None
 
     def __enter__(self) -> None:
-        self.outer, THREAD.told = THREAD.told, self
+        self.outer, THREAD.now.told = THREAD.now.told, self
 
     def __exit__(self, *error: object) -> None:
-        THREAD.told = self.outer
+        THREAD.now.told = self.outer
+
+    def take_keys(self) -> Tensor | None:
+        """The keys, which checkpointing is not to keep with this."""
+        keys, self.keys = self.keys, None
+        self.rotations.clear()
+        return keys
 
 
 @contextmanager
 def densely() -> Iterator[None]:
     """Within it, tokens of this thread are copied back to all places after every layer."""
-    outer, THREAD.dense = THREAD.dense, True
+    outer, THREAD.now.dense = THREAD.now.dense, True
     try:
         yield
     finally:
-        THREAD.dense = outer
+        THREAD.now.dense = outer
 
 
 @dataclass(frozen=True)
@@ -278,6 +316,7 @@ class Step:
         window: of `match`.
         empties: whether groups may be empty.
         record: where to keep what was merged, or None.
+        applied: a number that all layers get from one apply.
     """
 
     layer: int
@@ -296,6 +335,7 @@ class Step:
     window: Grid | None = None
     empties: bool = False
     record: Record | None = None
+    applied: int = 0
 
 
 # Classes
@@ -388,12 +428,17 @@ WRAPPERS = {
 }
 
 
+def unwrapped(module: Layer) -> Layer:
+    """The module inside of activation checkpointing."""
+    while "_checkpoint_wrapped_module" in module._modules:
+        module = module._modules["_checkpoint_wrapped_module"]
+    return module
+
+
 def own_layers(layers: Sequence[nn.Module]) -> list[Layer]:
     """The layers inside of activation checkpointing; `ValueError` if they are wrapped in what must come after."""
     found: list[Layer] = []
-    for number, layer in enumerate(layers):
-        while "_checkpoint_wrapped_module" in layer._modules:
-            layer = layer._modules["_checkpoint_wrapped_module"]  # type: ignore[assignment]
+    for number, layer in enumerate(map(unwrapped, layers)):
         if layer in found:
             raise ValueError(
                 f"model must have layers of its own at every depth, layer {number} is the same module as layer "
@@ -415,13 +460,29 @@ def is_sharded(parameter: Tensor) -> bool:
     return module is not None and isinstance(parameter, module.DTensor)
 
 
+class Attends(Swapped):
+    """Attention as a layer calls it. It is given what it is told, too, so that it is told so again if checkpointing
+    runs it alone, without its layer."""
+
+    def __call__(self, *args: Any, sttm: Told | None = None, **kwargs: Any) -> Any:
+        if sttm is None or sttm is THREAD.now.told:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with sttm:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+def told_to(attention: nn.Module) -> dict[str, Told | None]:
+    """The argument for attention that takes what it is told, inside of activation checkpointing or not."""
+    return {"sttm": THREAD.now.told} if isinstance(unwrapped(attention), Attends) else {}
+
+
 class ShowsKeys(Swapped):
     """A module inside of attention that puts out its keys `(B, H, N, D)`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         keys = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if THREAD.told is not None:
-            THREAD.told.keys = keys
+        if THREAD.now.told is not None:
+            THREAD.now.told.keys = keys
         return keys
 
 
@@ -436,33 +497,28 @@ class Carries(Swapped):
         return x
 
 
-class MergingModel(Swapped):
-    """A model whose layers merge. It finds in `_sttm` the path of what they are in."""
-
-    _sttm: str
+class HoldsLayers(Swapped):
+    """A module that holds all of the layers: what it puts out is made of tokens that are back at their places."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_ending()
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return self._ended(super().__call__, *args, **kwargs)  # type: ignore[misc]
 
-    def _check_ending(self: Any) -> None:
-        """`RuntimeError` if the layer that copies tokens back to their places was taken out."""
-        if torch.compiler.is_compiling():
-            return
-        try:
-            container = self.get_submodule(self._sttm)
-        except AttributeError:
-            return
-        for child in reversed([*container.children()]):
-            layers = find_layers(child)
-            if layers:
-                step = layers[-1]._sttm
-                if not step.last and (step.begun or merges(step.r) or hasattr(layers[-1], "sttm")):
-                    raise RuntimeError(
-                        f"model must have all of its layers: what came after layer {step.layer} was taken out since "
-                        "tokens were told to merge, and the last layer copies them back; remove, and then apply again"
-                    )
-                return
+    def _ended(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call that runs the layers returns; `RuntimeError` if the last of them was none that ends merging."""
+        THREAD.now.merged_after = None
+        out = call(*args, **kwargs)
+        number, THREAD.now.merged_after = THREAD.now.merged_after, None
+        if number is not None:
+            raise RuntimeError(
+                f"model must have all of its layers: layer {number} left tokens merged, and what came after it, whose "
+                "last layer copies them back, was taken out, skipped, or is in another process; remove, and then apply "
+                "again"
+            )
+        return out
+
+
+class MergingModel(HoldsLayers):
+    """A model whose layers merge."""
 
     @property
     def r(self) -> int:
@@ -489,6 +545,8 @@ class MergingLayer(Swapped, nn.Module):
         passage = Passage(state)
         out = super().__call__(x, *args, sttm=passage, **kwargs)
         after, passage.after = passage.after, None
+        merged = after is not None and after.index is not None and not after.dense
+        THREAD.now.merged_after = self._sttm.layer if merged else None
         if after is None:
             return out
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
@@ -499,14 +557,22 @@ class MergingLayer(Swapped, nn.Module):
         return (x, *rest) if isinstance(out, tuple) else x
 
     def forward(self, hidden_states: Tensor, *args: Any, sttm: Passage | None = None, **kwargs: Any) -> Any:
+        if "_sttm" not in vars(self):
+            raise RuntimeError("remove must not be called before a backward in which checkpointing runs layers again")
         step, x = self._sttm, hidden_states
         if sttm is None:
             raise RuntimeError(
                 f"layer {step.layer} merges tokens: it must be called, not its forward, and hooks with_kwargs must "
                 "pass on the argument sttm"
             )
-        state = sttm.before.of(x, step.layer)
+        state = sttm.before.of(x, step)
         if state.size is None and step.begun:
+            if runs_again():
+                raise RuntimeError(
+                    f"layer {step.layer}, which a backward runs again, got hidden states without their token counts, "
+                    "which travel with that tensor: a hook of saved tensors, such as save_on_cpu, must be inside of "
+                    "the checkpointed layer and not around it, or leave checkpointing to the library of the model"
+                )
             raise RuntimeError(
                 f"the hidden states that layer {step.layer} got are not those that layer {step.layer - 1} returned: "
                 "token counts travel with that tensor, and something outside of the layers replaced it. A hook of the "
@@ -525,7 +591,7 @@ class MergingLayer(Swapped, nn.Module):
         told = Told(_counts(step, state), state.ids, "auto" if step.method == "off" else step.method)
         with told:
             x, rest = step.family.attend(self, x, told, arguments)
-        keys = _all_heads(self, told.keys)
+        keys = _all_heads(self, told.take_keys())
         if merging and state.size is None and step.family.counts is not None:
             state = _start(x, step.family.counts(arguments), state)
         if merging:
@@ -537,7 +603,7 @@ class MergingLayer(Swapped, nn.Module):
             state = _trace(step, state, 0)
         x = step.family.feed(self, x)
         if not step.last:
-            sttm.after = None if state is NOTHING else state
+            sttm.after = None if state is NOTHING else replace(state, applied=step.applied)
         elif state.index is not None:
             x = unmerge(x, MergePlan(state.index, x.shape[1]))
         return (x, *rest) if step.returns_tuple else x
@@ -559,10 +625,7 @@ def _trace(step: Step, state: State, merged: int) -> State:
     here = LayerTrace(step.layer, state.size.detach(), state.index, r, merged)
     state = replace(state, traced=(*state.traced, here))
     # Neither the tensors of an export nor the layers that checkpointing runs again are of the last forward.
-    if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
-            step.record.traced = state.traced
-    elif not in_backward():
+    if not (runs_again() or torch.compiler.is_exporting()):
         step.record.traced = state.traced
     return state
 
@@ -672,10 +735,11 @@ def rows(table: Tensor, ids: Tensor) -> Tensor:
     return table.gather(2, ids[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
 
-def container_of(model: nn.Module, layers: Sequence[Layer]) -> str:
-    """The path of the innermost list of modules that holds all layers of a model."""
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, (nn.ModuleList, nn.Sequential))}
-    return [name for name, part in lists.items() if set(layers) <= set(part.modules())][-1]
+def holders(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
+    """The modules that hold all layers of a model, their list and the model itself aside."""
+    lists = (nn.ModuleList, nn.Sequential)
+    parts = [part for part in model.modules() if part is not model and not isinstance(part, lists)]
+    return [part for part in parts if set(layers) <= set(part.modules())]
 
 
 def find_layers(model: nn.Module) -> list[MergingLayer]:

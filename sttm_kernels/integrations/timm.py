@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from sttm_kernels.integrations.merging import (
     STATE,
+    THREAD,
     Anatomy,
+    Attends,
     Carries,
     Family,
     Layer,
@@ -25,8 +27,13 @@ from sttm_kernels.integrations.merging import (
     densely,
     own_layers,
     rows,
+    told_to,
+    unwrapped,
 )
 from sttm_kernels.nn.attention import choose_method, proportional_attention, size_bias
+
+COUNTING = ("augment", "flex")
+"""Methods that need fused attention."""
 
 
 class _Counting(TorchFunctionMode):
@@ -45,12 +52,23 @@ class _Counting(TorchFunctionMode):
         return proportional_attention(q, k, v, self.size, method=self.method, dropout=dropout)
 
 
+class FusedAttention(Attends):
+    """timm's attention, which takes no counts but as a mask."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        told = THREAD.now.told
+        if told is None or told.size is None or told.method not in COUNTING:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Counting(told.size, told.method):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
 def _parts(layer: Layer, method: str) -> list[tuple[nn.Module, type, Any]]:
-    if method in ("augment", "flex") and not layer.attn.fused_attn:
+    if method in COUNTING and not layer.attn.fused_attn:
         raise ValueError(
             f"prop_attn must be 'mask', 'auto' or 'off' where timm's attention is not fused, got {method!r}"
         )
-    return [(layer.attn.k_norm, ShowsKeys, None)]
+    return [(unwrapped(layer.attn), FusedAttention, None), (layer.attn.k_norm, ShowsKeys, None)]
 
 
 def _heads(layer: Layer) -> int:
@@ -63,15 +81,14 @@ def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -
         raise ValueError("attn_mask must be None and is_causal False in a model that merges tokens")
     if told.ids is not None and "rope" in arguments:
         arguments["rope"] = rows(arguments["rope"], told.ids)
-    if told.size is None:
-        return layer.attn(x, **arguments)
-    method = told.method if layer.attn.fused_attn else "mask"
-    if method == "auto":
-        method = choose_method(x.device, x.dtype, layer.attn.head_dim)
-    if method in ("augment", "flex"):
-        with _Counting(told.size, method):
-            return layer.attn(x, **arguments)
-    return layer.attn(x, attn_mask=size_bias(told.size, x.dtype), **arguments)
+    if told.size is not None:
+        if not layer.attn.fused_attn:
+            told.method = "mask"
+        elif told.method == "auto":
+            told.method = choose_method(x.device, x.dtype, layer.attn.head_dim)
+        if told.method not in COUNTING:
+            arguments["attn_mask"] = size_bias(told.size, x.dtype)
+    return layer.attn(x, **arguments, **told_to(layer.attn))
 
 
 def _scaled(layer: Layer, branch: int, x: Tensor) -> Tensor:
@@ -131,8 +148,7 @@ class TimmModel(MergingModel):
         return out
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_ending()
-        return super().forward_features(*args, **kwargs)  # type: ignore[misc]
+        return self._ended(super().forward_features, *args, **kwargs)  # type: ignore[misc]
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """timm's, with every layer's tokens copied back to all places."""
