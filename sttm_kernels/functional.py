@@ -201,6 +201,7 @@ def match(
     if num_prefix > N:
         raise ValueError(f"num_prefix must be at most N = {N}, got {num_prefix}")
     validate.partition(partition)
+    validate.generator(generator)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
     geometry = _check_grid(partition, grid, window, N - num_prefix)
     named = [] if protect is None else validate.tokens("protect", protect, N)

@@ -96,9 +96,8 @@ def _random_cells(
         drawn = torch.rand((t, rows, cols, 1), generator=generator, device=draw_on).to(device)
         inside = may & (may.cumsum(3) == (drawn * may.sum(3, keepdim=True)).long() + 1)
     inside = inside.view(t, rows, cols, sy, sx)
-    is_dst = torch.zeros(t, h, w, dtype=torch.bool, device=device)
-    is_dst[:, : rows * sy, : cols * sx] = inside.transpose(2, 3).reshape(t, rows * sy, cols * sx)
-    return is_dst.flatten()
+    whole = inside.transpose(2, 3).reshape(t, rows * sy, cols * sx)
+    return torch.nn.functional.pad(whole, (0, w - cols * sx, 0, h - rows * sy)).flatten()
 
 
 def num_destinations(

@@ -27,10 +27,12 @@ def shape_text(shape: Sequence[int]) -> str:
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {value.layout}")
 
 
 def floating(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided:
         tensor(name, value)
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
@@ -66,7 +68,8 @@ def shape(name: str, value: Tensor, layout: str, expected: tuple[int, ...]) -> N
 
 def beside(name: str, value: Any, layout: str, expected: tuple[int, ...], other_name: str, other: Tensor) -> None:
     """`tensor`, `shape` and `same_device`, for less than half of their time."""
-    if not (isinstance(value, Tensor) and value.shape == expected and value.device == other.device):
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not (dense and value.shape == expected and value.device == other.device):
         tensor(name, value)
         shape(name, value, layout, expected)
         same_device(name, value, other_name, other)
@@ -80,6 +83,14 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+
+
+def generator(value: Any) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(value).__name__}: a seed is "
+            "torch.Generator().manual_seed(seed)"
+        )
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -68,6 +68,7 @@ TABLE = [
     (lambda: sttm.assign(Q, META, mask=elsewhere(MASK)), ValueError, r"mask must be on the device of q, cpu"),
     # match
     (lambda: sttm.match("keys", 2), TypeError, r"metric must be a torch\.Tensor, got str"),
+    (lambda: sttm.match(Q.to_sparse(), 2), TypeError, r"metric must be a dense tensor, .*, got torch\.sparse_coo"),
     (lambda: sttm.match(Q.int(), 2), TypeError, r"metric must be float32, .*int32"),
     (lambda: sttm.match(Q[0], 2), ValueError, r"metric must have shape .*, got \(12, 4\)"),
     (lambda: sttm.match(Q[:, :0], 2), ValueError, r"metric must .*no empty dimension"),
@@ -97,6 +98,7 @@ TABLE = [
     (lambda: sttm.match(Q, 2, grid=GRID, window=(0, 2, 2)), ValueError, r"window .*must be at least 1, got 0"),
     (lambda: sttm.match(Q, 2, grid=GRID, window="all"), ValueError, r"window must be \(t, h, w\).*, got 'all'"),
     (lambda: at_random(window=(1, 2, 2)), ValueError, r"window must be None with partition 'random2d'"),
+    (lambda: at_random(generator=3), TypeError, r"generator must be a torch\.Generator or None, got int"),
     (lambda: at_random(cell=2), ValueError, r"cell must be \(sy, sx\).*, got 2"),
     (lambda: at_random(cell=(0, 2)), ValueError, r"cell .*at least 1, got 0"),
     (lambda: sttm.match(Q, 2, protect=3), TypeError, r"protect must be a bool mask \(N,\) or token indices, got int"),
@@ -117,6 +119,8 @@ TABLE = [
     (lambda: sttm.match(Q, 2, partition=ONE_EACH, protect=[1]), ValueError, r"partition must have .*, got \[1, 0\]"),
     # merge
     (lambda: sttm.merge(None, PLAN), TypeError, r"x must be a torch\.Tensor, got NoneType"),
+    (lambda: sttm.merge(X.to_sparse(), PLAN), TypeError, r"x must be a dense tensor, .*, got torch\.sparse_coo"),
+    (lambda: sttm.merge(X, PLAN, X[..., 0].to_sparse()), TypeError, r"size must be a dense tensor"),
     (lambda: sttm.merge(X.int(), PLAN), TypeError, r"x must be float32, .*int32"),
     (lambda: sttm.merge(X[0], PLAN), ValueError, r"x must have shape \(B, N, C\), got \(12, 5\)"),
     (lambda: sttm.merge(X[..., :0], PLAN), ValueError, r"x must .*no empty dimension, got \(2, 12, 0\)"),

@@ -292,6 +292,21 @@ def test_per_sample_gradients_of_a_model_that_merges():
             torch.testing.assert_close(each[name][i], parameter.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_random_destinations_in_vmap_are_alike_or_not_as_it_is_told():
+    clips = floats(1, 1, 30, 4, seed=31).expand(8, -1, -1, -1)
+
+    def destinations(clip: Tensor) -> Tensor:
+        """Cells and what of each is dst: with r = 0 dst are the last groups, one by one."""
+        return sttm.match(clip, 0, partition="random2d", grid=(5, 6)).index.view(5, 6) >= 30 - 6
+
+    for randomness in ("same", "different"):
+        torch.manual_seed(0)
+        found = torch.func.vmap(destinations, randomness=randomness)(clips)
+        assert (found[:, :4].unflatten(1, (2, 2)).unflatten(3, (3, 2)).sum((2, 4)) == 1).all()
+        assert not found[:, 4].any()
+        assert (len(found.flatten(1).unique(dim=0)) == 1) == (randomness == "same")
+
+
 def test_an_operator_in_a_transform_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"cannot be transformed by torch\.func.*call sttm_kernels\.unmerge"):
         torch.func.grad(lambda x: torch.ops.sttm_kernels.unmerge(x, INDEX, K, None, None, "torch").sum())(FILL[:, :K])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import re
@@ -1177,6 +1178,43 @@ def test_motion_weights_come_back(tmp_path):
         sttm.restore(sttm.apply(hf.videomae(), **{**STAGES, "layers": (0, 2)}), tmp_path)
     with pytest.raises(RuntimeError, match="method='sttm'"):
         sttm.restore(sttm.apply(hf.videomae(), r=1), tmp_path)
+
+
+@pytest.mark.parametrize("meta", ["topk", "learned"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_learned_meta_tokens_are_trained_saved_and_restored(meta, library, tmp_path):
+    if library == "timm":
+        build, x, stages = lambda: tm.build("vit"), tm.image(), {**STAGES, "meta": meta}
+    else:
+        build, x, stages = lambda: hf.build(hf.videomae), hf.pixels(hf.videomae), {**STAGES, "meta": meta}
+    model = sttm.apply(build(), **stages)
+    added = {name: p for name, p in model.named_parameters() if "_meta." in name}
+    assert len(added) == 4
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(3):
+        losses.append(outputs(model, x).square().mean())
+        step(model, optimizer, losses[-1])
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(before[name], parameter) for name, parameter in added.items())
+    with torch.no_grad():
+        expected = outputs(model, x)
+        assert_equal("again", outputs(sttm.apply(model, trace=True, **stages), x), expected)
+        with pytest.raises(ValueError, match=r"layer \d, of method 'sttm', .* remove\(model\) first"):
+            sttm.apply(model, r=1)
+
+        torch.save(model.state_dict(), tmp_path / "saved.pt")
+        other = sttm.apply(build(), **stages)
+        other.load_state_dict(torch.load(tmp_path / "saved.pt"))
+        assert_equal("load_state_dict", outputs(other, x), expected)
+        plain = build()
+        plain.load_state_dict(sttm.remove(copy.deepcopy(model)).state_dict())
+        sttm.apply(plain, **stages)
+        assert not torch.equal(outputs(plain, x), expected)
+        assert_equal("restore", outputs(sttm.restore(plain, tmp_path / "saved.pt"), x), expected)
+        assert outputs(int8(model), x).isfinite().all()
+        for dtype in (torch.bfloat16, torch.float64):
+            assert outputs(model.to(dtype), x.to(dtype)).dtype == dtype
 
 
 def test_motion_weights_have_the_dtype_of_the_model():

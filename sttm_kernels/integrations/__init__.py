@@ -84,7 +84,8 @@ def apply(
         schedule: of a single whole r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or
             a number between -1 (falling) and 1 (rising).
         method: "tome"; or "sttm", a `sttm_kernels.STTM` at one layer for its spatial stage and at another for its
-            temporal stage. Motion features are parameters of the model, `<layer>.sttm.motion.weight`, and start at 0.
+            temporal stage. What they learn are parameters of the model: `<layer>.sttm.motion.weight`, which starts at
+            0, and with meta="topk" or "learned" `<layer>.sttm.spatial_meta.*` and `<layer>.sttm.temporal_meta.*`.
         layers: which layers merge, counted from 0, -1 the last; default all. For "sttm" the two layers (spatial,
             temporal), default a third and two thirds down; None for one of them leaves that stage out.
         prop_attn: `method` of `sttm_kernels.nn.proportional_attention`; "off" attends without regard to counts.
@@ -334,10 +335,10 @@ def _keep_trained(model: nn.Module, stages: dict[int, STTM]) -> None:
             stages[number].load_state_dict(state, assign=True)  # the same parameters, which an optimizer may know
             for parameter in frozen:
                 parameter.requires_grad_(False)
-        elif old.motion is not None and bool(old.motion.weight.any()):
+        elif lost := [name for name, value in state.items() if name != "motion.weight" or bool(value.any())]:
             raise ValueError(
-                f"model must not lose what it has learned: the motion weights of layer {number} are not zero, and have "
-                "no place in what is to be applied; remove(model) first if they are not wanted"
+                f"model must not lose what it may have learned: {', '.join(lost)} of layer {number}, of method 'sttm', "
+                "have no place in what is to be applied; remove(model) first if they are not wanted"
             )
 
 
@@ -429,7 +430,9 @@ def _stages(parts: Anatomy, layers: Sequence[int | None] | None, options: dict[s
     for name, layer in zip(keeps, layers, strict=True):
         if layer is not None:
             only = {**dict.fromkeys(keeps), name: keeps[name]}
-            stages[next(numbers)] = STTM(parts.dim, num_prefix=parts.num_prefix, **only, **options)
+            number = next(numbers)
+            keys = parts.dim // parts.families[0].heads(parts.layers[number])  # their mean over heads is the metric
+            stages[number] = STTM(parts.dim, num_prefix=parts.num_prefix, metric_dim=keys, **only, **options)
     if layers[0] is not None and layers[1] is not None and list(stages) != sorted(stages):
         raise ValueError(f"layers must name the spatial layer before the temporal one, got {tuple(layers)}")
     return stages

@@ -230,6 +230,10 @@ class Distinct(nn.Module):
         return f"similarity={self.similarity!r}"
 
 
+class _Weights(nn.Linear):
+    """A linear map of which the parameters alone are used: quantisation, which goes by class, is to leave them."""
+
+
 class TopK(nn.Module):
     """The K tokens of highest learned saliency, ties to the lowest token index.
 
@@ -240,7 +244,7 @@ class TopK(nn.Module):
 
     def __init__(self, dim: int, impl: str = "auto") -> None:
         super().__init__()
-        self.saliency = nn.Linear(dim, 1)
+        self.saliency = _Weights(dim, 1)
         self.impl = impl
 
     def forward(
@@ -277,7 +281,7 @@ class Learned(nn.Module):
         super().__init__()
         validate.integer("num_queries", num_queries, 1)
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
-        self.look_for = nn.Linear(dim, dim, bias=False)
+        self.look_for = _Weights(dim, dim, bias=False)
         self.impl = impl
 
     def forward(

@@ -99,6 +99,7 @@ class STTM(nn.Module):
         second_moment: also aggregate the products (tt, ty, tx, yy, yx, xx) of positions, so that the motion features
             see how far a group spreads and moves: W then takes the 3 means and the 6 central second moments.
         impl: of the verbs.
+        metric_dim: D of the metric features that meta tokens are made from, if `forward` is given others than x.
 
     State: `motion.weight` `(dim, 3)`, or `(dim, 9)` with `second_moment`, and the generators' parameters under
     `spatial_meta.` and `temporal_meta.`; nothing else.
@@ -125,9 +126,11 @@ class STTM(nn.Module):
         temporal_window: int | None = None,
         second_moment: bool = False,
         impl: str = "auto",
+        metric_dim: int | None = None,
     ) -> None:
         super().__init__()
         validate.integer("dim", dim, 1)
+        width = dim if metric_dim is None else validate.integer("metric_dim", metric_dim, 1)
         validate.one_of("similarity", similarity, validate.SIMILARITIES)
         validate.positive("temperature", temperature)
         validate.one_of("weight", weight, validate.WEIGHTS)
@@ -143,8 +146,8 @@ class STTM(nn.Module):
         self.temporal_window = temporal_window
         self.second_moment = second_moment
         self.impl = impl
-        self.spatial_meta = None if spatial_keep is None else make(meta, dim, similarity, impl)
-        self.temporal_meta = None if temporal_keep is None else make(meta, dim, similarity, impl)
+        self.spatial_meta = None if spatial_keep is None else make(meta, width, similarity, impl)
+        self.temporal_meta = None if temporal_keep is None else make(meta, width, similarity, impl)
         self.motion = Motion(9 if second_moment else 3, dim) if motion else None
 
     def output_grid(self, grid: Grid) -> Grid:
