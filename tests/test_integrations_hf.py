@@ -31,6 +31,11 @@ def vit(**changes: Any) -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**config))
 
 
+def deit(**changes: Any) -> nn.Module:
+    config = {**WIDTH, "image_size": 24, "patch_size": 4, "num_labels": 5, "initializer_range": 0.2, **changes}
+    return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**config))
+
+
 def videomae(**changes: Any) -> nn.Module:
     config = {**CLIP, "patch_size": 8, "tubelet_size": 2, **changes}
     return transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**config))
@@ -94,10 +99,10 @@ def internvl(**changes: Any) -> nn.Module:
     return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(**config))
 
 
-IMAGES = [vit, clip_vision, siglip, dinov2, dinov2_registers, dinov3, internvl]
+IMAGES = [vit, deit, clip_vision, siglip, dinov2, dinov2_registers, dinov3, internvl]
 CLIPS = [videomae, vivit, vjepa2, timesformer, timesformer_joint]
 FAMILIES = IMAGES + CLIPS
-PREFIX = {videomae: 0, vjepa2: 0, siglip: 0, dinov2_registers: 4, dinov3: 4}
+PREFIX = {deit: 2, videomae: 0, vjepa2: 0, siglip: 0, dinov2_registers: 4, dinov3: 4}
 """Of families whose tokens do not begin with one class token."""
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -184,7 +189,7 @@ def test_nothing_changes_without_merging_and_after_remove(family):
     assert not any("_sttm" in vars(m) or m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("family", [clip_vision, dinov2, dinov3, internvl, videomae])
+@pytest.mark.parametrize("family", [deit, clip_vision, dinov2, dinov3, internvl, videomae])
 def test_dropout_falls_where_it_fell(family):
     dropouts = {
         "hidden_dropout_prob": 0.3,
@@ -307,6 +312,8 @@ def head(model: nn.Module, tokens: Tensor) -> Tensor:
     if kind in ("siglip_vision_model", "dinov3_vit"):
         pooled = base.head(tokens) if hasattr(base, "head") else tokens[:, 0]
         return torch.cat((tokens, pooled[:, None]), 1)
+    if kind == "deit":
+        return (model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])) / 2
     if kind == "videomae":
         return model.classifier(model.fc_norm(tokens.mean(1)))
     if kind == "vjepa2":
@@ -732,7 +739,7 @@ def test_counts_that_attention_ignores_are_refused(monkeypatch):
         sttm.apply(build(vit), r=1)
 
 
-@pytest.mark.parametrize("family", [vit, dinov2, vivit])
+@pytest.mark.parametrize("family", [vit, deit, dinov2, vivit])
 @pytest.mark.parametrize(("implementation", "prop_attn"), [("eager", "auto"), ("sdpa", "auto"), ("sdpa", "off")])
 def test_padding_counts_for_nothing(family, implementation, prop_attn):
     model, clip = build(family), pixels(family)

@@ -389,6 +389,7 @@ def _dinov3(config: Any) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vit": lambda config: {"num_prefix": 1},
+    "deit": lambda config: {"num_prefix": 2},
     "videomae": _videomae,
     "vivit": lambda config: {"num_prefix": 1},
     "clip_vision_model": lambda config: {"num_prefix": 1},
