@@ -892,6 +892,21 @@ def _(family):
     family.check(torch.export.load(file).module())
 
 
+@way("compiled, applied again, removed", families=COMPILED[:1])
+def _(family):
+    model = family.merging()
+    compiled = torch.compile(model, backend="eager")
+    try:
+        family.check(compiled)
+        sttm.apply(model, r=R + 2)
+        with torch.no_grad():
+            tm.close("again", outputs(compiled, family.pixels), outputs(family.merging(r=R + 2), family.pixels))
+            sttm.remove(model)
+            tm.close("removed", outputs(compiled, family.pixels), outputs(family.build(), family.pixels))
+    finally:
+        torch._dynamo.reset()
+
+
 @way("every layer compiled in place", families=COMPILED)
 def _(family):
     model = family.merging(trace=True)

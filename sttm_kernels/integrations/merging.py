@@ -500,7 +500,9 @@ class Carries(Swapped):
 class HoldsLayers(Swapped):
     """A module that holds all of the layers: what it puts out is made of tokens that are back at their places."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, HoldsLayers):  # it was compiled, and then merging was removed
+            return self(*args, **kwargs)
         return self._ended(super().__call__, *args, **kwargs)  # type: ignore[misc]
 
     def _ended(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -538,6 +540,8 @@ class MergingLayer(Swapped, nn.Module):
     _sttm: Step
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, MergingLayer):  # it was compiled, and then merging was removed
+            return self(hidden_states, *args, **kwargs)
         if isinstance(hidden_states, torch.fx.Proxy):
             raise RuntimeError("token merging needs torch.export or hooks in place of torch.fx.symbolic_trace")
         state = _find(hidden_states, self._sttm.layer)
