@@ -667,7 +667,7 @@ def _(family):
     with torch.no_grad():
         unmerged = outputs(plain, family.pixels)
         with torch.autocast("cpu", torch.bfloat16):
-            error = (outputs(family.build(torch.float32), family.pixels.float()) - unmerged).norm() / unmerged.norm()
+            error = (outputs(family.build().float(), family.pixels.float()) - unmerged).norm() / unmerged.norm()
             actual = outputs(cast, family.pixels.float())
     made = groups_of(sttm.trace(cast), 4 if family.name == "timesformer" else None)
     best = plain_models.match
