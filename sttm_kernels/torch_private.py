@@ -112,6 +112,12 @@ def constant_when_compiled(run: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+@constant_when_compiled
+def exporting() -> bool:
+    """`torch.compiler.is_exporting`, which the compiler of PyTorch 2.9 to 2.11 takes to be true of all it compiles."""
+    return torch.compiler.is_exporting()
+
+
 def tf32() -> bool:
     """Whether PyTorch may round the float32 operands of a product on a GPU to TF32.
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sttm_kernels.functional import compose, match, merge, unmerge
 from sttm_kernels.integrations.amounts import Amount, Toward, described, merges, of_tokens
 from sttm_kernels.plan import MergePlan
-from sttm_kernels.torch_private import in_backward
+from sttm_kernels.torch_private import exporting, in_backward
 
 STATE = "_sttm_state"
 """The attribute of a hidden tensor that holds its `State`."""
@@ -629,7 +629,7 @@ def _trace(step: Step, state: State, merged: int) -> State:
     here = LayerTrace(step.layer, state.size.detach(), state.index, r, merged)
     state = replace(state, traced=(*state.traced, here))
     # Neither the tensors of an export nor the layers that checkpointing runs again are of the last forward.
-    if not (runs_again() or torch.compiler.is_exporting()):
+    if not (runs_again() or exporting()):
         step.record.traced = state.traced
     return state
 
