@@ -1,4 +1,4 @@
-"""impl="torch": the verbs in eager PyTorch with O(N) extra memory. The CPU path, and a rival for the kernels on GPUs.
+"""impl="torch": the verbs in eager PyTorch with O(N) extra memory, for devices and machines that have no kernels.
 
 Similarities exist one tile at a time. Sums over a group are `embedding_bag` over the tokens sorted by group, so every
 sum has one owner and a fixed order. On a CPU each batch item is computed alone, which makes results independent of the
@@ -30,8 +30,6 @@ from sttm_kernels.reference import COSINE, NORM_FLOOR, acc_dtype, mean_over_head
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Similarities held at once: about the size of a CPU's caches; enough to fill a GPU."""
-POOL_STEPS = 4
-"""Parts of K that the row maximum on CPUs reduces in parallel before it compares their maxima."""
 
 
 def _tile_shape(B: int, N: int, K: int, device: torch.device) -> tuple[int, int]:
@@ -104,26 +102,6 @@ def _similarity_to(m: Tensor, q: Tensor, mask: Tensor | None, similarity: Simila
     return _Similarity(q, m, similarity, width, inverse)
 
 
-def _maxima(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima of S (b, K, n) over consecutive parts of K, and the lowest k that attains each: (b, parts, n) twice.
-
-    `max_pool2d` over channels-last data is the one vectorised arg-maximum that PyTorch has on CPUs: the n tokens are
-    its channels, the K meta tokens its rows.
-    """
-    if S.device.type != "cpu":
-        value, index = S.max(1)
-        return value[:, None], index[:, None]
-    part = (-(-S.shape[1] // POOL_STEPS), 1)
-    value, index = F.max_pool2d(S[:, :, None].permute(0, 3, 1, 2), part, part, ceil_mode=True, return_indices=True)
-    return value.squeeze(-1).mT, index.squeeze(-1).mT
-
-
-def _greatest(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The first greatest of the maxima of `_maxima`, and its k: (b, n) twice."""
-    value, part = value.max(1)
-    return value, index.gather(1, part[:, None]).squeeze(1)
-
-
 @in_given_dtypes
 def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
     soft = weight == "softmax"
@@ -135,8 +113,8 @@ def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: T
     lse = torch.empty_like(score) if soft else None
     for b, n in tile.tiles():
         S = tile(b, n)
-        value, k = _greatest(*_maxima(S))
-        index[b, n], score[b, n] = k, value
+        value, index[b, n] = S.max(1)
+        score[b, n] = value
         if lse is not None:
             lse[b, n] = S.sub_(value[:, None]).exp_().sum(1).log_().add_(value)
     w = None if lse is None else (score - lse).exp_()
@@ -234,19 +212,12 @@ def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tens
     group = torch.where(is_dst, is_dst.cumsum(1) + (num_prefix - 1) + num_unmerged, group)
     index = torch.where(is_merged, group.gather(1, _spread(token, N, partner)), group)
 
-    order = _stable_argsort(index)
+    order = index.argsort(dim=1, stable=True)
     counts = torch.zeros((B, N - r + 1), dtype=torch.int64, device=a.device)
     offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
     score = _spread(token, N, best, -torch.inf).contiguous()
     index, order, offsets = (t.to(torch.int32) for t in (index, order, offsets))
     return MergePlan(index, N - r, score, order=order, offsets=offsets)
-
-
-def _stable_argsort(index: Tensor) -> Tensor:
-    """argsort of the rows of index (B, N), values below N. NumPy sorts 16-bit integers by radix."""
-    if index.device.type == "cpu" and index.shape[1] <= torch.iinfo(torch.int16).max:
-        return torch.from_numpy(index.to(torch.int16).numpy().argsort(axis=1, kind="stable"))
-    return index.argsort(dim=1, stable=True)
 
 
 def _top(best: Tensor, r: int) -> Tensor:
@@ -273,15 +244,10 @@ def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not (B and S and T):
         return a.new_full((B, S), -torch.inf), torch.zeros((B, S), dtype=torch.int64, device=a.device)
     tile = _Similarity(a, b, COSINE)
-    best = position = None
+    best, position = a.new_empty((B, S)), torch.empty((B, S), dtype=torch.int64, device=a.device)
     for i, n in tile.tiles():
-        value, index = _maxima(tile(i, n))
-        if best is None or position is None:
-            best, position = value.new_empty((B, value.shape[1], S)), index.new_empty((B, value.shape[1], S))
-        best[i, :, n], position[i, :, n] = value, index
-    assert best is not None
-    assert position is not None
-    return _greatest(best, position)
+        best[i, n], position[i, n] = tile(i, n).max(1)
+    return best, position
 
 
 def _most_similar_in_windows(a: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +267,7 @@ def _most_similar_in_windows(a: Tensor, src: Tensor, dst: Tensor) -> tuple[Tenso
             columns = a[i].gather(1, t.clamp_min(0).flatten(1)[..., None].expand(-1, -1, D)).unflatten(1, t.shape[1:])
             similarity = torch.bmm(columns.flatten(0, 1), rows.flatten(0, 1).mT)
             similarity.masked_fill_((t < 0).flatten(0, 1)[..., None], -torch.inf)
-            value, position = _greatest(*_maxima(similarity))
+            value, position = similarity.max(1)
             best[i, g] = value.view(s.shape).masked_fill_(src[i, g] < 0, -torch.inf)
             partner[i, g] = t.gather(2, position.view(s.shape)).clamp_min_(0)
     token, ascending = src.flatten(1).sort(dim=1)
