@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, their threads under ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -38,3 +38,20 @@ def test_the_suites_of_the_verbs(plan, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert " passed" in done.stdout
+
+
+def test_threads(plan, tmp_path):
+    """Those of the package's own: of PyTorch's, the sanitizer knows nothing."""
+    compiler, reason = plan.cpu_decision()
+    if reason is not None:
+        pytest.skip(reason)
+    csrc, program = HERE.parent / "csrc", tmp_path / "threads"
+    sources = [
+        HERE / "cpu_threads.cpp",
+        *(csrc / "cpu" / f"{name}.cpp" for name in ("assign", "match", "merge", "pool")),
+    ]
+    flags = [*plan.CPU_FLAGS, "-O1", "-g1", "-fsanitize=thread", "-DSTTM_ISA=baseline", f"-I{csrc / 'include'}"]
+    subprocess.run([*compiler, *flags, *map(str, sources), "-ldl", "-o", str(program)], check=True)
+    done = subprocess.run([program], env={"TSAN_OPTIONS": "halt_on_error=1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout == "passed\n"

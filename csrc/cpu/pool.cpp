@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 
@@ -20,7 +21,6 @@ namespace {
 
 constexpr std::chrono::microseconds kSpin(30);  // how long a thread without work looks for the next call before it sleeps
 constexpr size_t kLine = 64;
-constexpr size_t kLarge = size_t(32) << 20;  // glibc keeps and hands out again what is smaller
 constexpr size_t kKept = size_t(32) << 20;  // bytes of scratch that a thread keeps from call to call
 
 void pause() {
@@ -50,7 +50,7 @@ struct Call {
     int slots;
     std::atomic<int64_t> next{0};
     std::atomic<int> active{0};  // threads, beside the caller, that are at its tasks
-    int joined = 1;
+    std::atomic<int> joined{1};
 
     void work(int slot) {
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task, slot);
@@ -107,8 +107,8 @@ private:
             --sleeping_;
             seen = calls_.load(std::memory_order_relaxed);
             Call* const call = call_;
-            if (call == nullptr || call->joined >= call->slots) continue;
-            const int slot = call->joined++;
+            if (call == nullptr || call->joined.load(std::memory_order_relaxed) >= call->slots) continue;
+            const int slot = call->joined.fetch_add(1, std::memory_order_relaxed);
             call->active.fetch_add(1, std::memory_order_relaxed);
             lock.unlock();
             call->work(slot);
@@ -126,13 +126,40 @@ private:
 };
 
 std::atomic<Pool*> the_pool{nullptr};  // never destroyed: its threads may outlive static objects
+std::atomic<bool> forked{false};
 
 // The threads of the parent are not those of the child, nor are their locks.
-void forget_pool() { the_pool.store(nullptr); }
+void in_child() {
+    the_pool.store(nullptr);
+    forked.store(true);
+}
+const int at_fork = pthread_atfork(nullptr, nullptr, in_child);
+
+// What runs a function on the threads of PyTorch's OpenMP; null if there is none. After each of its operations they look
+// for more work for milliseconds, on the cores that other threads would have to share.
+using StartTeam = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+StartTeam find_team() {
+#if defined(__linux__)
+    if (void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD))
+        return reinterpret_cast<StartTeam>(dlsym(torch, "GOMP_parallel"));
+#endif
+    return nullptr;
+}
+
+bool run_in_team(Call& call) {
+    static const StartTeam start = find_team();
+    if (start == nullptr || forked.load(std::memory_order_relaxed)) return false;
+    call.joined.store(0, std::memory_order_relaxed);
+    start(
+        [](void* data) {
+            Call& call = *static_cast<Call*>(data);
+            call.work(call.joined.fetch_add(1, std::memory_order_relaxed));
+        },
+        &call, static_cast<unsigned>(call.slots), 0);
+    return true;
+}
 
 Pool& pool() {
-    static const int at_fork = pthread_atfork(nullptr, nullptr, forget_pool);
-    static_cast<void>(at_fork);
     Pool* found = the_pool.load(std::memory_order_acquire);
     if (found == nullptr) {
         Pool* made = new Pool;
@@ -192,7 +219,7 @@ thread_local Arena arena;
 void parallel(int64_t tasks, int threads, Task run, const void* context) {
     if (tasks > 1 && threads > 1) {
         Call call{run, context, tasks, threads < tasks ? threads : static_cast<int>(tasks)};
-        if (pool().run(call)) return;
+        if (run_in_team(call) || pool().run(call)) return;
     }
     for (int64_t task = 0; task < tasks; ++task) run(context, task, 0);
 }
@@ -200,7 +227,7 @@ void parallel(int64_t tasks, int threads, Task run, const void* context) {
 void expect_large(void* data, size_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kHuge = 2 << 20;
-    if (bytes < kLarge) return;
+    if (bytes < size_t(kFresh)) return;
     const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
     const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
     madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish: nothing depends on it

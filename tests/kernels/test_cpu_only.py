@@ -83,8 +83,21 @@ def test_a_forked_child_has_threads_of_its_own(threads):
         assert child.exitcode == 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how many threads a process has")
+def test_the_threads_are_those_of_pytorch(threads):
+    """Others would fight with them for the cores."""
+    threads(2)
+    metric, x = make_tokens(2, 900, 64), make_tokens(2, 900, 300)
+    if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
+        pytest.skip("PyTorch was built without OpenMP")
+    torch.randn(1 << 20).exp()
+    before = len(os.listdir("/proc/self/task"))
+    _match_merge(metric, x)
+    assert len(os.listdir("/proc/self/task")) == before
+
+
 def test_several_callers_at_once(threads):
-    """One of them has the threads, the others do without, and everyone gets the same bits."""
+    """Whichever of them have the threads, everyone gets the same bits."""
     threads(3)
     inputs = draw((2, 500, 40, 64, 200))
     expected = everything("match, merge", inputs)
