@@ -94,6 +94,7 @@ void assign_backward_typed(const AssignBackwardArguments& a, Stream stream) {
 }  // namespace
 
 void assign_backward(const AssignBackwardArguments& a, Stream stream) {
+    if (a.grad_q != nullptr) expect_large(a.grad_q, size_of(a.dtype) * a.B * a.q.heads * a.N * a.D);
     const int64_t floats = (int64_t(chunks_of(a.N).count) + 1) * (a.K + kRows) * (a.D + kPanel);
     by_items(a, stream, floats, from_item, [&](const AssignBackwardArguments& some) {
         with_type(a.dtype, [&](auto type) { assign_backward_typed<decltype(type)>(some, stream); });

@@ -15,6 +15,10 @@ struct Totals {
     float mass, size;
     int count;   // of tokens
     int32_t first;
+
+    // What weights are multiplied by: 1 over a mass that is tiny is infinite.
+    float up() const { return __builtin_fabsf(mass) < 0x1p-100f ? 0x1p64f : 1.0f; }
+    float scale() const { return 1 / (mass * up()); }
 };
 
 inline float size_at(const MergeArguments& a, int64_t i) { return a.size == nullptr ? 1.0f : a.size[i]; }
@@ -34,16 +38,16 @@ Totals totals(const MergeArguments& a, int64_t b, const Members& m) {
     return t;
 }
 
-void write_positions(const MergeArguments& a, int64_t b, int k, const Members& m, float mass) {
+void write_positions(const MergeArguments& a, int64_t b, int k, const Members& m, const Totals& t) {
     float* const out = a.positions_out + (b * a.K + k) * a.P;
-    const float inverse = mass == 0 ? 0 : 1 / mass;
     for (int p = 0; p < a.P; ++p) {
         float total = 0;
         for (int i = m.begin; i < m.end; ++i) {
             const int32_t n = m.order[i];
-            if (is_token(n, a.N)) total += weight_at(a, b * a.N + n) * a.positions[b * a.stride_pb + int64_t(n) * a.P + p];
+            if (is_token(n, a.N))
+                total += weight_at(a, b * a.N + n) * t.up() * a.positions[b * a.stride_pb + int64_t(n) * a.P + p];
         }
-        out[p] = mass == 0 ? 0 : total * inverse;
+        out[p] = t.mass == 0 ? 0 : total * t.scale();
     }
 }
 
@@ -55,9 +59,10 @@ void prefetch(const T* row, int64_t count) {
 
 // Of one group, channels [c, c + kBlock) or up to C.
 template <class T, Reduce kReduce>
-void reduce_block(const MergeArguments& a, int64_t b, const Members& m, float scale, int c, T* y) {
+void reduce_block(const MergeArguments& a, int64_t b, const Members& m, const Totals& t, int c, T* y, bool streamed) {
     const T* const x = static_cast<const T*>(a.x.data) + b * a.x.stride_b + c * a.x.stride_c;
     const int left = a.C - c;
+    const float up = kReduce == Reduce::mean ? t.up() : 1, scale = kReduce == Reduce::mean ? t.scale() : 1;
     Floats sum[8];
     STTM_UNROLL
     for (int v = 0; v < 8; ++v) sum[v] = kReduce == Reduce::max ? splat(-kInfinity) : Floats{};
@@ -70,7 +75,7 @@ void reduce_block(const MergeArguments& a, int64_t b, const Members& m, float sc
     for (int i = m.begin; i < m.end; ++i) {
         const int32_t n = m.order[i];
         if (!is_token(n, a.N)) continue;
-        const float w = weight_at(a, b * a.N + n);
+        const float w = weight_at(a, b * a.N + n) * up;
         const T* const row = x + n * a.x.stride_n;
         if (left >= kBlock && a.x.stride_c == 1) {
             STTM_UNROLL
@@ -83,29 +88,26 @@ void reduce_block(const MergeArguments& a, int64_t b, const Members& m, float sc
         }
     }
     STTM_UNROLL
-    for (int v = 0; v < 8; ++v)
-        if (v * kWidth < left)
-            store_up_to(y + v * kWidth, kReduce == Reduce::mean ? sum[v] * scale : sum[v], left - v * kWidth);
-}
-
-template <class T>
-void copy_channels(const T* from, int64_t step, T* to, int count) {
-    if (step == 1)
-        __builtin_memcpy(to, from, sizeof(T) * count);
-    else
-        for (int c = 0; c < count; ++c) to[c] = from[c * step];
+    for (int v = 0; v < 8; ++v) {
+        if (v * kWidth >= left) break;
+        const Floats value = sum[v] * scale;
+        if (streamed)
+            stream(y + v * kWidth, value);
+        else
+            store_up_to(y + v * kWidth, value, left - v * kWidth);
+    }
 }
 
 // Channels [c0, c1) of group k of item b.
 template <class T, Reduce kReduce>
-void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1) {
+void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1, bool streamed) {
     const Members m = members(a.order, a.offsets, a.N, a.K, b, k);
     const Totals t = totals(a, b, m);
     const int64_t g = b * a.K + k;
     if (c0 == 0) {
         a.size_out[g] = t.size;
         a.mass_out[g] = t.mass;
-        if (a.P > 0) write_positions(a, b, k, m, t.mass);
+        if (a.P > 0) write_positions(a, b, k, m, t);
     }
     T* const y = static_cast<T*>(a.y) + g * a.C;
     const T* const x = static_cast<const T*>(a.x.data) + b * a.x.stride_b;
@@ -114,11 +116,11 @@ void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1) {
         if (a.fill == nullptr)
             __builtin_memset(y + c0, 0, sizeof(T) * (c1 - c0));
         else
-            copy_channels(static_cast<const T*>(a.fill) + b * a.stride_fb + int64_t(k) * a.C + c0, 1, y + c0, c1 - c0);
+            copy_row(static_cast<const T*>(a.fill) + b * a.stride_fb + int64_t(k) * a.C + c0, 1, y + c0, c1 - c0, false);
     } else if (is_copy) {
-        copy_channels(x + t.first * a.x.stride_n + c0 * a.x.stride_c, a.x.stride_c, y + c0, c1 - c0);
+        copy_row(x + t.first * a.x.stride_n + c0 * a.x.stride_c, a.x.stride_c, y + c0, c1 - c0, streamed);
     } else {
-        for (int c = c0; c < c1; c += kBlock) reduce_block<T, kReduce>(a, b, m, 1 / t.mass, c, y + c);
+        for (int c = c0; c < c1; c += kBlock) reduce_block<T, kReduce>(a, b, m, t, c, y + c, streamed);
     }
     if (k + kAhead < a.K && a.x.stride_c == 1) {
         const Members next = members(a.order, a.offsets, a.N, a.K, b, k + kAhead);
@@ -135,14 +137,16 @@ void merge_groups(const MergeArguments& a, Stream stream) {
         const int64_t blocks = ceil_div(a.C, kBlock);
         parallel_for(groups * blocks, threads, [&](int64_t task, int) {
             const int c = static_cast<int>(task % blocks) * kBlock;
-            merge_group<T, kReduce>(a, task / blocks / a.K, task / blocks % a.K, c, min(a.C, c + kBlock));
+            merge_group<T, kReduce>(a, task / blocks / a.K, task / blocks % a.K, c, min(a.C, c + kBlock), false);
         });
         return;
     }
     const int64_t step = max<int64_t>(1, kElements / max(a.C, 1));
+    const bool streamed = is_streamed(static_cast<const T*>(a.y), groups, a.C);
     parallel_for(ceil_div(groups, step), threads, [&](int64_t task, int) {
         for (int64_t g = task * step; g < min(groups, (task + 1) * step); ++g)
-            merge_group<T, kReduce>(a, g / a.K, static_cast<int>(g % a.K), 0, a.C);
+            merge_group<T, kReduce>(a, g / a.K, static_cast<int>(g % a.K), 0, a.C, streamed);
+        fence();
     });
 }
 

@@ -33,19 +33,23 @@ void each_token(const MergeBackwardArguments& a, Stream stream, int64_t elements
     const int64_t tokens = int64_t(a.B) * a.N, step = max<int64_t>(1, kElements / max<int64_t>(elements, 1));
     parallel_for(ceil_div(tokens, step), threads_for(stream, tokens * elements * 4), [&](int64_t task, int) {
         for (int64_t i = task * step; i < min(tokens, (task + 1) * step); ++i) run(token_at(a, i));
+        fence();
     });
 }
 
 // factor g_k to grad_x, unless that is null; returns <g_k, x_n> if kDot.
 template <class T, bool kDot>
-float gather_row(const MergeBackwardArguments& a, const Token& t, float factor, T* grad_x) {
+float gather_row(const MergeBackwardArguments& a, const Token& t, float factor, T* grad_x, bool streamed) {
     const T* const g =
         static_cast<const T*>(a.grad_y.data) + t.b * a.grad_y.stride_b + (t.group - t.b * a.K) * a.grad_y.stride_n;
     const T* const x = static_cast<const T*>(a.x.data) + t.b * a.x.stride_b + t.n * a.x.stride_n;
     Floats dot{};
     for (int c = 0; c < a.C; c += kWidth) {
         const Floats here = load_up_to(g + c * a.grad_y.stride_c, a.C - c, a.grad_y.stride_c);
-        if (grad_x != nullptr) store_up_to(grad_x + c, here * factor, a.C - c);
+        if (grad_x != nullptr && streamed)
+            stream(grad_x + c, here * factor);
+        else if (grad_x != nullptr)
+            store_up_to(grad_x + c, here * factor, a.C - c);
         if (kDot) dot += here * load_up_to(x + c * a.x.stride_c, a.C - c, a.x.stride_c);
     }
     return kDot ? sum_of(dot) : 0;
@@ -54,6 +58,7 @@ float gather_row(const MergeBackwardArguments& a, const Token& t, float factor, 
 // By mean or sum: to grad_x, and <g_k, x_n> to dot unless that is null.
 template <class T>
 void gather(const MergeBackwardArguments& a, Stream stream, float* dot) {
+    const bool streamed = is_streamed(static_cast<const T*>(a.grad_x), int64_t(a.B) * a.N, a.C);
     each_token(a, stream, a.C, [&](const Token& t) {
         T* const grad_x = a.grad_x == nullptr ? nullptr : static_cast<T*>(a.grad_x) + t.i * a.C;
         const float factor = a.reduce == Reduce::mean ? t.share : t.w;
@@ -61,9 +66,9 @@ void gather(const MergeBackwardArguments& a, Stream stream, float* dot) {
             if (grad_x != nullptr) __builtin_memset(grad_x, 0, sizeof(T) * a.C);
             if (dot != nullptr) dot[t.i] = 0;
         } else if (dot != nullptr) {
-            dot[t.i] = gather_row<T, true>(a, t, factor, grad_x);
+            dot[t.i] = gather_row<T, true>(a, t, factor, grad_x, streamed);
         } else {
-            gather_row<T, false>(a, t, factor, grad_x);
+            gather_row<T, false>(a, t, factor, grad_x, streamed);
         }
     });
 }

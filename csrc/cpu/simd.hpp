@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -142,6 +142,60 @@ inline void store_up_to(T* to, Floats value, int64_t count) {
     else
         store_some(to, value, static_cast<int>(count));
 }
+// Whether a result is better written past the caches, by `stream`: it is large, but not so large that its memory comes
+// fresh from the system, zeroed through the caches; and its rows, which are dense, are made of whole aligned vectors.
+template <class T>
+inline bool is_streamed(const T* to, int64_t rows, int64_t columns) {
+    constexpr int64_t kStreamed = 8 << 20;
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(T));
+    return bytes >= kStreamed && bytes < kFresh && columns % kWidth == 0 &&
+           reinterpret_cast<uintptr_t>(to) % (sizeof(T) * kWidth) == 0;
+}
+
+// Stores that do not fetch what they overwrite. Others see them after `fence`.
+template <int kBytes>
+inline void stream_bytes(void* to, const void* from) {
+    __builtin_memcpy(to, from, kBytes);
+}
+#if defined(__SSE2__)
+template <>
+inline void stream_bytes<16>(void* to, const void* from) {
+    _mm_stream_si128(static_cast<__m128i*>(to), load_bits<__m128i>(from));
+}
+inline void fence() { _mm_sfence(); }
+#else
+inline void fence() {}
+#endif
+#if defined(__AVX__)
+template <>
+inline void stream_bytes<32>(void* to, const void* from) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), load_bits<__m256i>(from));
+}
+#endif
+#if defined(__AVX512F__)
+template <>
+inline void stream_bytes<64>(void* to, const void* from) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), load_bits<__m512i>(from));
+}
+#endif
+template <class T>
+inline void stream(T* to, Floats value) {
+    T some[kWidth];
+    store(some, value);
+    stream_bytes<sizeof some>(to, some);
+}
+
+// `count` elements that are `step` apart to a row.
+template <class T>
+inline void copy_row(const T* from, int64_t step, T* to, int count, bool streamed) {
+    if (step == 1 && streamed)
+        for (int c = 0; c < count; c += kWidth) stream_bytes<sizeof(T) * kWidth>(to + c, from + c);
+    else if (step == 1)
+        __builtin_memcpy(to, from, sizeof(T) * count);
+    else
+        for (int c = 0; c < count; ++c) to[c] = from[c * step];
+}
+
 template <class T>
 inline float to_float(T value) {
     return load_some(&value, 1)[0];
@@ -156,9 +210,9 @@ inline float sum_of(Floats value) {
     return total;
 }
 
-// e^x to 2 ulp; 0 below the normal range.
+// e^x to 2 ulp of what it is rounded to, 0 from 2^-150 down.
 inline Floats exp(Floats x) {
-    const Floats least = splat(-87.3f), most = splat(88.7f);
+    const Floats least = splat(-103.97f), most = splat(88.7f);
     const Floats inside = x < least ? least : (x > most ? most : x);
     const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer, which its last bits then hold
     const Floats shifted = inside * 1.44269504f + magic;
@@ -172,8 +226,10 @@ inline Floats exp(Floats x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * (f * f) + f + 1.0f;
-    const Floats power = bits<Floats>((bits<Ints>(shifted) - bits<int32_t>(0x1.8p23f) + 127) << 23);
-    Floats result = p * power;
+    // A power of 2 below the normal range is made of two.
+    const Ints exponent = bits<Ints>(shifted) - bits<int32_t>(0x1.8p23f), low = exponent < -126;
+    const Floats power = bits<Floats>((exponent + 127 + (low & 64)) << 23);
+    Floats result = p * power * (low ? splat(0x1p-64f) : splat(1.0f));
     result = x < least ? Floats{} : result;
     return x > most ? splat(kInfinity) : result;
 }
@@ -212,6 +268,8 @@ template <class T>
 T* take(int64_t count) {
     return static_cast<T*>(cpu::take(static_cast<size_t>(count) * sizeof(T)));
 }
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // `run` with a value of the type of the features.
 template <class F>

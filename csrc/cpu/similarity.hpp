@@ -32,10 +32,10 @@ inline void advance(T*& data, int64_t elements) {
     if (data != nullptr) data += elements;
 }
 inline void advance(const void*& data, DType dtype, int64_t elements) {
-    if (data != nullptr) data = static_cast<const char*>(data) + elements * (dtype == DType::float32 ? 4 : 2);
+    if (data != nullptr) data = static_cast<const char*>(data) + elements * size_of(dtype);
 }
 inline void advance(void*& data, DType dtype, int64_t elements) {
-    if (data != nullptr) data = static_cast<char*>(data) + elements * (dtype == DType::float32 ? 4 : 2);
+    if (data != nullptr) data = static_cast<char*>(data) + elements * size_of(dtype);
 }
 
 // Runs `verb` for a few items of the batch at a time, whose scratch, `floats` for each, stays in a cache.

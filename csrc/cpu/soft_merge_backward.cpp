@@ -101,7 +101,9 @@ void through_softmax(const SoftMergeBackwardArguments& a, const Groups& groups, 
             return total;
         };
         if (a.grad_size_in != nullptr) store(sum + v * kWidth, over_meta(splat(1.0f)));
-        const Floats n = load(size + v * kWidth), total = a.over_meta ? over_meta(n) : Floats{};
+        const Floats n = load(size + v * kWidth);
+        Floats total{};
+        if (a.over_meta) total = a.size.data == nullptr ? load(sum + v * kWidth) : over_meta(n);
         for (int64_t k = 0; k < meta.num_rows(); ++k) {
             float *const share = A + k * kPanel + v * kWidth, *const t = T + k * kPanel + v * kWidth;
             const Floats w = load(share) * n;
@@ -141,6 +143,8 @@ void soft_merge_backward_typed(const SoftMergeBackwardArguments& a, Stream strea
     float* const packed = take<float>(threads * panel_size);
     float* const tiles = take<float>(threads * (1 + kTogether) * tile_size);
     float *const wide = take<float>(threads * wide_size), *const grads = take<float>(threads * wide_size);
+    const bool same = a.P == 0 && a.q.heads == 1 && a.q.data == a.x.data && a.C == a.D &&
+                      a.q.stride_b == a.x.stride_b && a.q.stride_n == a.x.stride_n && a.q.stride_d == a.x.stride_c;
     const PullBack<T, SoftMergeBackwardArguments> back(a, meta, chunks, threads);
     parallel_for(int64_t(a.B) * chunks.count, threads, [&](int64_t chunk, int slot) {
         const int64_t b = chunk / chunks.count;
@@ -155,15 +159,15 @@ void soft_merge_backward_typed(const SoftMergeBackwardArguments& a, Stream strea
         for (int i = first; i < last; ++i) {
             const int start = i * kPanel, at = (i - first) % kTogether;
             float* const dS = together + at * tile_size;
-            float real[kPanel], size[kPanel], lse[kPanel] = {}, sum[kPanel];
+            float real[kPanel], size[kPanel], lse[kPanel] = {}, sum[kPanel] = {};
             load_sizes(a, b, start, real, size);
             panel.rows = back.rows(slot, at);
             load_panel<T>(a, b, start, [&](int64_t n) { return is_real(a.mask, b, n); }, panel);
             load_similarities(a, meta, b, panel, A);
             for (int j = 0; j < kPanel && start + j < a.N && a.over_meta; ++j) lse[j] = a.lse[b * a.N + start + j];
             attend(a, a.over_meta ? lse : a.lse + b * a.K, real, meta.num_rows(), A);
-            load_features<T>(a, b, start, real, x);
-            worth(a, groups, meta, b, x, dS);
+            if (!same) load_features<T>(a, b, start, real, x);
+            worth(a, groups, meta, b, same ? panel.q : x, dS);
             through_softmax(a, groups, meta, b, panel, size, A, dS, sum);
             if (of_tokens)
                 sum_over_meta(A, groups.rows + b * meta.num_rows() * groups.columns, a.K, meta.num_rows(),
@@ -197,6 +201,8 @@ void from_item(SoftMergeBackwardArguments& a, int64_t b) {
 }  // namespace
 
 void soft_merge_backward(const SoftMergeBackwardArguments& a, Stream stream) {
+    if (a.grad_x != nullptr) expect_large(a.grad_x, size_of(a.dtype) * a.B * a.N * a.C);
+    if (a.grad_q != nullptr) expect_large(a.grad_q, size_of(a.dtype) * a.B * a.q.heads * a.N * a.D);
     const int64_t floats = (int64_t(a.K) + kRows) * ((int64_t(chunks_of(a.N).count) + 1) * (a.D + kPanel) + a.C + a.P);
     by_items(a, stream, floats, from_item, [&](const SoftMergeBackwardArguments& some) {
         with_type(a.dtype, [&](auto type) { soft_merge_backward_typed<decltype(type)>(some, stream); });

@@ -374,9 +374,8 @@ def merge(
         mass = size_out.clone() if w is size else groups.sum(w[..., None].to(acc)).squeeze(-1)
     empty = mass == 0
     w = groups.sort(w)
-    share = F.pad(mass.masked_fill(empty, 1).reciprocal().flatten(), (0, 1))[groups.ascending]
-    if w is not None:
-        share = share * w
+    divisor = F.pad(mass.masked_fill(empty, 1).flatten(), (0, 1), value=1)[groups.ascending]
+    share = (1 if w is None else w) / divisor
 
     if reduce == "max":
         y = groups.max(x)
@@ -410,11 +409,12 @@ def merge_backward(
     groups = _Groups(plan.index, plan.num_groups, plan.order, plan.offsets)
     weight, size = (None if t is None else t.masked_fill(~groups.valid, 0) for t in (weight, size))
     w = _weights(weight, size)
-    inverse = groups.gather(torch.where(mass == 0, 0, mass.reciprocal()))
-    share = inverse if w is None else inverse * w
+    divisor = groups.gather(mass)
+    divisor.masked_fill_(divisor == 0, torch.inf)
+    share = (1 if w is None else w) / divisor
     coefficient = share if reduce == "mean" else (groups.valid.to(share.dtype) if w is None else w * groups.valid)
     if reduce == "sum":
-        coefficient = torch.where(inverse != 0, coefficient, 0)
+        coefficient = torch.where(divisor.isinf(), 0, coefficient)
 
     grad_x = None
     need_w = need_weight or need_size
@@ -423,7 +423,7 @@ def merge_backward(
     if need_x and not linear:
         grad_x = _to_winners(grad_y, x, out.x, groups, reduce, mass)
     elif need_x and grad_y is not None and w is None and not need_w:
-        factor = torch.where(mass == 0, 0, mass.reciprocal()) if reduce == "mean" else None
+        factor = torch.where(mass == 0, 0, mass.reciprocal()) if reduce == "mean" else None  # of counts
         grad_x = _rows(grad_y, groups, factor, x.dtype)
     elif linear and grad_y is not None:
         grad_x, dot = _gather_grads(grad_y, x, groups, coefficient, need_x, need_w)
@@ -441,9 +441,9 @@ def merge_backward(
         if grad_positions is not None and positions is not None:
             centred = centred + (_rows(grad_positions, groups) * positions).sum(-1)
         mean = groups.sum(centred[..., None], groups.sort(share)).squeeze(-1)
-        grad_w = (centred - groups.gather(mean)) * inverse
+        grad_w = (centred - groups.gather(mean)) / divisor
         if dot is not None and reduce == "sum":
-            grad_w = grad_w + torch.where(inverse != 0, dot, 0)
+            grad_w = grad_w + torch.where(divisor.isinf(), 0, dot)
         grad_w = grad_w.masked_fill(~groups.valid, 0)
         if need_weight:
             grad_weight = grad_w if size is None else grad_w * size

@@ -113,6 +113,19 @@ def test_tiny_weights_of_half_precision_tokens_keep_their_digits(backend, normal
     assert_within_budget("x", out.x, truth.x, plain.x, 17 + 16 + 2)
 
 
+def test_weights_below_the_normal_range_count(backend):
+    """Of a meta token that every token is so far from."""
+    if backend.impl not in ("torch", "cpu"):
+        pytest.skip("a GPU may take numbers below the normal range for 0")
+    inputs = only(tokens(backend, 1, 17, 2, 8, 20), "x", "q", "meta")
+    inputs["meta"] = torch.tensor([[0.0] * 8, [3.4] * 8], device=backend.device)
+    inputs["q"].mul_(0.01)
+    out = sttm.soft_merge(**inputs, similarity="l2", impl=backend.impl)
+    truth = sttm.soft_merge(**{name: t.double() for name, t in inputs.items()}, similarity="l2", impl="reference")
+    assert 1e-42 < truth.size[0, 1] < torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(out.x.double(), truth.x, rtol=1e-3, atol=1e-3)
+
+
 @each("output", ["x", "size", "positions"])
 @each_normalize
 def test_a_loss_of_one_output(backend, output, normalize):
