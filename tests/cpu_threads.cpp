@@ -22,7 +22,7 @@ bool counts(int threads) {
     for (int tasks : {1, 2, 7, 100}) {
         std::vector<int> done(tasks), at_slot(threads);
         struct {
-            std::vector<int> *done, *at_slot;
+            std::vector<int>*done, *at_slot;
         } context{&done, &at_slot};
         cpu::parallel(
             tasks, threads,
@@ -44,7 +44,8 @@ constexpr int B = 3, N = 200, D = 37, C = 90, K = 20, r = 70;
 std::vector<float> numbers(int count) {
     std::vector<float> found(count);
     uint32_t state = 1;
-    for (float& value : found) value = static_cast<float>((state = state * 1664525 + 1013904223) >> 8) / (1 << 24) - 0.5f;
+    for (float& value : found)
+        value = static_cast<float>((state = state * 1664525 + 1013904223) >> 8) / (1 << 24) - 0.5f;
     return found;
 }
 

@@ -8,25 +8,25 @@
 #include "pool.hpp"
 #include "sttm/arguments.hpp"
 
-#define STTM_VERBS(DO)                              \
-    DO(unmerge, UnmergeArguments)                   \
-    DO(compose, ComposeArguments)                   \
-    DO(csr, CsrArguments)                           \
-    DO(match, MatchArguments)                       \
-    DO(merge, MergeArguments)                       \
-    DO(merge_backward, MergeBackwardArguments)      \
-    DO(assign, AssignArguments)                     \
-    DO(assign_backward, AssignBackwardArguments)    \
-    DO(assign_merge, AssignMergeArguments)          \
-    DO(soft_merge, SoftMergeArguments)              \
+#define STTM_VERBS(DO)                           \
+    DO(unmerge, UnmergeArguments)                \
+    DO(compose, ComposeArguments)                \
+    DO(csr, CsrArguments)                        \
+    DO(match, MatchArguments)                    \
+    DO(merge, MergeArguments)                    \
+    DO(merge_backward, MergeBackwardArguments)   \
+    DO(assign, AssignArguments)                  \
+    DO(assign_backward, AssignBackwardArguments) \
+    DO(assign_merge, AssignMergeArguments)       \
+    DO(soft_merge, SoftMergeArguments)           \
     DO(soft_merge_backward, SoftMergeBackwardArguments)
 
 // Best first: its name, and whether this CPU can run it.
 #if defined(__x86_64__) && !defined(STTM_BASELINE_ONLY)
-#define STTM_ISAS(DO)                                                                                              \
-    DO(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                          \
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                       \
-    DO(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))    \
+#define STTM_ISAS(DO)                                                                                           \
+    DO(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                    \
+    DO(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) \
     DO(baseline, true)
 #else
 #define STTM_ISAS(DO) DO(baseline, true)
@@ -53,14 +53,20 @@ struct Kernels {
     STTM_VERBS(STTM_MEMBER)
 };
 
-#define STTM_LIST(isa, runs)                                                                                       \
-    {#isa,           []() -> bool { return runs; },                                                                \
-     isa::unmerge,   isa::compose,                                                                                 \
-     isa::csr,       isa::match,                                                                                   \
-     isa::merge,     isa::merge_backward,                                                                          \
-     isa::assign,    isa::assign_backward,                                                                         \
-     isa::assign_merge,                                                                                            \
-     isa::soft_merge, isa::soft_merge_backward},
+#define STTM_LIST(isa, runs)        \
+    {#isa,                          \
+     []() -> bool { return runs; }, \
+     isa::unmerge,                  \
+     isa::compose,                  \
+     isa::csr,                      \
+     isa::match,                    \
+     isa::merge,                    \
+     isa::merge_backward,           \
+     isa::assign,                   \
+     isa::assign_backward,          \
+     isa::assign_merge,             \
+     isa::soft_merge,               \
+     isa::soft_merge_backward},
 const Kernels kKernels[] = {STTM_ISAS(STTM_LIST)};
 
 struct Scratch {

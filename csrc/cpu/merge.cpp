@@ -5,15 +5,15 @@ namespace sttm::cpu::STTM_ISA {
 
 namespace {
 
-constexpr int kBlock = 8 * kWidth;          // channels that are summed in registers
-constexpr int kAhead = 2;                   // groups whose rows are fetched before their turn
-constexpr int kPrefetched = 4;              // rows of such a group
-constexpr int64_t kElements = 16 << 10;     // of y that a task makes
-constexpr int kFewGroups = 16;              // with fewer of them, their channels are spread over tasks
+constexpr int kBlock = 8 * kWidth;       // channels that are summed in registers
+constexpr int kAhead = 2;                // groups whose rows are fetched before their turn
+constexpr int kPrefetched = 4;           // rows of such a group
+constexpr int64_t kElements = 16 << 10;  // of y that a task makes
+constexpr int kFewGroups = 16;           // with fewer of them, their channels are spread over tasks
 
 struct Totals {
     float mass, size;
-    int count;   // of tokens
+    int count;  // of tokens
     int32_t first;
 
     // What weights are multiplied by: 1 over a mass that is tiny is infinite.
@@ -116,7 +116,8 @@ void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1, bool
         if (a.fill == nullptr)
             __builtin_memset(y + c0, 0, sizeof(T) * (c1 - c0));
         else
-            copy_row(static_cast<const T*>(a.fill) + b * a.stride_fb + int64_t(k) * a.C + c0, 1, y + c0, c1 - c0, false);
+            copy_row(static_cast<const T*>(a.fill) + b * a.stride_fb + int64_t(k) * a.C + c0, 1, y + c0, c1 - c0,
+                     false);
     } else if (is_copy) {
         copy_row(x + t.first * a.x.stride_n + c0 * a.x.stride_c, a.x.stride_c, y + c0, c1 - c0, streamed);
     } else {

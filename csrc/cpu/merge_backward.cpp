@@ -158,8 +158,7 @@ void merge_backward(const MergeBackwardArguments& a, Stream stream) {
     if (a.other != nullptr) STTM_ISA::csr({a.B, a.N, a.K, a.index, a.order, a.offsets, a.other}, stream);
     const bool linear = a.reduce == Reduce::mean || a.reduce == Reduce::sum;
     const bool weights = a.grad_weight != nullptr || a.grad_size_in != nullptr;
-    float* const dot =
-        weights && linear && a.grad_y.data != nullptr ? take<float>(int64_t(a.B) * a.N) : nullptr;
+    float* const dot = weights && linear && a.grad_y.data != nullptr ? take<float>(int64_t(a.B) * a.N) : nullptr;
     if (a.grad_x != nullptr || dot != nullptr) {
         with_type(a.dtype, [&](auto type) {
             using T = decltype(type);

@@ -19,7 +19,8 @@ namespace sttm::cpu {
 
 namespace {
 
-constexpr std::chrono::microseconds kSpin(30);  // how long a thread without work looks for the next call before it sleeps
+constexpr std::chrono::microseconds kSpin(
+    30);  // how long a thread without work looks for the next call before it sleeps
 constexpr size_t kLine = 64;
 constexpr size_t kKept = size_t(32) << 20;  // bytes of scratch that a thread keeps from call to call
 
@@ -135,8 +136,8 @@ void in_child() {
 }
 const int at_fork = pthread_atfork(nullptr, nullptr, in_child);
 
-// What runs a function on the threads of PyTorch's OpenMP; null if there is none. After each of its operations they look
-// for more work for milliseconds, on the cores that other threads would have to share.
+// What runs a function on the threads of PyTorch's OpenMP; null if there is none. After each of its operations they
+// look for more work for milliseconds, on the cores that other threads would have to share.
 using StartTeam = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 StartTeam find_team() {
 #if defined(__linux__)

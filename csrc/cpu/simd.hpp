@@ -133,7 +133,8 @@ inline void store_some(T* to, Floats value, int count) {
 }
 template <class T>
 inline Floats load_up_to(const T* from, int64_t count, int64_t step) {
-    return count >= kWidth && step == 1 ? load(from) : load_some(from, static_cast<int>(min<int64_t>(count, kWidth)), step);
+    return count >= kWidth && step == 1 ? load(from)
+                                        : load_some(from, static_cast<int>(min<int64_t>(count, kWidth)), step);
 }
 template <class T>
 inline void store_up_to(T* to, Floats value, int64_t count) {

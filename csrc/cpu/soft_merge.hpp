@@ -20,7 +20,9 @@ inline void load_sizes(const SoftMergeInputs& a, int64_t b, int start, float* re
     for (int i = 0; i < kPanel; ++i) {
         const int64_t n = start + i;
         real[i] = n < a.N && is_real(a.mask, b, n);
-        size[i] = real[i] == 0 ? 0 : a.size.data == nullptr ? 1 : a.size.data[b * a.size.stride_b + n * a.size.stride_n];
+        size[i] = real[i] == 0             ? 0
+                  : a.size.data == nullptr ? 1
+                                           : a.size.data[b * a.size.stride_b + n * a.size.stride_n];
     }
 }
 
