@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     for line in table.lines({key: found[key] for key in wanted}):
         print(line)
+    if arguments.quick and steps == jobs.QUICK_STEPS:
+        for line in table.beside_expected(found):
+            print(line)
+        print()
     if arguments.choose:
         return 0
     print(f"goals, trained from scratch at -{jobs.GOAL} % for {steps} steps")

@@ -26,6 +26,10 @@ COMPARISONS = (
 """The goals: which contender, compared with which, by how many points of joint accuracy at least, in words."""
 
 
+EXPECTED: dict[str, tuple[float, float, float]] = {}
+"""What `--quick` gave on an AMD EPYC with one thread and torch 2.13.0: joint, digit and motion."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """Mean difference in points of joint accuracy over the seeds that both have, and half widths of its intervals: over
@@ -83,6 +87,19 @@ def lines(found: Rows) -> Iterator[str]:
                 line += f"{shown(difference(mine, theirs)):>20}"
             yield f"{line}  {len(mine)} seed{'s' * (len(mine) > 1)}"
         yield ""
+
+
+def beside_expected(found: Rows) -> Iterator[str]:
+    """The rows of `--quick` beside what they were elsewhere; the same versions on the same device give the same."""
+    yield f"  {'contender':<17}{'joint, digit, motion':>24}{'expected':>24}"
+    for key in jobs.quick(jobs.QUICK_STEPS):
+        if key in found:
+            measured = tuple(float(found[key][name]) for name in ("joint", "digit", "motion"))
+            yield f"  {key.contender:<17}{_three(measured):>24}{_three(EXPECTED[key.contender]):>24}"
+
+
+def _three(numbers: tuple[float, ...]) -> str:
+    return ", ".join(f"{number:.1f}" for number in numbers)
 
 
 def shown(difference: Difference | None) -> str:
