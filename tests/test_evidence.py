@@ -82,6 +82,10 @@ def test_a_merger_in_a_trained_network_leaves_its_parameters():
     base, merging = Network(), contenders.network("sttm-motion", 38)
     jobs.take(merging, base)
     assert_equal("stem", merging.backbone.embed.layers[0].weight, base.backbone.embed.layers[0].weight)
+    fewer = contenders.network("even-frames", 4)
+    jobs.take(fewer, base)
+    every = base.backbone.positions().view(clips.FRAMES, -1, contenders.DIM)
+    assert_equal("positions", fewer.backbone.positions().view(4, -1, contenders.DIM), every[fewer.frames])
     with pytest.raises(ValueError, match="network must be the unmerged one and mergers, differs in"):
         jobs.take(Network(), merging)
 

@@ -137,8 +137,12 @@ def trained(key: Key, models: Path, log: train.Log) -> tuple[Network, float]:
 
 
 def take(network: Network, base: Network) -> None:
-    """Gives a network the parameters of the unmerged one; its merger keeps its own, seeded, ones."""
-    missing = network.load_state_dict(base.state_dict(), strict=False)
+    """Gives a network the parameters of the unmerged one, and the positions of the frames that it looks at; its merger
+    keeps its own, seeded, ones."""
+    state, positions = base.state_dict(), "backbone.positions.features"
+    of_frames = state[positions].unflatten(1, (len(base.frames), -1))
+    state[positions] = of_frames[:, network.frames].flatten(1, 2)
+    missing = network.load_state_dict(state, strict=False)
     wrong = [name for name in missing.missing_keys if not name.startswith("backbone.merges.")]
     if wrong or missing.unexpected_keys:
         raise ValueError(f"network must be the unmerged one and mergers, differs in {wrong + missing.unexpected_keys}")
