@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,15 @@ def test_applied_rows_take_the_trained_network(tmp_path, monkeypatch):
     assert main([*command, "--only", "sttm", "tome"]) == 0
     assert [key.contender for key in rows.read(tmp_path / rows.FILE)] == ["tome", "sttm"]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["unmerged-0-1-steps-seed-0.pt"]
+
+
+def test_quick_is_beside_what_is_committed():
+    committed = rows.read(Path(__file__).parent.parent / "benchmarks" / "results" / rows.FILE)
+    lines = list(table.beside_expected(committed))[1:]
+    assert [line.split()[0] for line in lines] == list(jobs.QUICK)
+    for line in lines:
+        measured, expected = line[17:43], line[43:]
+        assert measured.split() == expected.split()
 
 
 def test_differences_are_paired():

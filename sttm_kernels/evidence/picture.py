@@ -21,7 +21,8 @@ TITLES = {
 
 
 def draw(found: table.Rows, path: Path, steps: int) -> None:
-    """Intervals are those of the paired difference to the unmerged network of the same seeds."""
+    """Where the unmerged network has rows, a point is its accuracy and the paired difference to it, with its interval
+    over clips: contenders may have been measured on fewer clips."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -53,7 +54,7 @@ def _draw(found: table.Rows, path: Path, steps: int) -> None:
             if points:
                 share, joint, half = zip(*points, strict=True)
                 axes.errorbar(share, joint, half, capsize=2, elinewidth=0.8, linewidth=1.1, **looks[name])
-        axes.invert_xaxis()
+        axes.set_xlim(103, 30)
         axes.set_xlabel("operations of a clip, percent of the unmerged network's")
         axes.set_ylabel("percent of clips")
         axes.legend(**BESIDE)
@@ -70,7 +71,11 @@ def _points(found: table.Rows, setting: str, name: str, steps: int, unmerged: li
     points = []
     for keys in by_rate.values():
         mine = [found[key] for key in keys]
+        share, joint = (float(np.mean([float(row[of]) for row in mine])) for of in ("share", "joint"))
         against = table.difference(mine, unmerged)
-        half = 0.0 if against is None else against.over_clips
-        points.append((*(float(np.mean([float(row[of]) for row in mine])) for of in ("share", "joint")), half))
-    return [(100 * share, joint, half) for share, joint, half in points]
+        if against is None:
+            points.append((100 * share, joint, 0.0))
+        else:
+            of_unmerged = float(np.mean([float(row["joint"]) for row in unmerged]))
+            points.append((100 * share, of_unmerged + against.points, against.over_clips))
+    return points
