@@ -68,7 +68,7 @@ def _points(found: table.Rows, setting: str, name: str, steps: int, unmerged: li
     for key in found:
         if (key.setting, key.contender) == (setting, name):
             by_rate[key.percent].append(key)
-    points = []
+    points: list[tuple[float, ...]] = []
     for keys in by_rate.values():
         mine = [found[key] for key in keys]
         share, joint = (float(np.mean([float(row[of]) for row in mine])) for of in ("share", "joint"))
