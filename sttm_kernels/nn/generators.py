@@ -116,6 +116,27 @@ class KMeans(nn.Module):
         return f"rounds={self.rounds}, similarity={self.similarity!r}"
 
 
+class _Chosen(nn.Module):
+    """The tokens that an operator chooses by their similarities."""
+
+    choose: Callable[[Tensor, int, Tensor | None, str, str], Tensor]
+
+    def __init__(self, similarity: str = "cosine", impl: str = "auto") -> None:
+        super().__init__()
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
+        self.similarity = similarity
+        self.impl = impl
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+    ) -> Tensor:
+        _check(q, rows, columns, num_meta, size)
+        return _take(q, self.choose(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
+
+    def extra_repr(self) -> str:
+        return f"similarity={self.similarity!r}"
+
+
 # An operator, so that a compiler sees one node in place of K unrolled rounds.
 @torch.library.custom_op("sttm_kernels::farthest_points", mutates_args=())
 def _farthest_points(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
@@ -145,27 +166,14 @@ def _(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: st
     return q.new_empty((q.shape[0], num_points), dtype=torch.int64)
 
 
-class FarthestPoint(nn.Module):
+class FarthestPoint(_Chosen):
     """Farthest point sampling: the token farthest from the mean, then K - 1 times the one farthest from those chosen.
 
     Far means of low similarity. Ties go to the lowest token index; a token of size 0 is taken only when no other is
     left. O(N) memory, K rounds one after another. No parameters; the choice is not differentiable, the tokens are.
     """
 
-    def __init__(self, similarity: str = "cosine", impl: str = "auto") -> None:
-        super().__init__()
-        validate.one_of("similarity", similarity, validate.SIMILARITIES)
-        self.similarity = similarity
-        self.impl = impl
-
-    def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
-    ) -> Tensor:
-        _check(q, rows, columns, num_meta, size)
-        return _take(q, _farthest_points(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
-
-    def extra_repr(self) -> str:
-        return f"similarity={self.similarity!r}"
+    choose = staticmethod(_farthest_points)
 
 
 # An operator for the same reason as farthest points.
@@ -205,7 +213,7 @@ def _(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: st
     return q.new_empty((q.shape[0], num_tokens), dtype=torch.int64)
 
 
-class Distinct(nn.Module):
+class Distinct(_Chosen):
     """The K tokens least similar to any earlier one: of near-duplicates the first stays.
 
     novelty_n = -max over m < n of sim(q_n, q_m), infinite for the first token; the K most novel tokens are taken, ties
@@ -214,20 +222,7 @@ class Distinct(nn.Module):
     tokens are.
     """
 
-    def __init__(self, similarity: str = "cosine", impl: str = "auto") -> None:
-        super().__init__()
-        validate.one_of("similarity", similarity, validate.SIMILARITIES)
-        self.similarity = similarity
-        self.impl = impl
-
-    def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
-    ) -> Tensor:
-        _check(q, rows, columns, num_meta, size)
-        return _take(q, _distinct_tokens(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
-
-    def extra_repr(self) -> str:
-        return f"similarity={self.similarity!r}"
+    choose = staticmethod(_distinct_tokens)
 
 
 class _Weights(nn.Linear):

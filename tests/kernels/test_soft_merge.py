@@ -122,8 +122,11 @@ def test_weights_below_the_normal_range_count(backend):
     inputs["q"].mul_(0.01)
     out = sttm.soft_merge(**inputs, similarity="l2", impl=backend.impl)
     truth = sttm.soft_merge(**{name: t.double() for name, t in inputs.items()}, similarity="l2", impl="reference")
-    assert 1e-42 < truth.size[0, 1] < torch.finfo(torch.float32).tiny
-    torch.testing.assert_close(out.x.double(), truth.x, rtol=1e-3, atol=1e-3)
+    mass, floats = truth.size[0, 1], torch.finfo(torch.float32)
+    assert 1e-42 < mass < floats.tiny
+    # Every weight is rounded to a multiple of the smallest number, in the sum and in the mass that divides it.
+    budget = 2 * 17 * floats.smallest_normal * floats.eps / mass * inputs["x"].abs().max()
+    assert (out.x[0, 1] - truth.x[0, 1]).abs().max() <= budget < 0.5 * truth.x[0, 1].abs().max()
 
 
 @each("output", ["x", "size", "positions"])
