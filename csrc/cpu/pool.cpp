@@ -19,8 +19,7 @@ namespace sttm::cpu {
 
 namespace {
 
-constexpr std::chrono::microseconds kSpin(
-    30);  // how long a thread without work looks for the next call before it sleeps
+constexpr std::chrono::microseconds kSpin(30);  // that a thread without work looks for the next call
 constexpr size_t kLine = 64;
 constexpr size_t kKept = size_t(32) << 20;  // bytes of scratch that a thread keeps from call to call
 
@@ -54,6 +53,7 @@ struct Call {
     std::atomic<int> joined{1};
 
     void work(int slot) {
+        if (slot >= slots) return;
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task, slot);
     }
 };
@@ -151,12 +151,13 @@ bool run_in_team(Call& call) {
     static const StartTeam start = find_team();
     if (start == nullptr || forked.load(std::memory_order_relaxed)) return false;
     call.joined.store(0, std::memory_order_relaxed);
+    // Always all of them, as PyTorch does: those that a smaller team has no use for would end, to be started again.
     start(
         [](void* data) {
             Call& call = *static_cast<Call*>(data);
             call.work(call.joined.fetch_add(1, std::memory_order_relaxed));
         },
-        &call, static_cast<unsigned>(call.slots), 0);
+        &call, 0, 0);
     return true;
 }
 

@@ -181,7 +181,9 @@ def test_sizes_below_the_normal_range(backend):
 
     results = gradient(torch.float32, backend.impl), gradient(torch.float64, "reference")
     plain = gradient(torch.float32, "reference", 2.0**120)  # which infinities overwhelm without
-    for name, *values in zip(("x", "positions", "gradient of x", "gradient of positions"), *results, plain, strict=True):
+    for name, *values in zip(
+        ("x", "positions", "gradient of x", "gradient of positions"), *results, plain, strict=True
+    ):
         assert_within_budget(name, *values, 40)
 
 
