@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,10 @@ DEFAULT_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 OLDEST_NVCC = (12, 0)
 OLDEST_ARCHITECTURE = 80
 COMPILERS = ("c++", "g++", "clang++")
+BINDINGS = "bindings.cpp"
+"""Of a build, the source that includes those of the bindings."""
+CPU_MODULE = CSRC / "cpu" / "module.cpp"
+CPU_OPTIMIZATION = "-O3"
 CPU_FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DSTTM_CPU"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -189,7 +193,7 @@ def ninja_file(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> str:
         f"  command = {shlex.join([*nvcc_, '-shared', '-cudart', 'static'])} $in -o $out",
     ]
     objects = []
-    for source in [*sorted((CSRC / "kernels").glob("*.cu")), *sorted((CSRC / "bindings").glob("*.cpp"))]:
+    for source in [*sorted((CSRC / "kernels").glob("*.cu")), build / BINDINGS]:
         objects.append(build / f"{source.name}.o")
         rule = "cuda" if source.suffix == ".cu" else "cpp"
         lines.append(f"build {_escape(objects[-1])}: {rule} {_escape(source)}")
@@ -203,10 +207,9 @@ def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
     include = [CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     compile_ = [*compiler, *CPU_FLAGS, *(f"-I{path}" for path in include)]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    once = {CSRC / "cpu" / f"{name}.cpp" for name in ("launch", "module", "pool")}
-    once |= set((CSRC / "bindings").glob("*.cpp")) - {CSRC / "bindings" / "module.cpp"}
+    once = {build / BINDINGS, *(CSRC / "cpu" / f"{name}.cpp" for name in ("launch", "pool"))}
     sets = INSTRUCTION_SETS.get(platform.machine().replace("AMD64", "x86_64"), {"baseline": ()})
-    rules = {"once": ("-O1",), **{name: ("-O3", *flags) for name, flags in sets.items()}}
+    rules = {"once": ("-O1",), **{name: (CPU_OPTIMIZATION, *flags) for name, flags in sets.items()}}
     lines = ["ninja_required_version = 1.5"]
     for name, flags in rules.items():
         isa = [] if name == "once" else [f"-DSTTM_ISA={name}"]
@@ -218,7 +221,7 @@ def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
         ]
     lines += ["rule link", f"  command = {shlex.join([*compiler, '-shared', '-pthread', *undefined])} $in -o $out"]
     objects = []
-    for source in [*sorted(once), *sorted(set((CSRC / "cpu").glob("*.cpp")) - once)]:
+    for source in [*sorted(once), *sorted(set((CSRC / "cpu").glob("*.cpp")) - once - {CPU_MODULE})]:
         for rule in ["once"] if source in once else sets:
             objects.append(build / f"{rule}.{source.name}.o")
             lines.append(f"build {_escape(objects[-1])}: {rule} {_escape(source)}")
@@ -227,7 +230,9 @@ def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
 
 
 def compile_cpu(compiler: list[str], build: Path, target: Path) -> None:
-    run_ninja({"build.ninja": cpu_ninja_file(compiler, build, target)}, build, target, compiler[0])
+    sources = set((CSRC / "bindings").glob("*.cpp")) - {CSRC / "bindings" / "module.cpp"} | {CPU_MODULE}
+    texts = {BINDINGS: together(sources), "build.ninja": cpu_ninja_file(compiler, build, target)}
+    run_ninja(texts, build, target, compiler[0])
 
 
 def _escape(path: Path) -> str:
@@ -237,8 +242,14 @@ def _escape(path: Path) -> str:
 def compile_extension(nvcc: Nvcc, names: list[str], build: Path, target: Path) -> None:
     about = {"STTM_NVCC_VERSION": nvcc.version, "STTM_ARCHITECTURES": " ".join(names)}
     header = "".join(f'#define {name} "{value}"\n' for name, value in about.items())
-    texts = {"sttm_build_info.hpp": header, "build.ninja": ninja_file(nvcc, names, build, target)}
+    bindings = together((CSRC / "bindings").glob("*.cpp"))
+    texts = {"sttm_build_info.hpp": header, BINDINGS: bindings, "build.ninja": ninja_file(nvcc, names, build, target)}
     run_ninja(texts, build, target, str(nvcc.path))
+
+
+def together(sources: Iterable[Path]) -> str:
+    """A source of several: what they include takes longer to compile than they do."""
+    return "".join(f'#include "{source}"\n' for source in sorted(sources))
 
 
 def run_ninja(texts: dict[str, str], build: Path, target: Path, compiler: str) -> None:

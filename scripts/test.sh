@@ -2,9 +2,10 @@
 # Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|all].
 #   fast    lint, types, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own
-#   cuda    the verbs through the CUDA kernels, compiled for the CPU under sanitizers
-#   all     all of this and every other test, the older of the two major versions of transformers in a process of its
-#           own, and last the ratios to rivals, with nothing beside them; what is run where nothing is named
+#   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
+#   all     all of this, but in the interpreter one in four of the cases of every test and under sanitizers one in eight;
+#           every other test; the older of the two major versions of transformers, in a process of its own; and last the
+#           ratios to rivals, with nothing beside them; what is run where nothing is named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,10 +41,10 @@ fi
 case $what in
   fast) tests tests/kernels ;;
   triton) TRITON_INTERPRET=1 tests tests/kernels ;;
-  cuda) tests tests/test_cuda_host.py ;;
+  cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
   all)
     tests
-    TRITON_INTERPRET=1 tests tests/kernels
+    TRITON_INTERPRET=1 tests --one-in 4 tests/kernels
     PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks
     ;;

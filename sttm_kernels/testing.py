@@ -537,6 +537,8 @@ def poisoned_empty() -> Iterator[None]:
 
         return wrapped
 
+    with torch.device("cpu"):
+        torch.empty(0)  # device contexts keep a table of the functions that allocate, made when one is first used
     with contextlib.ExitStack() as stack:
         for owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, poisoning(getattr(owner, name))))

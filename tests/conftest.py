@@ -7,6 +7,7 @@ STTM_CUDA_HOST=<module> the CUDA kernels compiled for the CPU. Only a machine wi
 from __future__ import annotations
 
 import importlib.util
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, help="of the cases of every test run one in so many, by its name")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: runs with torch.empty as it is, for tests that trace")
     if dispatch.interpreting() and importlib.util.find_spec("triton") is not None:
@@ -68,12 +73,22 @@ def pytest_report_header() -> str:
     return f"implementations: {found}" + ("" if torch.cuda.is_available() else "; no GPU, cases for one are left out")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    here = [item for item in items if torch.cuda.is_available() or not item.get_closest_marker("gpu")]
+    chosen = set(_one_in(config.getoption("--one-in"), here))
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def _one_in(share: int, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Of the cases of every test those whose names hash to nought, and at least that of the lowest hash."""
+    tests: dict[str, list[tuple[int, pytest.Item]]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append((zlib.crc32(item.nodeid.encode()), item))
+    for cases in tests.values():
+        lowest = min(hashed for hashed, _ in cases)
+        yield from (item for hashed, item in cases if hashed % share == 0 or hashed == lowest)
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:

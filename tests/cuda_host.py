@@ -18,6 +18,11 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SHARED = ("array", "module", "validate")  # sources of the bindings that every verb needs
+PYTEST = (
+    *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+    *("--one-in", os.environ.get("STTM_SANITIZED_ONE_IN", "8")),
+)
+"""Runs tests under sanitizers, which take ten times as long: of the cases of every test one in so many."""
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -40,10 +45,9 @@ def build(
     out_dir.mkdir(parents=True, exist_ok=True)
     kernels, bindings = (sorted((CSRC / folder).glob("*.c*")) for folder in ("kernels", "bindings"))
     sources = [p for p in (*kernels, *bindings) if not only or p.stem.removesuffix("_backward") in (*only, *SHARED)]
-    if only:
-        left_out = [p.stem for p in bindings if p not in sources]
-        stubs = "".join(f"void bind_{name}(pybind11::module_&) {{}}\n" for name in left_out)
-        sources.append(_write(out_dir / "stubs.cpp", f"#include <pybind11/pybind11.h>\nnamespace sttm {{\n{stubs}}}\n"))
+    stubs = "".join(f"void bind_{p.stem}(pybind11::module_&) {{}}\n" for p in bindings if p not in sources)
+    together = "".join(f'#include "{p}"\n' for p in bindings if p in sources) + f"namespace sttm {{\n{stubs}}}\n"
+    sources = [p for p in sources if p not in bindings] + [_write(out_dir / "bindings.cpp", together)]
     objects = [out_dir / f"{source.name}.o" for source in sources]
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command = [compiler(), *flags(sanitize, defines), *include, "-MMD", "-x", "c++", "-c"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import cuda_host
@@ -27,13 +26,14 @@ def test_the_suites_of_the_verbs(plan, monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(plan, "INSTRUCTION_SETS", {})
+    monkeypatch.setattr(plan, "CPU_OPTIMIZATION", "-O1")  # with the sanitizers' code more takes minutes to compile
     folder = HERE.parent / "build" / "cpu_sanitized"
     module = folder / "_cpu.so"
     plan.compile_cpu([*compiler, *cuda_host.SANITIZERS, "-DSTTM_BASELINE_ONLY"], folder, module)
     environment = cuda_host.environment(module) | {"STTM_CPU_MODULE": str(module)}
     del environment["STTM_CUDA_HOST"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu", *SUITES],
+        [*cuda_host.PYTEST, "-k", "cpu-cpu", *SUITES],
         env=environment, capture_output=True, text=True, cwd=HERE.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import cuda_host
@@ -30,7 +29,7 @@ def test_suite(suite):
     """Builds the module once, then runs a file of tests in a process that loads the sanitizers first."""
     module = cuda_host.build(HERE.parent / "build" / "cuda_host", jobs=int(os.environ.get("MAX_JOBS", "2")))
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / suite)],
+        [*cuda_host.PYTEST, str(HERE / suite)],
         env=cuda_host.environment(module), capture_output=True, text=True, cwd=HERE.parent,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]

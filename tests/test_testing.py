@@ -1,6 +1,8 @@
 """The checks themselves: each passes what is right and fails what is not."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -124,6 +126,20 @@ def test_poison_fills_what_is_not_written():
         assert torch.empty(2, dtype=torch.int32).tolist() == [-77, -77]
         assert torch.empty(2, dtype=torch.uint8).tolist() == [255, 255]
     assert torch.empty.__name__ == "empty"
+
+
+@pytest.mark.unpoisoned
+def test_poison_leaves_device_contexts_alone():
+    """In a process that has not used any: PyTorch makes its table of functions at the first use."""
+    program = """if True:
+        import torch
+        from sttm_kernels import testing
+        with testing.poisoned_empty(), torch.device("meta"):
+            assert torch.empty(2).is_meta
+        with torch.device("meta"):
+            assert torch.empty(2).is_meta and torch.zeros(2).new_empty(2).is_meta
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

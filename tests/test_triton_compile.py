@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time, no GPU needed: shared memory fits, nothing spills, tensor cores are used.
 
-A default run compiles a covering part: every kernel on every architecture in every dtype, every block configuration,
-every value of every other compile-time setting, but not every combination of them. All combinations take
+A default run compiles a covering part: each kernel on each architecture, in each dtype, in each block configuration,
+with each value of every other compile-time setting, but not every combination of them. All combinations take
 `python -m benchmarks.codegen`, which prints the table and fails on the same faults.
 """
 

@@ -1,7 +1,6 @@
 """Launching without a GPU: what is compiled again and what is not, the device guard, what fits a GPU."""
 
 import importlib.util
-import timeit
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from sttm_kernels import dispatch, functional
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from benchmarks.host_overhead import ALLOCATION_US, LIMIT_US, calls, stubbed_driver
+from benchmarks.host_overhead import FUNCTIONS, calls, functions_called, stubbed_driver
 from sttm_kernels.impl.triton import config, launch, similarity
 from sttm_kernels.impl.triton.unmerge import compose_kernel
 
@@ -65,15 +64,12 @@ def test_match_and_merge_take_at_most_three_launches(verb):
 @compiled
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("verb", list(calls(N=8)))
-def test_a_verb_costs_the_host_less_than_the_limit(verb):
-    """In the best of many short batches; where an allocation, in the best of batches between those, takes longer than
-    on the machine of the limit, so may a verb."""
-    x = torch.empty(1)
+def test_a_verb_calls_few_functions_on_the_host(verb):
     with stubbed_driver(), torch.no_grad(), launch.launching_instead(lambda *args: None):
-        contenders = (calls(128)[verb], lambda: x.new_empty(2, 2))
-        rounds = [[min(timeit.repeat(run, number=10, repeat=20)) for run in contenders] for _ in range(100)]
-    cost, allocation = (1e5 * min(times) for times in zip(*rounds, strict=True))
-    assert cost < LIMIT_US * max(1.0, allocation / ALLOCATION_US)
+        call = calls(128)[verb]
+        for _ in range(2):
+            call()
+        assert functions_called(call) <= FUNCTIONS[verb]
 
 
 @compiled

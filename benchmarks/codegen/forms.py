@@ -1,12 +1,14 @@
-"""In how many forms operators reach the kernels: `python -m benchmarks.codegen.forms` prints the table.
+"""In how many forms operators reach the kernels: `python -m benchmarks.codegen.forms` prints the table, and with
+`--compile` takes every form for Triton through the front end of its compiler, of which the tests take a part.
 
 A form is what chooses the code. Of a Triton kernel: the types of its arguments and its constants, absent arguments
 among them. Of the CUDA extension, whose kernels are compiled when it is built: which function is called, with arrays of
-which types, absent ones among them, and with which settings. Nothing is compiled or launched.
+which types, absent ones among them, and with which settings. Nothing is launched.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -91,9 +93,16 @@ def of_cuda(op: str) -> set[tuple[Any, ...]]:
     return seen.forms
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     from sttm_kernels.impl import triton
 
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen.forms", description="Counts forms.")
+    parser.add_argument("--compile", action="store_true", help="take every form for Triton through its front end")
+    if parser.parse_args(argv).compile:
+        from benchmarks.codegen.table import front_end
+
+        for item in itertools.chain.from_iterable(map(of_triton, operators(triton))):
+            front_end(*item)
     columns = {"triton": (triton, of_triton), "cuda": (cuda, of_cuda)}
     names = sorted({op for implementation, _ in columns.values() for op in operators(implementation)})
     print(f"{'operator':20}" + "".join(f"{name:>8}" for name in columns))

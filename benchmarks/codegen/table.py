@@ -16,13 +16,14 @@ architecture, HGMMA on sm_90, UTCHMMA on sm_100), asynchronous copies (LDGSTS, U
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,20 +79,28 @@ def _key(one: Specialization) -> tuple[Any, ...]:
     return one.kernel.__name__, types, fixed, one.divisible, *one.options.values()
 
 
-def covering(work: list[tuple[int, Specialization]]) -> list[tuple[int, Specialization]]:
-    """A small part of `work` in which every kernel meets each architecture with each of its dtypes, each of its block
-    configurations, and each value of its other compile-time settings.
+def covering(
+    work: list[tuple[int, Specialization]], shows: Callable[[int, Specialization], set[Any]] | None = None
+) -> list[tuple[int, Specialization]]:
+    """A small part of `work` that shows all that `work` shows, by default each kernel on each architecture, in each of
+    its dtypes and block configurations, with each value of its other compile-time settings.
 
     Greedy: the specialization that shows most that was not seen comes next.
     """
-    shows = [_shows(*item) for item in work]
-    unseen = set().union(*shows)
+    shown = [(shows or _shows)(*item) for item in work]
+    unseen = set().union(*shown)
     chosen = []
     while unseen:
-        at = max(range(len(work)), key=lambda i: len(shows[i] & unseen))
-        unseen -= shows[at]
+        at = max(range(len(work)), key=lambda i: len(shown[i] & unseen))
+        unseen -= shown[at]
         chosen.append(at)
     return [work[at] for at in sorted(chosen)]
+
+
+def pairs(arch: int, one: Specialization) -> set[Any]:
+    """Every two of a kernel's parameters as they are: their types, or that they are absent, or their values."""
+    known = [*one.signature.items(), *((name, repr(value)) for name, value in one.constexprs.items())]
+    return {(one.kernel.__name__, *two) for two in itertools.combinations(known, 2)}
 
 
 def _shows(arch: int, one: Specialization) -> set[Any]:
@@ -99,7 +108,7 @@ def _shows(arch: int, one: Specialization) -> set[Any]:
     blocks = tuple(item for item in one.constexprs.items() if item[0].startswith("BLOCK_"))
     settings = {(kernel, name, repr(v)) for name, v in one.constexprs.items() if not name.startswith("BLOCK_")}
     dtype = next((kind for kind in one.signature.values() if kind in ("*fp32", "*bf16", "*fp16")), None)
-    return {(kernel, arch, dtype), (kernel, blocks, *one.options.values()), *settings}
+    return {(kernel, arch), (kernel, dtype), (kernel, blocks, *one.options.values()), *settings}
 
 
 def describe(arch: int, one: Specialization) -> str:
