@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|all].
+# Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|models|all].
 #   fast    lint, types, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
-#   all     all of this, but in the interpreter one in four of the cases of every test and under sanitizers one in eight;
-#           every other test; the older of the two major versions of transformers, in a process of its own; and last the
-#           ratios to rivals, with nothing beside them; what is run where nothing is named
+#   models  every way in which models are run, in every family
+#   all     all of this, but in the interpreter one in four of the cases of every test, under sanitizers one in eight, and
+#           of the ways of models one in four; every other test; the older of the two major versions of transformers, in
+#           a process of its own; and last the ratios to rivals, with nothing beside them; what is run where nothing is
+#           named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 what=${1:-all}
-if [[ $# -gt 1 || ! $what =~ ^(fast|triton|cuda|all)$ ]]; then
-  echo "usage: scripts/test.sh [fast|triton|cuda|all]" >&2
+if [[ $# -gt 1 || ! $what =~ ^(fast|triton|cuda|models|all)$ ]]; then
+  echo "usage: scripts/test.sh [fast|triton|cuda|models|all]" >&2
   exit 2
 fi
 
@@ -21,11 +23,14 @@ bin=.venv-test/bin
 export STTM_BUILD_CUDA="${STTM_BUILD_CUDA:-0}" TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0}"
 if [[ $what == all || ! -x $bin/pytest ]]; then
   python3 -m venv .venv-test
-  $bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,hf]' requests
+  install() {
+    $bin/python -m pip install --quiet --no-compile "$@"
+  }
+  install --constraint constraints.txt --editable '.[test,hf]' requests
   # timm wants a torchvision, of which nothing compiled is used: without its dependencies, which pin another PyTorch.
-  $bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm torchvision
+  install --constraint constraints.txt --no-deps timm torchvision
   # The older transformers also needs the requests installed above.
-  $bin/python -m pip install --quiet --upgrade --no-deps --target .venv-test/transformers-4 \
+  install --upgrade --no-deps --target .venv-test/transformers-4 \
     'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
 fi
 
@@ -42,8 +47,9 @@ case $what in
   fast) tests tests/kernels ;;
   triton) TRITON_INTERPRET=1 tests tests/kernels ;;
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
+  models) tests tests/test_how_models_are_run.py ;;
   all)
-    tests
+    tests --tables-one-in 4
     TRITON_INTERPRET=1 tests --one-in 4 tests/kernels
     PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks

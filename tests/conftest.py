@@ -6,8 +6,8 @@ STTM_CUDA_HOST=<module> the CUDA kernels compiled for the CPU. Only a machine wi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="of the cases of every test run one in so many, by its name")
+    parser.addoption("--tables-one-in", type=int, default=1, help="likewise, of the tests that are marked as tables")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "table: every cell of a large table, of which a run may take a share")
     config.addinivalue_line("markers", "unpoisoned: runs with torch.empty as it is, for tests that trace")
     if dispatch.interpreting() and importlib.util.find_spec("triton") is not None:
         from launches import Compiled
@@ -76,17 +78,19 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if torch.cuda.is_available() or not item.get_closest_marker("gpu")]
-    chosen = set(_one_in(config.getoption("--one-in"), here))
+    chosen = set(_chosen(here, config.getoption("--one-in"), config.getoption("--tables-one-in")))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
 
-def _one_in(share: int, items: list[pytest.Item]) -> Iterator[pytest.Item]:
+def _chosen(items: list[pytest.Item], one_in: int, of_tables: int) -> Iterator[pytest.Item]:
     """Of the cases of every test those whose names hash to nought, and at least that of the lowest hash."""
     tests: dict[str, list[tuple[int, pytest.Item]]] = {}
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append((zlib.crc32(item.nodeid.encode()), item))
+        hashed = int.from_bytes(hashlib.md5(item.nodeid.encode(), usedforsecurity=False).digest(), "big")
+        tests.setdefault(item.nodeid.partition("[")[0], []).append((hashed, item))
     for cases in tests.values():
+        share = one_in * (of_tables if cases[0][1].get_closest_marker("table") else 1)
         lowest = min(hashed for hashed, _ in cases)
         yield from (item for hashed, item in cases if hashed % share == 0 or hashed == lowest)
 

@@ -1284,6 +1284,7 @@ def test_the_page_shows_this_table():
     assert shown == table()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "family"), CELLS)
 def test_the_plain_network_or_refused(name, family, request):
     if name in TOGETHER:
