@@ -47,6 +47,8 @@ if not SMALL:
         ((1, 20, 17, 200), "cosine", "softmax"),
         ((1, 65, 33, 300), "l2", "softmax"),
         ((1, 70, 1500, 16), "dot", "softmax"),
+        ((1, 1500, 20, 16), "l2", "softmax"),
+        ((17, 3, 5, 136), "cosine", "softmax"),
         ((1, 20, 5, 600), "cosine", "uniform"),
     ]
 

@@ -1,7 +1,7 @@
-// Gradients of assign: every row of a gradient has one owner, which works the similarities out again.
+// Gradients of assign: every row of a gradient has one owner, which works its similarities out again, once.
 #pragma once
 
-#include "similarity.cuh"
+#include "weight_panel.cuh"
 
 namespace sttm {
 
@@ -45,16 +45,21 @@ __device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a
     return {chosen, at(a.grad_score, item, n), at(a.grad_lse, item, n), a.lse[item * a.N + n]};
 }
 
-// dL/dq by tiles of tokens (TOKENS) or dL/dmeta by tiles of meta tokens, one block per tile and slice of D:
-// dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n) times the other side's features.
-template <typename T, bool EXACT, bool TOKENS>
+// Where there are fewer blocks than kFewBlocks, up to kMostParts share the slices of a tile, each with weights of its
+// own: two products in a row become one and a part of the other.
+constexpr int kFewBlocks = 32, kMostParts = 4;
+
+// dL/dq by tiles of tokens (TOKENS) or dL/dmeta by tiles of meta tokens, `parts` blocks per tile:
+// dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n) times the other side's features. Where a panel has no room
+// for all other rows, every slice of D works all of them out.
+template <typename T, bool EXACT, bool TOKENS, int ROWS>
 __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
-    assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
-    using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
-    const int num_tiles = ceil_div(num_own, Sum::OWN), slices = ceil_div(a.D, Sum::SLICE);
-    const int part = blockIdx.x % slices * Sum::SLICE, first = blockIdx.x / slices % num_tiles * Sum::OWN;
-    const int64_t item = blockIdx.x / (int64_t(slices) * num_tiles);
+    assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features,
+                           int width, int parts) {
+    using Panel = WeightPanel<T, EXACT, ROWS>;
+    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N, num_tiles = ceil_div(num_own, ROWS);
+    const int first_part = blockIdx.x % parts * Panel::SLICE, first = blockIdx.x / parts % num_tiles * ROWS;
+    const int64_t item = blockIdx.x / (int64_t(parts) * num_tiles);
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
     const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
     const auto& own = either<TOKENS>(tokens, metas);
@@ -62,35 +67,47 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     const Features& own_features = TOKENS ? q_features : m_features;
     const Features& other_features = TOKENS ? m_features : q_features;
 
-    STTM_SHARED(TokenTerm, terms, [Sum::OTHER]);  // of the tokens, own or other
+    STTM_SHARED(TokenTerm, terms, [Panel::OTHER]);  // of the tokens, own or other
     const int thread = static_cast<int>(threadIdx.x);
-    Sum sum(shared_memory<unsigned char>());
-    auto& tiles = sum.tiles;
-    if (TOKENS && thread < Sum::OWN) terms[thread] = token_term(a, item, first + thread);
-    for (int start = 0; start < num_other; start += Sum::OTHER) {
-        float dot[1][4][4];
-        clear(dot);
-        tiles.multiply(dot, own, own_features, first, other, other_features, start, a.similarity,
-                       start + Sum::OTHER < num_other, [&] {
-                           sum.load_values(other, other_features, start, part);
-                           if (!TOKENS && thread < Sum::OTHER) terms[thread] = token_term(a, item, start + thread);
-                       });
-        sum.pull_back(dot, a.similarity, [&](int j, int e, int row, int column) {
-            const TokenTerm& term = terms[TOKENS ? row : column];
-            const int k = TOKENS ? start + column : first + row;
-            float dS = 0;
-            if (term.chosen >= 0 && k < a.K) {
-                const float S = similarity_of(dot[0][j][e], tiles.own_term[row], tiles.other_term[column],
-                                              a.inverse_temperature, a.similarity);
-                dS = term.lse_grad * expf(S - term.level);
-                if (k == term.chosen) dS += term.score_grad;
-            }
-            return dS * a.inverse_temperature;
-        });
-        sum.add(num_other - start, a.D - part);
+    Panel panel(shared_memory<unsigned char>(), width, width >= num_other);
+    if (TOKENS && thread < ROWS) terms[thread] = token_term(a, item, first + thread);
+    const auto make_weights = [&](int from, int end) {
+        STTM_NO_UNROLL
+        for (int start = from; start < end; start += Panel::OTHER) {
+            float dot[2][Panel::NT][4];
+            const int count = min(Panel::OTHER, end - start);
+            panel.multiply(dot, own, own_features, first, other, other_features, start, count, a.similarity, [&] {
+                if (!TOKENS && thread < Panel::OTHER) terms[thread] = token_term(a, item, start + thread);
+            });
+            panel.pull_back(
+                dot, start - from, count, a.similarity, start > 0, [&](int i, int j, int e, int row, int column) {
+                    const TokenTerm& term = terms[TOKENS ? row : column];
+                    const int k = TOKENS ? start + column : first + row;
+                    float dS = 0;
+                    if (term.chosen >= 0 && k < a.K) {
+                        const float S = similarity_of(dot[i][j][e], panel.own_term[row], panel.other_term[column],
+                                                      a.inverse_temperature, a.similarity);
+                        dS = term.lse_grad * expf(S - term.level);
+                        if (k == term.chosen) dS += term.score_grad;
+                    }
+                    return dS * a.inverse_temperature;
+                });
+        }
+    };
+    STTM_NO_UNROLL
+    for (int part = first_part; part < a.D; part += parts * Panel::SLICE) {
+        const bool fresh = part == first_part || width < num_other;
+        int from = 0;
+        do {
+            const int end = min(num_other - from, width) + from;
+            if (fresh) make_weights(from, end);
+            panel.add(other, other_features, from, end - from, part, from > 0);
+            from = end;
+        } while (from < num_other);
+        if (fresh) panel.reduce_sums();
+        panel.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own, own_features, first,
+                             part, a.similarity);
     }
-    sum.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own, own_features, first, part,
-                       a.similarity);
 }
 
 constexpr int kAssignWarps = 4;
@@ -206,17 +223,38 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     }
 }
 
+// A tile of 64 rows, or of 32 if the weights of all other rows fit shared memory only then.
+template <typename T, bool EXACT, bool TOKENS>
+cudaError_t launch_assign_tiles(const AssignBackwardArguments& a, const Features& q_features,
+                                const Features& m_features, cudaStream_t stream) {
+    constexpr int kMostWidth = 1 << 15;  // beyond what any shared memory holds
+    const int num_other = TOKENS ? a.K : a.N, whole = ceil_div(min(num_other, kMostWidth), 16) * 16;
+    const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, TOKENS, decltype(rows)::value>; };
+    const auto fits = [&](auto rows) {
+        const size_t bytes = WeightPanel<T, EXACT, decltype(rows)::value>::bytes(whole, true);
+        return num_other <= whole && can_have_shared_memory(kernel_of(rows), bytes) == cudaSuccess;
+    };
+    const auto run = [&](auto rows, int width) {
+        using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
+        const int64_t tiles = times(a.B, ceil_div(TOKENS ? a.N : a.K, rows()));
+        const int slices = ceil_div(a.D, Panel::SLICE), blocks = static_cast<int>(min(tiles, int64_t(kFewBlocks)));
+        const int parts = blocks == 0 ? 1 : min(min(slices, kMostParts), kFewBlocks / blocks);
+        return launch(kernel_of(rows), Grid{times(tiles, parts)}, kAssignBackwardThreads,
+                      Panel::bytes(width, width >= num_other), stream, a, q_features, m_features, width, parts);
+    };
+    using Rows64 = std::integral_constant<int, 64>;
+    using Rows32 = std::integral_constant<int, 32>;
+    if (fits(Rows64())) return run(Rows64(), whole);
+    if (fits(Rows32())) return run(Rows32(), whole);
+    return run(Rows64(), WeightPanel<T, EXACT, 64>::OTHER);
+}
+
 template <typename T, bool EXACT>
 cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_t stream) {
     const Features q_features = features_of<T>(a.q, a.D), m_features = features_of<T>(a.meta, a.D);
     const bool soft = a.grad_lse.data != nullptr;
     const auto by_tiles = [&](auto tokens) {
-        using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-        constexpr bool kTokens = decltype(tokens)::value;
-        const int tiles = ceil_div(kTokens ? a.N : a.K, Sum::OWN);
-        return launch(assign_backward_kernel<T, EXACT, kTokens>,
-                      Grid{times(int64_t(a.B) * tiles, ceil_div(a.D, Sum::SLICE))}, kAssignBackwardThreads, Sum::BYTES,
-                      stream, a, q_features, m_features);
+        return launch_assign_tiles<T, EXACT, decltype(tokens)::value>(a, q_features, m_features, stream);
     };
     const auto by_warps = [&](auto kernel, int64_t tasks) {
         return launch(kernel, Grid{ceil_div64(tasks, kAssignWarps)}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
