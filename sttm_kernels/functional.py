@@ -19,9 +19,9 @@ Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from sttm_kernels import partition as _partition
 from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
 
+_Made = TypeVar("_Made")
 QUERIES = "(B, N, D) or (B, H, N, D)"
 IMPL_NAMES = ("auto", *dispatch.IMPLEMENTATIONS)
 
@@ -210,37 +211,48 @@ def match(
         partition = _check_partition_mask(partition, B, N, num_prefix, protected)
     blocks = None
     if window is not None and geometry is not None:
-        blocks = geometry, validate.extents("window", window, 3, "(t, h, w)")
+        window = validate.extents("window", window, 3, "(t, h, w)")
+        blocks = geometry, window
 
     fixed = num_prefix + len(protected)
     num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell, protected)
     r = _partition.clamped(r, partition, N, num_prefix, num_dst, blocks, protected)
 
-    src = dst = None
-    moved = _moved(protected, N, num_prefix, metric.device) if protected else None
+    device = metric.device
+    moved = _table(_partition.move, protected, N, num_prefix, device) if protected else None
     metric = metric.detach() if metric.requires_grad else metric
-    every_second = isinstance(partition, str) and partition == "alternate" and blocks is None
-    if every_second and impl != "reference":
-        if moved is not None:
-            src, dst = _partition.alternate_lists(moved, num_prefix, protected)
+    src = dst = None
+    if impl != "reference" and isinstance(partition, str) and partition != "random2d":
+        if partition != "alternate" or window is not None or protected:
+            src, dst = _table(
+                _partition.known_src_and_dst, partition, N, num_prefix, geometry, num_dst, window, protected, device
+            )
     else:
         kept = None if moved is None else moved.protected
-        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, metric.device, kept)
+        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, device, kept)
         if impl == "reference":
-            block = None if blocks is None else _partition.blocks(*blocks, metric.device)
+            block = None if blocks is None else _partition.blocks(*blocks, device)
             return reference.match(metric, r, num_prefix, is_dst, block, kept)
-        if blocks is not None:
-            bound = _partition.window_bound(partition, blocks[1])
-            src, dst = _partition.window_lists(is_dst, num_prefix, *blocks, bound, moved)
-        else:
-            src, dst = _partition.lists(is_dst if moved is None else is_dst[:, moved.token], num_dst, fixed)
+        src, dst = _partition.src_and_dst(partition, is_dst, num_prefix, geometry, num_dst, window, protected, moved)
     run = ops.match if moved is None else partial(_match_moved, moved)
     return run(metric, r, fixed, src, dst, impl)
 
 
-def _moved(protected: tuple[int, ...], N: int, num_prefix: int, device: torch.device) -> _partition.Moved:
-    listened = torch.compiler.is_compiling() or torch_private.observed()  # then these are tensors of the listener's
-    return (_partition.move if listened else _partition.moved_before)(protected, N, num_prefix, device)
+def _table(make: Callable[..., _Made], *args: Any) -> _Made:
+    """What `make` makes of numbers and, last of `args`, a device; kept for later calls, unless it belongs to one who
+    listens or to a graph that is captured. Each stream has its own, for none waits for another."""
+    device = args[-1]
+    on_gpu = device.type == "cuda"
+    listened = torch.compiler.is_compiling() or torch_private.observed()
+    if listened or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return make(*args)
+    return _kept(make, torch_private.raw_stream(device.index) if on_gpu else 0, *args)
+
+
+@lru_cache(maxsize=64)
+def _kept(make: Callable[..., _Made], stream: int, *args: Any) -> _Made:
+    with torch.inference_mode(False):
+        return make(*args)
 
 
 def _match_moved(moved: _partition.Moved, metric: Tensor, *args: Any) -> MergePlan:
@@ -283,7 +295,7 @@ def _check_partition_mask(partition: Tensor, B: int, N: int, num_prefix: int, pr
         shape = validate.shape_text(partition.shape)
         raise ValueError(f"partition must have shape (N,) = ({N},) or (B, N) = ({B}, {N}), got {shape}")
     if protected:
-        partition = partition & ~_moved(protected, N, num_prefix, partition.device).protected
+        partition = partition & ~_table(_partition.move, protected, N, num_prefix, partition.device).protected
     counts = partition.reshape(-1, N)[:, num_prefix:].sum(1)
     if counts.numel() > 1 and not torch.compiler.is_compiling() and bool((counts != counts[0]).any()):
         raise ValueError(f"partition must have equally many dst tokens in every row, got {counts.tolist()}")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,13 +40,6 @@ def move(protected: tuple[int, ...], num_tokens: int, num_prefix: int, device: t
     rank = is_protected.cumsum(0)
     place = torch.where(is_protected, num_prefix + rank - 1, n + (n >= num_prefix) * (len(protected) - rank))
     return Moved(is_protected, place, torch.zeros_like(n).scatter(0, place, n))
-
-
-@lru_cache(maxsize=64)
-def moved_before(protected: tuple[int, ...], num_tokens: int, num_prefix: int, device: torch.device) -> Moved:
-    """`move`, once for each sequence: the host would wait for the device at every copy of `protected` to it."""
-    with torch.inference_mode(False):
-        return move(protected, num_tokens, num_prefix, device)
 
 
 def destinations(
@@ -183,6 +175,42 @@ def window_lists(
         return torch.where(ascending < outside, ascending, -1).to(torch.int32)
 
     return compact(~dst_here, bound[0]), compact(dst_here, bound[1])
+
+
+def src_and_dst(
+    partition: str | Tensor,
+    is_dst: Tensor,
+    num_prefix: int,
+    grid: Grid | None,
+    num_dst: int,
+    window: Grid | None,
+    protected: tuple[int, ...],
+    moved: Moved | None,
+) -> tuple[Tensor, Tensor]:
+    """`window_lists` or, without a window, `lists`; with `moved` of places."""
+    if window is not None:
+        assert grid is not None
+        return window_lists(is_dst, num_prefix, grid, window, window_bound(partition, window), moved)
+    return lists(is_dst if moved is None else is_dst[:, moved.token], num_dst, num_prefix + len(protected))
+
+
+def known_src_and_dst(
+    partition: str,
+    num_tokens: int,
+    num_prefix: int,
+    grid: Grid | None,
+    num_dst: int,
+    window: Grid | None,
+    protected: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`src_and_dst` of "alternate" and "frames", which follow from these numbers."""
+    moved = move(protected, num_tokens, num_prefix, device) if protected else None
+    if moved is not None and window is None and partition == "alternate":
+        return alternate_lists(moved, num_prefix, protected)
+    kept = None if moved is None else moved.protected
+    is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device, kept)
+    return src_and_dst(partition, is_dst, num_prefix, grid, num_dst, window, protected, moved)
 
 
 def window_bound(partition: str | Tensor, window: Grid) -> tuple[int, int]:

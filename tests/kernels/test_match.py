@@ -18,6 +18,7 @@ from cases import (
 )
 
 import sttm_kernels as sttm
+from sttm_kernels import functional
 from sttm_kernels import partition as splits
 from sttm_kernels.checks import check_match
 from sttm_kernels.testing import (
@@ -290,3 +291,22 @@ def test_a_token_that_is_not_a_number_keeps_to_itself(backend):
     assert int(after.index[0, 4]) < 1
     rest = (torch.arange(40) % 2 == 0) & (torch.arange(40) != 4)
     assert_equal("score", after.score[0, rest], before.score[0, rest])
+
+
+@each("partition", ("alternate", "frames"))
+def test_lists_that_follow_from_numbers_are_made_once(backend, partition, monkeypatch):
+    """Also where the first call was made under inference mode; another grid has lists of its own."""
+    metric = tokens(backend, 1, 24, 8)
+
+    def call(metric, **geometry):
+        return match(backend, metric, 4, partition=partition, **geometry)
+
+    functional._kept.cache_clear()
+    with torch.inference_mode():
+        first = call(metric, grid=(2, 3, 4), window=(2, 1, 4))
+    other = call(metric, grid=(4, 2, 3), window=(2, 1, 2))
+    monkeypatch.setattr(splits, "window_lists", lambda *args: pytest.fail("made again"))
+    again = call(metric.requires_grad_(), grid=(2, 3, 4), window=(2, 1, 4))
+    assert_equal("index", again.index, first.index)
+    assert_equal("index", call(metric, grid=(4, 2, 3), window=(2, 1, 2)).index, other.index)
+    assert not torch.equal(other.index, first.index)
