@@ -135,6 +135,20 @@ def test_out_of_memory_is_a_row_and_the_run_goes_on(bench, monkeypatch):
     assert rows[-1]["check"] == "passed"
 
 
+def test_an_error_of_a_compiler_is_a_row_and_the_run_goes_on(bench, monkeypatch):
+    class CompilationError(Exception):
+        """As Triton's: of no class that PyTorch's errors have."""
+
+    def refused(*args):
+        raise CompilationError("at 3:7")
+
+    monkeypatch.setattr(rivals, "one_hot_merge", refused)
+    _, rows, _ = bench("--no-compile")
+    checks = {row["check"] for row in rows if row["impl"] == "one-hot bmm"}
+    assert checks == {"failed: CompilationError: at 3:7"}
+    assert rows[-1]["check"] == "passed"
+
+
 def test_a_matrix_that_does_not_fit_is_not_tried_on_a_cpu(bench, monkeypatch):
     answers = iter([math.inf])  # for the inputs
     monkeypatch.setattr(timing, "available_bytes", lambda: next(answers, 1000.0))
