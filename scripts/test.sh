@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|models|all].
 #   fast    lint, types, and the verbs in plain PyTorch and in the CPU kernels
-#   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own
+#   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
 #   models  every way in which models are run, in every family
-#   all     all of this, but in the interpreter one in four of the cases of every test, under sanitizers one in eight, and
-#           of the ways of models one in four; every other test; the older of the two major versions of transformers, in
-#           a process of its own; and last the ratios to rivals, with nothing beside them; what is run where nothing is
-#           named
+#   all     all of this, but under sanitizers one in eight of the cases of every test, else one in four; every other test;
+#           the older of the two major versions of transformers, in a process of its own; and last the ratios to rivals,
+#           with nothing beside them; what is run where nothing is named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,7 +44,10 @@ if [[ $what == fast || $what == all ]]; then
 fi
 case $what in
   fast) tests tests/kernels ;;
-  triton) TRITON_INTERPRET=1 tests tests/kernels ;;
+  triton)
+    TRITON_INTERPRET=1 tests tests/kernels
+    tests tests/test_triton_compile.py
+    ;;
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
   models) tests tests/test_how_models_are_run.py ;;
   all)

@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time, no GPU needed: shared memory fits, nothing spills, tensor cores are used.
 
-A default run compiles a covering part: each kernel on each architecture, in each dtype, in each block configuration,
-with each value of every other compile-time setting, but not every combination of them. All combinations take
+Compiled is a covering part: each kernel on each architecture, in each dtype, in each block configuration, with each
+value of every other compile-time setting, but not every combination of them. All combinations take
 `python -m benchmarks.codegen`, which prints the table and fails on the same faults.
 """
 
@@ -34,6 +34,7 @@ COVERING = codegen.covering(WORK)
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.table
 @pytest.mark.parametrize("at", range(len(COVERING)), ids=lambda at: codegen.describe(*COVERING[at]).replace(" ", "-"))
 def test_code(at):
     arch, one = COVERING[at]
