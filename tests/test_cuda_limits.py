@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sttm_kernels import dispatch, functional
+from sttm_kernels import MergePlan, dispatch, functional
 from sttm_kernels.impl import cuda
 from sttm_kernels.testing import assert_equal, make_tokens
 
@@ -24,14 +24,6 @@ def huge(dtype, *shape):
 
 def unmerge(B, N):
     C.unmerge(huge(FLOAT, B, 1, 1), huge(INT, B, N), huge(FLOAT, B, N, 1), 0)
-
-
-def merge(B, N, K, D):
-    floats = [huge(FLOAT, B, K, D), huge(FLOAT, B, K), huge(FLOAT, B, K, 0), huge(FLOAT, B, K)]
-    order, offsets = huge(INT, B, N), huge(INT, B, K + 1)
-    C.merge(
-        huge(FLOAT, B, N, D), huge(INT, B, N), K, None, None, None, None, order, offsets, None, "mean", *floats, 0
-    )  # fmt: skip
 
 
 def merge_backward(B, N, D, reduce="mean"):
@@ -84,8 +76,6 @@ def soft_merge_backward(B, N):
     [
         (unmerge, (2**29, 2048), (2**32, 1)),
         (unmerge, (2**29, 2049), (9 * 2**29, 1)),
-        (merge, (1, 1, 1, 2**22 + 1), (1, 2**16 + 1)),
-        (merge, (2**28, 1, 64, 1), (2**31, 1)),
         (merge_backward, (2**17, 2**17, 1), (2**31, 1)),
         (merge_backward, (1, 1, 2**22 + 1, "max"), (1, 2**16 + 1)),
         (match, (2**20, 2**18), (2**31, 1)),
@@ -102,6 +92,13 @@ def test_more_blocks_than_a_grid_has(call, shape, blocks):
     needed = rf"the arrays of {call.__name__} are too large: a grid of {blocks[0]} x {blocks[1]} blocks is needed"
     with pytest.raises(ValueError, match=rf"{needed}, and 2147483647 x 65535 is the largest \(\w+ \(\d+, "):
         call(*shape)
+
+
+def test_more_items_than_a_launch_of_merge_has():
+    x = make_tokens(2**16 + 1, 2, 1)
+    index = torch.zeros(2**16 + 1, 2, dtype=torch.int32)
+    out = functional.merge(x, MergePlan(index, 1), reduce="max", impl="cuda")
+    assert_equal("x", out.x, x.amax(1, keepdim=True))
 
 
 @pytest.mark.parametrize("num_groups", [-1, 2**30, 2**31 - 1])

@@ -26,8 +26,8 @@ from sttm_kernels.checks import check_merge, fields, make_rows
 from sttm_kernels.testing import DTYPES, LAYOUTS, assert_equal, assert_within_budget, make_index, make_tokens
 
 EVERYTHING = ("weight", "size", "positions", "fill")
-LENGTHS = (20,) if SMALL else (20, 60)
-"""Of tokens in five groups: groups of a few tokens, and more of them than that."""
+LENGTHS = (20,) if SMALL else (20, 180)
+"""Of tokens in five groups: groups of a few tokens, and of so many that CUDA has a block for each."""
 
 
 def tokens(backend, B, N, K, C, dtype=torch.float32, given=EVERYTHING, **more):
@@ -73,17 +73,17 @@ def test_what_may_be_left_out(backend, reduce, given, dtype):
 
 @each_reduction
 @each("kind", ["even", "one", "none"])
-@each("N", (30,) if SMALL else (20, 90))
+@each("N", (30,) if SMALL else (20, 90, 100))
 def test_empty_groups_and_one_long_group(backend, N, reduce, kind):
     check(backend, tokens(backend, 2, N, 3, 17), make_index(2, N, 3, backend.device, kind=kind), 3, reduce)
 
 
 @pytest.mark.shipped_blocks
 @each_dtype_and_reduction
-@each("K", [3, 66])
-def test_long_and_short_groups_of_many_channels(backend, reduce, K, dtype):
+@each(("K", "kind"), [(3, "random"), (66, "random"), (66, "one")])
+def test_long_and_short_groups_of_many_channels(backend, reduce, K, kind, dtype):
     N, C = (70, 72) if SMALL else (300, 520)
-    check(backend, tokens(backend, 1, N, K, C, dtype), make_index(1, N, K, backend.device), K, reduce)
+    check(backend, tokens(backend, 1, N, K, C, dtype), make_index(1, N, K, backend.device, kind=kind), K, reduce)
 
 
 @pytest.mark.shipped_blocks

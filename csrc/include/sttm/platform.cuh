@@ -58,8 +58,8 @@ constexpr int64_t times(int64_t a, int64_t b) { return a > 0 && b > INT64_MAX / 
 
 // Blocks of a launch, counted in 64 bits so that too many are seen.
 struct Grid {
-    static constexpr int64_t kMostX = INT32_MAX, kMostY = 65535;
-    int64_t x, y = 1;
+    static constexpr int64_t kMostX = INT32_MAX, kMostY = 65535, kMostZ = 65535;
+    int64_t x, y = 1, z = 1;
 
     // Throws std::length_error if CUDA has no grids of that size.
     dim3 checked() const {
@@ -67,7 +67,7 @@ struct Grid {
             throw std::length_error("a grid of " + std::to_string(x) + " x " + std::to_string(y) +
                                     " blocks is needed, and " + std::to_string(kMostX) + " x " +
                                     std::to_string(kMostY) + " is the largest");
-        return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+        return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
     }
 };
 
@@ -98,7 +98,7 @@ cudaError_t can_have_shared_memory(void (*kernel)(Parameters...), size_t bytes) 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), Grid blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-    if (blocks.x == 0 || blocks.y == 0) return cudaSuccess;
+    if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return cudaSuccess;
     const dim3 grid = blocks.checked(), block(static_cast<unsigned>(threads));
     std::unique_lock<std::mutex> lock(shared_memory_mutex(), std::defer_lock);
     if (shared_bytes > 0) {
@@ -157,8 +157,8 @@ struct alignas(16) Vec {
 
 // Warps. Every lane must call; lane and warp are those of a block in one dimension.
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % kWarpSize); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / kWarpSize); }
 
 #if defined(STTM_HOST)
 
