@@ -112,10 +112,14 @@ __device__ __forceinline__ void product_by_fma(float (&acc)[MT][NT][4], const A*
 
 #ifndef STTM_HOST
 
+// Where a row lies in shared memory, as a number that is worked out once and not for every instruction.
+__device__ __forceinline__ uint32_t shared_address(const void* row) {
+    return static_cast<uint32_t>(anew(static_cast<int>(__cvta_generic_to_shared(row))));
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool TRANSPOSE>
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
     if constexpr (TRANSPOSE) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -145,23 +149,58 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
 #undef STTM_MMA
 }
 
-template <bool DEPTH_MAJOR, int PAIR, int MT, int NT, typename T>
+// The same of half the depth, of 16-bit elements.
+template <typename T>
+__device__ __forceinline__ void multiply_half(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#define STTM_MMA(shape_and_types)                                                           \
+    asm("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};" \
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                            \
+        : "r"(a0), "r"(a1), "r"(b))
+    if constexpr (std::is_same<T, __half>::value) {
+        STTM_MMA("m16n8k8.row.col.f32.f16.f16.f32");
+    } else {
+        STTM_MMA("m16n8k8.row.col.f32.bf16.bf16.f32");
+    }
+#undef STTM_MMA
+}
+
+// acc[h] += 16 rows times rows 8 h to 8 h + 7 of them, whose sums of squares lie on its diagonal.
+template <int UNROLL, typename T>
+__device__ __forceinline__ void add_squares(float (&acc)[2][4], const T* rows, int pitch, int depth) {
+    const int lane = anew(lane_index());
+    const uint32_t at = shared_address(rows + lane % 16 * pitch + lane / 16 * 8);
+#pragma unroll UNROLL
+    for (int k = 0; k < depth; k += 16) {
+        uint32_t r[4];
+        load_matrices<false>(r, at + k * sizeof(T));
+        STTM_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            multiply_half<T>(acc[0], r[2 * half], r[2 * half + 1], r[2 * half]);
+            multiply_half<T>(acc[1], r[2 * half], r[2 * half + 1], r[2 * half + 1]);
+        }
+    }
+}
+
+template <bool DEPTH_MAJOR, int PAIR, int UNROLL, int MT, int NT, typename T>
 __device__ __forceinline__ void product_of_halves(float (&acc)[MT][NT][4], const T* a, int pitch_a, const T* b,
                                                   int pitch_b, int depth, int columns) {
     const int lane = anew(lane_index());
+    constexpr int kBytes = sizeof(T);
     a += lane % 16 * pitch_a + lane / 16 * 8;
     b += DEPTH_MAJOR ? lane % 16 * pitch_b + lane / 16 * 8 : (lane % 8 + lane / 16 * 8) * pitch_b + lane / 8 % 2 * 8;
-    STTM_NO_UNROLL
+    const uint32_t left_at = shared_address(a), right_at = shared_address(b);
+#pragma unroll UNROLL
     for (int k = 0; k < depth; k += 16) {
         uint32_t left[MT][4];
         STTM_UNROLL
-        for (int i = 0; i < MT; ++i) load_matrices<false>(left[i], a + 16 * i * pitch_a + k);
+        for (int i = 0; i < MT; ++i) load_matrices<false>(left[i], left_at + (16 * i * pitch_a + k) * kBytes);
         STTM_UNROLL
         for (int j = 0; j < NT; j += 2) {
             const int column = j / 2 * PAIR;
             if (column >= columns) continue;
             uint32_t right[4];
-            load_matrices<DEPTH_MAJOR>(right, b + (DEPTH_MAJOR ? k * pitch_b + column : column * pitch_b + k));
+            load_matrices<DEPTH_MAJOR>(right,
+                                       right_at + (DEPTH_MAJOR ? k * pitch_b + column : column * pitch_b + k) * kBytes);
             STTM_UNROLL
             for (int i = 0; i < MT; ++i) {
                 multiply<T>(acc[i][j], left[i], right[0], right[1]);
@@ -207,8 +246,9 @@ __device__ __forceinline__ void product_in_tf32(float (&acc)[MT][NT][4], const A
 
 // acc += A B for a warp: A is MT * 16 rows by `depth`, adjacent along the depth; B is `depth` by NT * 8 columns,
 // adjacent along the columns if DEPTH_MAJOR and along the depth if not. Depth is a multiple of 16, rows start at
-// multiples of 16 bytes, NT is even; pairs of column tiles that start at or beyond `columns` are left out.
-template <bool EXACT, bool DEPTH_MAJOR, int PAIR = 16, int MT, int NT, typename A, typename B>
+// multiples of 16 bytes, NT is even; pairs of column tiles that start at or beyond `columns` are left out. UNROLL steps
+// of 16-bit operands are written out, where registers allow it.
+template <bool EXACT, bool DEPTH_MAJOR, int PAIR = 16, int UNROLL = 1, int MT, int NT, typename A, typename B>
 __device__ __forceinline__ void warp_product(float (&acc)[MT][NT][4], const A* a, int pitch_a, const B* b, int pitch_b,
                                              int depth, int columns = NT / 2 * PAIR) {
     static_assert(NT % 2 == 0, "column tiles come in pairs");
@@ -216,7 +256,7 @@ __device__ __forceinline__ void warp_product(float (&acc)[MT][NT][4], const A* a
     product_by_fma<DEPTH_MAJOR, PAIR>(acc, a, pitch_a, b, pitch_b, depth, columns);
 #else
     if constexpr (std::is_same<A, B>::value && !std::is_same<A, float>::value) {
-        product_of_halves<DEPTH_MAJOR, PAIR>(acc, a, pitch_a, b, pitch_b, depth, columns);
+        product_of_halves<DEPTH_MAJOR, PAIR, UNROLL>(acc, a, pitch_a, b, pitch_b, depth, columns);
     } else if constexpr (EXACT) {
         product_by_fma<DEPTH_MAJOR, PAIR>(acc, a, pitch_a, b, pitch_b, depth, columns);
     } else {

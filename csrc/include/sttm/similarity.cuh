@@ -72,6 +72,7 @@ __device__ __forceinline__ Vec<T> features(const T* row, const Features& f, int 
     const bool whole = f.vectors && d + kSize <= f.D;
     float total[kSize] = {};
     row += d * f.stride_d;
+    if (whole && f.heads == 1) return Vec<T>::load(row);
     Vec<T> v;
     STTM_NO_UNROLL
     for (int h = 0; h < f.heads; ++h, row += f.stride_h) {

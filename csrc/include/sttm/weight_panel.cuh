@@ -15,37 +15,39 @@ struct RowPieces {
     static_assert(COUNT * STEP == ROWS && STEP * PER_ROW == THREADS, "threads share the pieces evenly");
 
     const T* from[COUNT];
-    unsigned real = 0;  // a bit for every row that is there
+    unsigned there = 0;  // a bit for every row
     bool vectors;
 
     template <typename Rows>
     __device__ __forceinline__ RowPieces(const Rows& rows, const Features& f, int first)
-        : vectors(f.vectors && f.heads == 1) {
+        : vectors(f.vectors && f.heads == 1 && f.D % Vec<T>::size == 0) {
         if (!vectors) return;
         STTM_UNROLL
         for (int s = 0; s < COUNT; ++s) {
-            const T* row = rows(first + static_cast<int>(threadIdx.x) / PER_ROW + s * STEP);
-            real |= unsigned(row != nullptr) << s;
-            from[s] = row == nullptr ? rows.data : row;
+            from[s] = rows(first + static_cast<int>(threadIdx.x) / PER_ROW + s * STEP);
+            there |= unsigned(from[s] != nullptr) << s;
         }
     }
 
-    // Features from `start` on of D, of the first `count` rows and up to a multiple of 16; what is not there is 0.
+    // Features from `start` on; what is not there is 0.
     template <typename Rows>
-    __device__ __forceinline__ void copy(T* tile, int pitch, const Rows& rows, const Features& f, int first, int count,
-                                         int D, int start) const {
+    __device__ __forceinline__ void copy(T* tile, int pitch, const Rows& rows, const Features& f, int first,
+                                         int start) const {
         if (!vectors) {
             load_tile<THREADS, ROWS, COLUMNS>(tile, pitch, rows, first, f, start);
             return;
         }
-        const int thread = static_cast<int>(threadIdx.x), column = thread % PER_ROW * Vec<T>::size;
-        const int left = D - start - column, d = left > 0 ? start + column : 0;
-        const int bytes = max(0, min(left, Vec<T>::size)) * static_cast<int>(sizeof(T));
-        T* const to = tile + thread / PER_ROW * pitch + column;
+        const int thread = anew(threadIdx.x), d = start + thread % PER_ROW * Vec<T>::size;
+        const unsigned copied = d < f.D ? there : 0;
+        T* const to = tile + thread / PER_ROW * pitch + thread % PER_ROW * Vec<T>::size;
         STTM_UNROLL
         for (int s = 0; s < COUNT; ++s) {
-            if (s * STEP < (count + 15) / 16 * 16)
-                copy_async(to + s * STEP * pitch, from[s] + d, real >> s & 1 ? bytes : 0);
+            if (copied >> s & 1) copy_async(to + s * STEP * pitch, from[s] + d, 16);
+        }
+        if (copied == (1u << COUNT) - 1) return;
+        STTM_UNROLL
+        for (int s = 0; s < COUNT; ++s) {
+            if (!(copied >> s & 1)) Vec<float>::filled(0).store(reinterpret_cast<float*>(to + s * STEP * pitch));
         }
     }
 };
@@ -63,22 +65,14 @@ struct RowSquares {
     float acc[COUNT][2][4] = {};
 
     // Of rows [first, end), multiples of 16.
+    template <int UNROLL>
     __device__ __forceinline__ void add(const T* tile, int pitch, int depth, int first, int end) {
         if constexpr (DIAGONAL) {
 #ifndef STTM_HOST
-            const int lane = anew(lane_index());
             STTM_UNROLL
             for (int c = 0; c < COUNT; ++c) {
                 const int row = (warp_index() + 8 * c) * 16;
-                if (row < first || row >= end) continue;
-                const T* at = tile + (row + lane % 16) * pitch + lane / 16 * 8;
-                STTM_NO_UNROLL
-                for (int k = 0; k < depth; k += 16) {
-                    uint32_t r[4];
-                    load_matrices<false>(r, at + k);
-                    multiply<T>(acc[c][0], r, r[0], r[2]);
-                    multiply<T>(acc[c][1], r, r[1], r[3]);
-                }
+                if (row >= first && row < end) add_squares<UNROLL>(acc[c], tile + row * pitch, pitch, depth);
             }
 #endif
         } else {
@@ -160,6 +154,17 @@ struct WeightPanel {
         return thread / kWarpSize % COLUMN_WARPS * 16 + fragment_column<PAIR>(thread % kWarpSize, j, e);
     }
 
+    // Calls step(unroll, depth) for a product over `left` or CHUNK, whichever is less, rounded up to a multiple of 16;
+    // a whole chunk is written out where registers allow it.
+    template <typename Step>
+    static __device__ __forceinline__ void with_depth(const Step& step, int left) {
+        if (std::is_same<T, __nv_bfloat16>::value && left >= CHUNK) {
+            step(std::integral_constant<int, CHUNK / 16>(), CHUNK);
+        } else {
+            step(std::integral_constant<int, 1>(), min(CHUNK, (left + 15) / 16 * 16));
+        }
+    }
+
     // dot = <own row, other row> for `count` of OTHER other rows from `start` on, and the terms of both; `meanwhile`
     // runs once after the first barrier. Begins when nobody uses the tiles any more, ends with a barrier.
     template <typename OwnRows, typename OtherRows, typename Meanwhile>
@@ -180,16 +185,19 @@ struct WeightPanel {
             }
             if (d + CHUNK < D) {
                 T* const next = tiles + (buffer ^ 1) * (OWN + OTHER) * PITCH;
-                own_pieces.copy(next, PITCH, own, own_f, first, OWN, D, d + CHUNK);
-                other_pieces.copy(next + OWN * PITCH, PITCH, other, other_f, start, count, D, d + CHUNK);
+                own_pieces.copy(next, PITCH, own, own_f, first, d + CHUNK);
+                other_pieces.copy(next + OWN * PITCH, PITCH, other, other_f, start, d + CHUNK);
             }
             if (d < 0) continue;
             if (d == 0) meanwhile();
-            const int depth = min(CHUNK, (D - d + 15) / 16 * 16);
-            warp_product<EXACT, false, PAIR>(dot, tile + row_warp() * 32 * PITCH, PITCH,
-                                             tile + (OWN + column_warp() * 16) * PITCH, PITCH, depth,
-                                             count - column_warp() * 16);
-            if (kind != Similarity::dot) squares.add(tile, PITCH, depth, known, end);
+            const auto step = [&](auto unroll, int depth) {
+                constexpr int kUnroll = decltype(unroll)::value;
+                warp_product<EXACT, false, PAIR, kUnroll>(dot, tile + row_warp() * 32 * PITCH, PITCH,
+                                                          tile + (OWN + column_warp() * 16) * PITCH, PITCH, depth,
+                                                          count - column_warp() * 16);
+                if (kind != Similarity::dot) squares.template add<kUnroll>(tile, PITCH, depth, known, end);
+            };
+            with_depth(step, D - d);
         }
         if (kind != Similarity::dot) squares.store(own_term, known, end, kind);
         known = OWN;
@@ -258,14 +266,16 @@ struct WeightPanel {
             const int next = at + CHUNK;
             if (next < count) {
                 const RowPieces<T, THREADS, CHUNK, SLICE> pieces(rows, f, first + next);
-                pieces.copy(tiles + (buffer ^ 1) * CHUNK * VALUE_PITCH, VALUE_PITCH, rows, f, first + next,
-                            count - next, f.D, part);
+                pieces.copy(tiles + (buffer ^ 1) * CHUNK * VALUE_PITCH, VALUE_PITCH, rows, f, first + next, part);
             }
             if (at < 0) continue;
             const int pitch = pitch_of(width), column = column_warp() * 16;
-            warp_product<EXACT, true, PAIR>(acc, weights + row_warp() * 32 * pitch + at, pitch,
-                                            tiles + buffer * CHUNK * VALUE_PITCH + column, VALUE_PITCH,
-                                            min(CHUNK, (count - at + 15) / 16 * 16), f.D - part - column);
+            const auto step = [&](auto unroll, int depth) {
+                warp_product<EXACT, true, PAIR, decltype(unroll)::value>(
+                    acc, weights + row_warp() * 32 * pitch + at, pitch, tiles + buffer * CHUNK * VALUE_PITCH + column,
+                    VALUE_PITCH, depth, f.D - part - column);
+            };
+            with_depth(step, count - at);
         }
         __syncthreads();
         const int thread = anew(threadIdx.x);
