@@ -78,8 +78,8 @@ def test_planted_fault_is_found(fault, found_in, message, faults):
     ("header", "planted", "message"),
     [
         (None, None, None),
-        ("merge.cuh", ("__syncthreads();", ""), None),
-        ("members.cuh", ("c < C ? Vec<T>::load", "c <= C ? Vec<T>::load"), "AddressSanitizer: heap-buffer-overflow"),
+        ("csr.cuh", ("table[at] = 0;\n        __syncthreads();", "table[at] = 0;"), None),
+        ("slices.cuh", ("piece * kStep < left", "piece * kStep <= left"), "AddressSanitizer: heap-buffer-overflow"),
     ],
     ids=["none", "missing barrier", "off by one"],
 )
