@@ -41,10 +41,10 @@ def extra(module: str, package: str, command: str = "demo", name: str = "demo") 
         raise InputError(f"the {command} needs {package} ({error}): pip install 'sttm_kernels[{name}]'") from None
 
 
-def progress(items: Iterable[Any], total: int, title: str) -> Any:
+def progress(items: Iterable[Any], total: int, title: str, unit: str = "frame") -> Any:
     """The same items, with a bar on a terminal if there is more than a second of work."""
     tqdm = extra("tqdm", "tqdm").tqdm
-    return tqdm(items, total=total, desc=title, unit="frame", delay=1, leave=False, disable=None)
+    return tqdm(items, total=total, desc=title, unit=unit, delay=1, leave=False, disable=None)
 
 
 @contextmanager

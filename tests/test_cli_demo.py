@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import subprocess
@@ -35,7 +36,7 @@ def encode(path: Path, frames: Any, codec: str = "mpeg4", **stream_options: Any)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p" if codec == "ffv1" else "yuv420p"
+        stream.pix_fmt = {"ffv1": "yuv444p", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         for name, value in stream_options.items():
             setattr(stream, name, value)
         for frame in frames:
@@ -52,6 +53,11 @@ def boxes(frames: int, height: int, width: int, ground: int = 90) -> Any:
         left = (width - side) * t // max(1, frames - 1)
         clip[t, side : 2 * side, left : left + side] = (230, 60, 40)
     return clip
+
+
+def frames_of(clip: video.Clip) -> list[int]:
+    """Their numbers in a video of 25 a second."""
+    return [round(time * 25) for time in clip.times]
 
 
 @pytest.fixture
@@ -201,9 +207,9 @@ def test_patch_tokens_are_row_after_row() -> None:
 
 def test_without_a_video_it_draws_the_moving_shapes(draw: Callable[..., Any], tmp_path: Path) -> None:
     gif = tmp_path / "moving.gif"
-    code, out, err, path = draw("--gif", str(gif), "--frames", "3", "--stride", "20")
+    code, out, err, path = draw("--gif", str(gif), "--frames", "3", "--step", "0.8")
     assert (code, err) == (0, "")
-    assert "frames 0 to 40, every 20th" in out
+    assert "3 frames from 0.00 to 1.60 s, one every 0.8 s" in out
     assert re.search(r"spatial +3888 to 972 tokens.* ms", out)
     assert re.search(r"temporal +972 to 16 tokens.* ms", out)
     assert f"{dispatch.choose('assign_merge', 'cpu', torch.float32)} on cpu" in out
@@ -241,7 +247,9 @@ def test_explicit_implementation_and_keeps(draw: Callable[..., Any]) -> None:
         pytest.param(5, 97, 131, (), id="odd resolution"),
         pytest.param(3, 2160, 3840, (), id="4K"),
         pytest.param(3, 10, 16, (), id="tiny"),
-        pytest.param(9, 96, 128, ("--start", "2", "--frames", "50", "--stride", "3", "--patch", "16"), id="a piece"),
+        pytest.param(
+            9, 96, 128, ("--start", "0.08", "--frames", "50", "--step", "0.12", "--patch", "16"), id="a piece"
+        ),
     ],
 )
 def test_clips_of_every_shape_work(
@@ -254,21 +262,134 @@ def test_clips_of_every_shape_work(
     assert f"{width} x {height} as" in out
     assert_drawn(path)
     if arguments:
-        assert "frames 2 to 8, every 3rd" in out
+        assert "3 frames from 0.08 to 0.32 s, one every 0.12 s" in out
 
 
 def test_the_first_scene_ends_at_the_cut(tmp_path: Path) -> None:
     scenes = numpy.concatenate([boxes(12, 72, 96, ground=20), boxes(12, 72, 96, ground=220)])
     clip = str(encode(tmp_path / "cut.mp4", scenes))
-    assert video.read(clip, PATCH).indices == range(12)
-    assert video.read(clip, PATCH, start=12).indices == range(12, 24)
-    assert video.read(clip, PATCH, start=5, frames=15).indices == range(5, 20)
-    assert video.read(clip, PATCH, stride=5).indices == range(0, 15, 5)
+    assert frames_of(video.read(clip, PATCH)) == list(range(12))
+    assert frames_of(video.read(clip, PATCH, start=0.48)) == list(range(12, 24))
+    assert frames_of(video.read(clip, PATCH, start=0.2, frames=15)) == list(range(5, 20))
+    assert frames_of(video.read(clip, PATCH, step=0.2)) == [0, 5, 10]
 
 
-def test_a_long_scene_is_strided(tmp_path: Path) -> None:
+def test_a_long_scene_is_read_in_longer_steps(tmp_path: Path) -> None:
     clip = str(encode(tmp_path / "long.mp4", boxes(50, 48, 64)))
-    assert video.read(clip, PATCH).indices == range(0, 48, 3)
+    assert frames_of(video.read(clip, PATCH)) == list(range(0, 48, 3))
+
+
+# Films as they are
+
+
+def levels(path: Path, times: list[int], **how: Any) -> Path:
+    """Writes a frame at each of these times, in milliseconds, in greys that say which it is: 10, 20, 30."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25, time_base=Fraction(1, 1000))
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv444p"
+        for number, time in enumerate(times, 1):
+            grey = numpy.full((32, 32, 3), 10 * number, dtype=numpy.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_are_those_on_the_screen_at_equal_steps_of_time(tmp_path: Path) -> None:
+    film = str(levels(tmp_path / "variable.mkv", [0, 40, 80, 120, 160, 1000, 1040, 4800, 4840]))
+
+    def shown(**how: Any) -> list[tuple[float, int]]:
+        clip = video.read(film, PATCH, **how)
+        greys = [round(float(frame.float().mean()) / 10) for frame in clip.frames]
+        return list(zip([round(time, 3) for time in clip.times], greys, strict=True))
+
+    assert shown(frames=4, step=1.6) == [(0, 1), (1.6, 7), (3.2, 7), (4.8, 8)]
+    assert shown(frames=5, start=0.96) == [(0.96, 5), (1.0, 6), (1.04, 7), (1.08, 7), (1.12, 7)]
+    assert shown(frames=9, start=4.82) == [(4.82, 8), (4.86, 9)]
+
+
+def test_times_count_from_where_the_file_begins_and_are_rounded(tmp_path: Path) -> None:
+    film = str(levels(tmp_path / "later.mkv", [5000 + round(number * 1000 / 30) for number in range(20)]))
+    clip = video.read(film, PATCH, frames=20)
+    assert [round(float(frame.float().mean()) / 10) for frame in clip.frames] == list(range(1, 21))
+    assert clip.start == 0
+
+
+@pytest.mark.parametrize("lying", [False, True])
+@pytest.mark.parametrize("down", [1, -1])
+@pytest.mark.parametrize("across", [1, -1])
+def test_films_are_turned_and_mirrored_as_they_ask_for(tmp_path: Path, across: int, down: int, lying: bool) -> None:
+    pixels = numpy.full((1, 48, 64, 3), 40, dtype=numpy.uint8)
+    pixels[:, :24, :32] = 120
+    pixels[:, :12, :32] = 220
+    as_stored = encode(tmp_path / "stored.mp4", pixels).read_bytes()
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (0, down, across, 0) if lying else (across, 0, 0, down)
+    asked = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    track = as_stored.index(b"tkhd")
+    film = tmp_path / "asked.mp4"
+    film.write_bytes(as_stored[:track] + as_stored[track:].replace(plain, asked, 1))
+
+    read = video.read(str(film), PATCH)
+    assert read.source_size == ((48, 64) if lying else (64, 48))
+    # Points of the file as seen from its middle, and where they are on the screen: at (a x + c y, b x + d y).
+    height, width = read.frames.shape[1:3]
+    for (x, y), grey in {(-16, -18): 220, (-16, -6): 120, (16, -18): 40, (16, 18): 40, (-16, 18): 40}.items():
+        column = width // 2 + round((a * x + c * y) * width / read.source_size[0])
+        row = height // 2 + round((b * x + d * y) * height / read.source_size[1])
+        assert abs(int(read.frames[0, row, column, 0]) - grey) < 20
+
+
+def test_a_film_that_was_cut_off_says_so(draw: Callable[..., Any], tmp_path: Path) -> None:
+    for name, codec in (("cut.mkv", "ffv1"), ("cut.avi", "mjpeg")):
+        whole = encode(tmp_path / name, boxes(20, 96, 128), codec)
+        assert video.read(str(whole), PATCH, frames=30).notes == []
+        whole.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+        read = video.read(str(whole), PATCH, frames=30)
+        assert 5 < len(read.frames) < 20
+        seconds = f"{0.04 * len(read.frames):.2f}"
+        assert "that could be read of the 0.80 s that the file declares" in read.notes[-1]
+        assert f"frames in the {seconds} s" in read.notes[-1]
+    code, out, _, path = draw(str(whole), "--frames", "30")
+    assert code == 0
+    assert "it is cut off or damaged" in out
+    assert_drawn(path)
+
+
+def test_what_comes_after_damage_is_read(tmp_path: Path) -> None:
+    film = encode(tmp_path / "film.mp4", boxes(50, 48, 64), "mjpeg")
+    with av.open(str(film)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    whole, damaged = video.read(str(film), PATCH, frames=60), bytearray(film.read_bytes())
+    for position, size in packets[18:23]:
+        damaged[position : position + size] = bytes(size)
+    film.write_bytes(damaged)
+    clip = video.read(str(film), PATCH, frames=60)
+    assert clip.notes == ["5 packets could not be decoded", "5 frames missing after that"]
+    # The last one before the damage stays on the screen.
+    assert torch.equal(clip.frames, whole.frames[[*range(18), *[17] * 5, *range(23, 50)]])
+
+
+def test_a_folder_of_clips_is_drawn_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "clips", tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("b.mp4", "a.mp4"):
+        encode(folder / name, boxes(2, 48, 64))
+    (folder / "notes.txt").write_text(NOTES)
+    assert main(["demo", str(folder), "--out", str(out), "--gif", str(out), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"sttm-kernels: passed over: {folder / 'notes.txt'} is a text file, not a video\n"
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [line["clip"] for line in lines] == ["a.mp4", "b.mp4"]
+    for line in lines:
+        assert line["tokens"] == {"before": 2072, "spatial": 518, "temporal": 16}
+        assert sum(line["group_sizes"]) == 2072
+        assert line["wrote"] == [str(out / f"{line['clip']}.png"), str(out / f"{line['clip']}.gif")]
+        for path in line["wrote"]:
+            with Image.open(path) as image:
+                assert min(image.size) > 100
 
 
 def test_the_aspect_ratio_is_kept_and_frames_are_whole_patches(tmp_path: Path) -> None:
@@ -283,33 +404,6 @@ def test_pixels_that_are_not_square_are_shown_so(tmp_path: Path) -> None:
     assert read.frames.shape == (1, 224, 592, 3)
 
 
-def test_a_portrait_clip_stands_upright(tmp_path: Path) -> None:
-    frames = numpy.full((1, 48, 64, 3), 40, dtype=numpy.uint8)
-    frames[:, :24, :32] = 220
-    lying = encode(tmp_path / "lying.mp4", frames).read_bytes()
-    as_it_lies = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    turned_right = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    track = lying.index(b"tkhd")
-    upright = tmp_path / "upright.mp4"
-    upright.write_bytes(lying[:track] + lying[track:].replace(as_it_lies, turned_right, 1))
-    read = video.read(str(upright), PATCH)
-    assert read.source_size == (48, 64)
-    height, width = read.frames.shape[1:3]
-    assert height > width
-    corners = read.frames[0, 8 :: height - 17, 8 :: width - 17].float().mean(-1)
-    assert (corners > 128).tolist() == [[False, True], [False, False]]
-
-
-def test_a_truncated_video_gives_what_can_be_decoded(draw: Callable[..., Any], tmp_path: Path) -> None:
-    whole = encode(tmp_path / "whole.mkv", boxes(8, 96, 128), "ffv1").read_bytes()
-    cut = tmp_path / "cut.mkv"
-    cut.write_bytes(whole[: len(whole) // 2])
-    code, out, _, path = draw(str(cut), "--frames", "8")
-    assert code == 0
-    assert re.search(r"frames 0 to [1-6],", out)
-    assert_drawn(path)
-
-
 @pytest.mark.parametrize("name", ["bikes.mp4", "nasa_13013.mp4"])
 def test_real_clips(draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if not (CLIPS / name).exists():
@@ -319,7 +413,7 @@ def test_real_clips(draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(picture, "sheet", lambda *given: drawn.append(given[1]) or sheet(*given))
     code, out, err, path = draw(str(CLIPS / name))
     assert (code, err) == (0, "")
-    assert f"{name}, frames 0 to" in out
+    assert f"{name}, 16 frames from 0.00 to" in out
     assert_drawn(path)
     # The background stands still, and is most of either clip.
     label = drawn[0].label
@@ -356,13 +450,18 @@ def good_clip(folder: Path) -> str:
     ("make", "arguments", "message"),
     [
         (lambda folder: str(folder / "missing.mp4"), (), "no such file: "),
-        (str, (), "is a directory, not a video"),
+        (
+            lambda folder: str(Path(good_clip(folder)).parent),
+            (),
+            "--out must be a folder where the videos are those of a folder, got .*picture.png",
+        ),
+        (lambda folder: str((folder / "empty").mkdir() or folder / "empty"), (), "empty has no files"),
         (file("notes.txt", NOTES), (), "is a text file, not a video"),
         (file("notes.mp4", NOTES), (), "is not a video that FFmpeg can read"),
         (file("empty.mp4", ""), (), "is not a video that FFmpeg can read"),
         (file("none.y4m", "YUV4MPEG2 W64 H48 F25:1 Ip A1:1 C420jpeg\n"), (), "holds no video frame"),
         (audio_only, (), "has no video stream, only audio"),
-        (good_clip, ("--start", "4"), "--start 4 is past the end of .*good.mp4, which has 4 frames"),
+        (good_clip, ("--start", "0.16"), "--start 0.16 is past the end of .*good.mp4, 0.16 s long"),
         (good_clip, ("--patch", "500"), "holds no patch of 500 pixels; --patch must be smaller"),
         (good_clip, ("--spatial-keep", "100000"), "--spatial-keep 100000 is more than the 1036 tokens of a frame"),
         (good_clip, ("--temporal-keep", "9999"), "--temporal-keep 9999 is more than the 1036 tokens that"),
@@ -372,10 +471,11 @@ def good_clip(folder: Path) -> str:
             (),
             "a frame holds no patch of 8 pixels",
         ),
-        (None, ("--start", "64"), "--start 64 is past the end of the moving shapes: 64 frames"),
-        (None, ("--start", "-1"), "argument --start: must be at least 0, got -1"),
+        (None, ("--start", "2.56"), "--start 2.56 is past the end of the moving shapes, 2.56 s long"),
+        (None, ("--start", "-1"), "argument --start: must be at least 0 seconds, got -1"),
         (None, ("--frames", "0"), "argument --frames: must be at least 1, got 0"),
-        (None, ("--stride", "-3"), "argument --stride: must be at least 1, got -3"),
+        (None, ("--step", "0"), "argument --step: must be above 0 seconds, got 0"),
+        (None, ("--step", "soon"), "argument --step: must be a number of seconds, got 'soon'"),
         (None, ("--patch", "0"), "argument --patch: must be at least 1, got 0"),
         (None, ("--patch", "eight"), "argument --patch: must be a whole number, got 'eight'"),
         (None, ("--spatial-keep", "1.5"), "argument --spatial-keep: as a fraction must be above 0 and at most 1.0"),

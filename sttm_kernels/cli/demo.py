@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from sttm_kernels import dispatch
-from sttm_kernels.console import InputError, extra, threads
+from sttm_kernels.console import InputError, extra, progress, threads
 from sttm_kernels.demo import result, shapes, video
 
 HELP = "Merge the tokens of a video with STTM and draw the groups."
 VERBS = ("assign", "merge", "compose")
+PICTURE, FOLDER = "sttm-demo.png", "sttm-demo"
 PICTURES, ANIMATIONS = (".png", ".jpg", ".jpeg", ".webp"), (".gif",)
 
 
@@ -32,6 +37,16 @@ def _count(text: str, least: int) -> int:
 _from_zero, _from_one = partial(_count, least=0), partial(_count, least=1)
 
 
+def _seconds(text: str, positive: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}") from None
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise argparse.ArgumentTypeError(f"must be {'above 0' if positive else 'at least 0'} seconds, got {value:g}")
+    return value
+
+
 def _keep(text: str) -> float | int:
     if text.strip().lstrip("+-").isdigit():
         return _count(text, 1)
@@ -45,15 +60,28 @@ def _keep(text: str) -> float | int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", nargs="?", metavar="VIDEO", help="default: a clip of moving shapes, made on the spot")
-    parser.add_argument("--out", default="sttm-demo.png", metavar="PATH", help="the picture (default: %(default)s)")
-    parser.add_argument("--gif", metavar="PATH", help="also write an animation")
-    parser.add_argument("--start", type=_from_zero, default=0, metavar="N", help="first frame, from 0")
+    parser.add_argument(
+        "video",
+        nargs="?",
+        metavar="VIDEO",
+        help="a file, or a folder for all the videos in it; default: a clip of moving shapes, made on the spot",
+    )
+    parser.add_argument(
+        "--out", metavar="PATH", help=f"the picture (default: {PICTURE}); for a folder a folder (default: {FOLDER})"
+    )
+    parser.add_argument("--gif", metavar="PATH", help="also write an animation; for a folder a folder")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a clip in place of the text")
+    parser.add_argument(
+        "--start", type=partial(_seconds, positive=False), default=0.0, metavar="SECONDS", help="of the first frame"
+    )
     parser.add_argument(
         "--frames", type=_from_one, metavar="N", help="how many, across scene cuts (default: 16 of one scene)"
     )
     parser.add_argument(
-        "--stride", type=_from_one, metavar="N", help="take every Nth frame (default: 1 with --frames, else up to 4)"
+        "--step",
+        type=partial(_seconds, positive=True),
+        metavar="SECONDS",
+        help="from a frame to the next (default: that of the video with --frames, else up to 4 times that)",
     )
     parser.add_argument("--patch", type=_from_one, default=8, metavar="N", help="pixels a side (default: %(default)s)")
     parser.add_argument(
@@ -75,16 +103,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _writable("--out", arguments.out, PICTURES)
-    if arguments.gif is not None:
-        _writable("--gif", arguments.gif, ANIMATIONS)
+    jobs = _jobs(arguments)
     device, implementation = _implementation(arguments.impl, arguments.device)
     extra("PIL", "Pillow")
+    passed_over = 0
+    for number, job in enumerate(progress(jobs, len(jobs), "clips", "clip") if len(jobs) > 1 else jobs):
+        if number and not arguments.json:
+            print()
+        try:
+            _one(arguments, job, device, implementation)
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            print(f"sttm-kernels: passed over: {error}", file=sys.stderr)
+            passed_over += 1
+    if passed_over == len(jobs):
+        raise InputError(f"{arguments.video} has no file that could be drawn")
+    return 0
 
+
+def _one(arguments: argparse.Namespace, job: Job, device: torch.device, implementation: str) -> None:
     began = time.perf_counter()
     with threads(1):
-        where = arguments.patch, arguments.start, arguments.frames, arguments.stride
-        clip = shapes.clip(*where, arguments.seed) if arguments.video is None else video.read(arguments.video, *where)
+        where = arguments.patch, arguments.start, arguments.frames, arguments.step
+        clip = shapes.clip(*where, arguments.seed) if job.video is None else video.read(job.video, *where)
     read_in = time.perf_counter() - began
     try:
         merged = result.merge_tokens(
@@ -95,19 +137,64 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError("not enough memory for so many tokens: fewer --frames or a larger --patch") from None
         raise
 
-    print("\n".join(result.report(merged, implementation)))
+    if not arguments.json:
+        print("\n".join(result.report(merged, implementation)))
     drawing = time.perf_counter()
     with threads(1):
-        result.draw(merged, implementation, arguments.out, arguments.gif)
+        result.draw(merged, implementation, job.out, job.gif)
     done = time.perf_counter()
+    written = [path for path in (job.out, job.gif) if path is not None]
+    if arguments.json:
+        print(json.dumps({**result.record(merged, implementation), "wrote": written}), flush=True)
+        return
     print(f"\n{'time':<10}{done - began:.1f} s in all: {read_in:.1f} reading, {done - drawing:.1f} drawing")
-    for path in filter(None, (arguments.out, arguments.gif)):
+    for path in written:
         print(f"{'wrote':<10}{path}")
-    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video, or None for the moving shapes, and where its picture and its animation go."""
+
+    video: str | None
+    out: str
+    gif: str | None
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Says before the work, not after it, if a result cannot be written."""
+    folder = None if arguments.video is None else Path(arguments.video)
+    if folder is None or not folder.is_dir():
+        job = Job(arguments.video, arguments.out or PICTURE, arguments.gif)
+        _writable("--out", job.out, PICTURES)
+        if job.gif is not None:
+            _writable("--gif", job.gif, ANIMATIONS)
+        return [job]
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise InputError(f"{folder} has no files")
+    out = _folder("--out", arguments.out or FOLDER)
+    gif = None if arguments.gif is None else _folder("--gif", arguments.gif)
+    return [
+        Job(str(path), str(out / f"{path.name}.png"), None if gif is None else str(gif / f"{path.name}.gif"))
+        for path in files
+    ]
+
+
+def _folder(option: str, name: str) -> Path:
+    path = Path(name)
+    if path.suffix.lower() in PICTURES + ANIMATIONS:
+        raise InputError(f"{option} must be a folder where the videos are those of a folder, got {name}")
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: cannot make the folder {name}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{option}: cannot write to {name}")
+    return path
 
 
 def _writable(option: str, path: str, suffixes: tuple[str, ...]) -> None:
-    """Says so before the work, not after it, if the result cannot be written."""
     target = Path(path)
     folder = target.parent
     if target.suffix.lower() not in suffixes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,20 +106,36 @@ def _amount(number: float) -> str:
     return f"{number / 1e6:.3g} MFLOP"
 
 
-def _pieces(clip: Clip) -> str:
-    first, last, step = clip.indices[0], clip.indices[-1], clip.indices.step
-    if first == last:
-        return f"frame {first}"
-    return f"frames {first} to {last}" + (f", every {step}" + _ordinal(step) if step > 1 else "")
-
-
-def _ordinal(number: int) -> str:
-    return "th" if number % 100 // 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+def _piece(clip: Clip) -> str:
+    """Which frames, in words."""
+    if len(clip.frames) == 1:
+        return f"1 frame at {clip.start:.2f} s"
+    return f"{len(clip.frames)} frames from {clip.start:.2f} to {clip.times[-1]:.2f} s, one every {clip.step:.3g} s"
 
 
 def _saved(result: Result) -> tuple[int, int, float]:
     before, after = vit_flops(result.counts[0]), vit_flops(result.counts[2])
     return before, after, 100 * (1 - after / before)
+
+
+def record(result: Result, implementation: str) -> dict[str, Any]:
+    """What `report` says, for programs; sizes in pixels, times in seconds."""
+    clip, counts = result.clip, result.counts
+    height, width = clip.frames.shape[1:3]
+    return {
+        "clip": clip.name,
+        "frames": len(clip.frames),
+        "start": clip.start,
+        "step": clip.step,
+        "size": clip.source_size,
+        "read_as": (width, height),
+        "notes": clip.notes,
+        "implementation": implementation,
+        "grid": result.grid,
+        "tokens": dict(zip(("before", "spatial", "temporal"), counts, strict=True)),
+        "seconds": {"spatial": result.spatial.seconds, "temporal": result.temporal.seconds},
+        "group_sizes": result.temporal.tokens.size[0].long().tolist(),
+    }
 
 
 def report(result: Result, implementation: str) -> list[str]:
@@ -128,7 +145,7 @@ def report(result: Result, implementation: str) -> list[str]:
     height, width = clip.frames.shape[1:3]
     full, left, saved = _saved(result)
     lines = [
-        f"{'clip':<10}{clip.name}, {_pieces(clip)}, {' x '.join(map(str, clip.source_size))} as {width} x {height}",
+        f"{'clip':<10}{clip.name}, {_piece(clip)}, {' x '.join(map(str, clip.source_size))} as {width} x {height}",
         *(f"{'note':<10}{note}" for note in clip.notes),
         f"{'tokens':<10}{before} patches of {height // rows} x {width // columns} pixels, "
         f"{frames} x {rows} x {columns}, cut in {result.seconds:.2f} s",
@@ -175,16 +192,16 @@ def draw(result: Result, implementation: str, out: str, gif: str | None) -> None
     full, left, saved = _saved(result)
     title = f"{clip.name}: {before} tokens merged to {between}, then to {after}"
     lines = [
-        f"{_pieces(clip).capitalize()}. Spatial stage {1000 * result.spatial.seconds:.0f} ms, temporal stage "
+        f"{_piece(clip)}. Spatial stage {1000 * result.spatial.seconds:.0f} ms, temporal stage "
         f"{1000 * result.temporal.seconds:.0f} ms, {implementation}.",
         f"A ViT-B behind the merge takes {_amount(left)} a clip in place of {_amount(full)}: {saved:.2f} % saved.",
     ]
-    captions = [f"frame {index}, {index / clip.fps:.2f} s" for index in clip.indices]
+    captions = [f"{time:.2f} s" for time in clip.times]
     try:
         picture.sheet(clip.frames, result.groups, captions, title, lines).save(out)
         if gif is not None:
             images = picture.animate(clip.frames, result.groups)
-            duration = max(20, round(1000 * clip.indices.step / clip.fps))
+            duration = max(20, round(1000 * clip.step))
             images[0].save(gif, save_all=True, append_images=images[1:], duration=duration, loop=0)
     except OSError as error:
         raise InputError(f"cannot write {error.filename or 'the picture'}: {error.strerror or error}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from sttm_kernels.console import InputError
 from sttm_kernels.demo.video import DEFAULT_FRAMES, Clip, crop
 
-FRAMES, HEIGHT, WIDTH, RADIUS = 64, 216, 384, 26
+FRAMES, RATE, HEIGHT, WIDTH, RADIUS = 64, 25.0, 216, 384, 26
 COLOURS = {"disc": (226, 61, 48), "square": (250, 195, 44), "triangle": (52, 103, 214)}
 
 
@@ -64,18 +64,19 @@ def render(num_frames: int, seed: int = 0) -> MovingShapes:
     return MovingShapes(frames, centres, inside, tuple(COLOURS))
 
 
-def clip(patch: int, start: int, frames: int | None, stride: int | None, seed: int) -> Clip:
+def clip(patch: int, start: float, frames: int | None, step: float | None, seed: int) -> Clip:
     """A piece of the rendered clip, as `video.read` gives one of a file.
 
     Raises:
         InputError: `start` is past its end, or a frame holds no patch.
     """
-    stride = stride or (1 if frames else FRAMES // DEFAULT_FRAMES)
-    indices = range(FRAMES)[start::stride][: frames or DEFAULT_FRAMES]
-    if not indices:
-        raise InputError(f"--start {start} is past the end of the moving shapes: {FRAMES} frames")
-    kept = crop(render(FRAMES, seed).frames[indices.start : indices.stop : indices.step], patch)
-    return Clip("moving shapes", kept, indices, 25.0, (WIDTH, HEIGHT))
+    step = step or (1 if frames else FRAMES // DEFAULT_FRAMES) / RATE
+    count = frames or DEFAULT_FRAMES
+    shown = [int((start + number * step) * RATE + 0.25) for number in range(count)]
+    shown = [number for number in shown if number < FRAMES]
+    if not shown:
+        raise InputError(f"--start {start:g} is past the end of the moving shapes, {FRAMES / RATE:.2f} s long")
+    return Clip("moving shapes", crop(render(FRAMES, seed).frames[shown], patch), start, step, (WIDTH, HEIGHT))
 
 
 def _cover(name: str, dy: Tensor, dx: Tensor) -> Tensor:

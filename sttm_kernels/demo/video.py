@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sttm_kernels.console import InputError, extra, progress
+from sttm_kernels.console import InputError, progress
+from sttm_kernels.demo.film import Film, pixels
 
 DEFAULT_FRAMES = 16
-DEFAULT_STRIDES = range(1, 5)
+DEFAULT_INTERVALS = range(1, 5)
 SHORT_SIDE = 224
 LONGEST_SIDE = 1024
 CUT_LEAST, CUT_TIMES, CUT_HISTORY = 24.0, 2.5, 8
@@ -27,77 +27,106 @@ class Clip:
     Attributes:
         name: for titles.
         frames: uint8 `(T, H, W, 3)`, RGB; H and W are multiples of the patch.
-        indices: which frames of the video they are.
-        fps: frames per second of the video.
+        start: seconds from the beginning of the video to the first frame.
+        step: seconds from a frame to the next.
         source_size: (width, height) of the video as it is shown.
         notes: what a person should know of how it was read.
     """
 
     name: str
     frames: Tensor
-    indices: range
-    fps: float
+    start: float
+    step: float
     source_size: tuple[int, int]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def times(self) -> list[float]:
+        """Seconds from the beginning of the video to every frame."""
+        return [self.start + number * self.step for number in range(len(self.frames))]
 
-def read(path: str, patch: int, start: int = 0, frames: int | None = None, stride: int | None = None) -> Clip:
+
+def read(path: str, patch: int, start: float = 0.0, frames: int | None = None, step: float | None = None) -> Clip:
     """Decodes a piece of a video, scaled to a short side of 224 (less for a strip) and cropped to whole patches.
+
+    Frames are those that are on the screen at times in equal steps, whatever the times at which frames change.
 
     Args:
         path: any file with a video stream that FFmpeg reads.
         patch: the side of a patch in pixels.
-        start: the first frame, counted from 0.
+        start: seconds from the beginning to the first frame.
         frames: how many, across scene cuts; fewer where the video ends. None: 16, or fewer where the scene ends.
-        stride: every how many frames of the video. None: with `frames` 1, else the largest of 1 to 4 with which the
-            scene has 16 frames.
+        step: seconds from a frame to the next. None: the video's usual time between frames; without `frames`, the
+            largest of 1 to 4 times that with which the scene has 16 frames.
 
     Raises:
         InputError: there is no such file, it holds no video frame, `start` is past its end, or a frame holds no patch.
     """
-    container = _open(path)
-    with container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        decoded = _Decoded(container, stream)
-        if frames is not None:
-            stride = stride or 1
-        step = stride or 1
-        span = step * frames if frames is not None else DEFAULT_FRAMES * (stride or DEFAULT_STRIDES[-1])
-        scene = _Scene()
-        kept = []
-        for number, frame in enumerate(progress(decoded, start + span, f"reading {Path(path).name}")):
-            if number < start:
-                continue
-            if frames is None and scene.ends_before(frame):
-                break
-            if (number - start) % step == 0:
-                size = _working_size(*decoded.stored_size)
-                kept.append(crop(_upright(_pixels(frame, *size), frame), patch))
-            if number - start + 1 >= span:
-                break
-        fps = float(stream.average_rate or stream.base_rate or 25)
-    if decoded.count == 0:
-        raise InputError(f"{path} holds no video frame" + (f": {decoded.error}" if decoded.error else ""))
-    if not kept:
-        raise InputError(f"--start {start} is past the end of {path}, which has {decoded.count} frames")
-    if stride is None:
-        stride = max(s for s in DEFAULT_STRIDES if s == 1 or len(kept) >= s * DEFAULT_FRAMES)
-        kept = kept[::stride][:DEFAULT_FRAMES]
-    indices = range(start, start + stride * len(kept), stride)
-    notes = [f"decoding stopped early: {decoded.error}"] if decoded.error else []
-    return Clip(Path(path).name, torch.stack(kept), indices, fps, decoded.shown_size, notes)
+    with Film(path) as film:
+        fine = step or film.interval
+        most = frames or DEFAULT_FRAMES * (1 if step else DEFAULT_INTERVALS[-1])
+        slack = film.interval / 4
+        shown = progress(film, round((start + most * fine) / film.interval), f"reading {Path(path).name}")
+        if frames is None:
+            shown = _scene(shown, start + slack)
+        times, kept, before = list[float](), list[Tensor](), None
+        for time, frame in _sample(shown, start, fine, most, slack):
+            if frame is not before:
+                image = crop(film.upright(pixels(frame, *_working_size(*film.stored_size))), patch)
+            times.append(time)
+            kept.append(image)
+            before = frame
+        if film.count == 0:
+            raise InputError(f"{path} holds no video frame" + (f": {film.error}" if film.error else ""))
+        if not kept:
+            raise InputError(f"--start {start:g} is past the end of {path}, {film.end:.2f} s long")
+        notes, size = film.notes(), film.size
+    if frames is None and step is None:
+        intervals = max(n for n in DEFAULT_INTERVALS if n == 1 or len(kept) >= n * DEFAULT_FRAMES)
+        kept, fine = kept[::intervals][:DEFAULT_FRAMES], fine * intervals
+    return Clip(Path(path).name, torch.stack(kept), times[0], fine, size, notes)
 
 
-class _Scene:
+def _sample(shown: Iterator[tuple[float, Any]], start: float, step: float, most: int, slack: float) -> Iterator[Any]:
+    """`(time, frame)` at no more than `most` times in equal steps: the frame that is on the screen then.
+
+    A frame that comes less than `slack` after such a time counts as there, for containers round.
+    """
+    number, before = 0, None
+    for time, frame in shown:
+        if before is None:
+            start = max(start, time)
+        while before is not None and start + number * step < time - slack:
+            yield start + number * step, before
+            number += 1
+            if number == most:
+                return
+        before = frame
+
+
+def _scene(shown: Iterator[tuple[float, Any]], after: float) -> Iterator[tuple[float, Any]]:
+    """The frames up to the first cut after this time, which closes them as the end of the film does."""
+    cuts, before = _Cuts(), None
+    for time, frame in shown:
+        if frame is not None and before is not None and time > after:
+            if cuts.previous is None:
+                cuts.between_last_and(before)
+            if cuts.between_last_and(frame):
+                yield time, None
+                return
+        before = frame
+        yield time, frame
+
+
+class _Cuts:
     """Tells a cut: a frame that differs much more from the one before than frames did of late."""
 
     def __init__(self) -> None:
         self.previous: Tensor | None = None
         self.changes = [CUT_LEAST / CUT_TIMES]
 
-    def ends_before(self, frame: Any) -> bool:
-        thumbnail = _pixels(frame, 64, 36).float()
+    def between_last_and(self, frame: Any) -> bool:
+        thumbnail = pixels(frame, 64, 36).float()
         change = 0.0 if self.previous is None else float((thumbnail - self.previous).abs().mean())
         usual = sorted(self.changes)[len(self.changes) // 2]
         self.previous = thumbnail
@@ -105,75 +134,10 @@ class _Scene:
         return change > max(CUT_LEAST, CUT_TIMES * usual)
 
 
-def _open(path: str) -> Any:
-    av = extra("av", "PyAV")
-    if not os.path.exists(path):
-        raise InputError(f"no such file: {path}")
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a directory, not a video")
-    try:
-        container = av.open(path)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} is not a video that FFmpeg can read: {reason}") from None
-    if "tty" in container.format.name:
-        container.close()
-        raise InputError(f"{path} is a text file, not a video")
-    if not container.streams.video:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        container.close()
-        raise InputError(f"{path} has no video stream, only {kinds}")
-    return container
-
-
-class _Decoded:
-    """The frames of a stream, as far as they can be decoded.
-
-    Attributes:
-        count: frames so far.
-        error: what ended decoding before the video did, or nothing.
-        stored_size: (width, height) of the first frame as it lies in the file, in square pixels.
-        shown_size: the same, turned upright.
-    """
-
-    def __init__(self, container: Any, stream: Any) -> None:
-        self.container, self.stream = container, stream
-        self.count = 0
-        self.error = ""
-        self.stored_size = self.shown_size = (0, 0)
-
-    def __iter__(self) -> Iterator[Any]:
-        av = extra("av", "PyAV")
-        try:
-            for frame in self.container.decode(self.stream):
-                if self.count == 0:
-                    aspect = float(self.stream.codec_context.sample_aspect_ratio or 1) or 1.0
-                    self.stored_size = (max(1, round(frame.width * aspect)), frame.height)
-                    turned = _quarter_turns(frame) % 2
-                    self.shown_size = self.stored_size[::-1] if turned else self.stored_size
-                self.count += 1
-                yield frame
-        except (av.FFmpegError, OSError, ValueError) as error:
-            self.error = str(getattr(error, "strerror", None) or error)
-
-
 def _working_size(width: int, height: int) -> tuple[int, int]:
     """(width, height) to decode to, the aspect ratio kept."""
     scale = min(SHORT_SIDE / min(width, height), LONGEST_SIDE / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _pixels(frame: Any, width: int, height: int) -> Tensor:
-    return torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA"))
-
-
-def _quarter_turns(frame: Any) -> int:
-    """Counterclockwise, that the file asks for: telephones store portrait clips lying down."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
-
-
-def _upright(pixels: Tensor, frame: Any) -> Tensor:
-    return pixels.rot90(_quarter_turns(frame), (0, 1))
 
 
 def crop(pixels: Tensor, patch: int) -> Tensor:
