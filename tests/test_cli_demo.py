@@ -19,7 +19,7 @@ import torch
 import sttm_kernels
 from sttm_kernels import MergePlan, dispatch
 from sttm_kernels.cli import main
-from sttm_kernels.demo import merging, picture, result, shapes, video
+from sttm_kernels.demo import classifier, merging, picture, result, shapes, video
 from sttm_kernels.demo.tokens import dominant, lab, mean_colours, patch_tokens
 
 av = pytest.importorskip("av")
@@ -213,7 +213,10 @@ def test_without_a_video_it_draws_the_moving_shapes(draw: Callable[..., Any], tm
     assert re.search(r"spatial +3888 to 972 tokens.* ms", out)
     assert re.search(r"temporal +972 to 16 tokens.* ms", out)
     assert f"{dispatch.choose('assign_merge', 'cpu', torch.float32)} on cpu" in out
-    assert "% saved" in out
+    assert "ViT-B       3888 tokens, unmerged: 1.22 TFLOP" in out
+    assert re.search(r"1944 tokens, a half, as classifiers keep: 470 GFLOP a clip, 61.* % saved", out)
+    assert re.search(r"16 tokens, as drawn: .* % saved; so few are for the eye, not for a classifier", out)
+    assert re.search(r"clip's 196 tokens, on one CPU thread: \d+ ms; merged to 98 behind the first block: \d+ ms", out)
     assert str(path) in out
     assert str(gif) in out
     histogram = re.findall(r"^ +(?:\d+|\d+ to \d+|empty)  +(\d+)(?:  #+)?$", out, re.MULTILINE)
@@ -227,7 +230,25 @@ def test_the_flops_are_those_of_the_blocks() -> None:
     from sttm_kernels.nn.flops import flops
     from sttm_kernels.nn.video_transformer import Block
 
-    assert result.vit_flops(50, dim=64, depth=1) == flops(Block(64, 4, 4.0, "off"), (1, 50, 64))
+    assert classifier.vit_flops(50, dim=64, depth=1) == flops(Block(64, 4, 4.0, "off"), (1, 50, 64))
+
+
+def test_the_vit_that_is_timed_keeps_a_half_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Recording(classifier.VideoTransformer):
+        def features(self, clip: torch.Tensor) -> sttm_kernels.MergedTokens:
+            tokens = super().features(clip)
+            seen.append(tokens.x.shape[1])
+            return tokens
+
+    monkeypatch.setattr(classifier, "VideoTransformer", Recording)
+    monkeypatch.setattr(classifier, "SIDE", 64)
+    frames = torch.randint(256, (5, 40, 60, 3), dtype=torch.uint8)
+    measured = classifier.measure(frames, "auto", torch.device("cpu"))
+    assert measured.tokens == 32
+    assert seen == [33, 17] * 3
+    assert min(measured.unmerged, measured.merged) > 0
 
 
 def test_explicit_implementation_and_keeps(draw: Callable[..., Any]) -> None:
@@ -386,6 +407,12 @@ def test_a_folder_of_clips_is_drawn_into_a_folder(tmp_path: Path, capsys: pytest
     for line in lines:
         assert line["tokens"] == {"before": 2072, "spatial": 518, "temporal": 16}
         assert sum(line["group_sizes"]) == 2072
+        assert line["vit_b_flops"] == {
+            "unmerged": classifier.vit_flops(2072),
+            "half": classifier.vit_flops(1036),
+            "drawn": classifier.vit_flops(16),
+        }
+        assert line["small_vit"].keys() == {"tokens", "unmerged", "merged", "where"}
         assert line["wrote"] == [str(out / f"{line['clip']}.png"), str(out / f"{line['clip']}.gif")]
         for path in line["wrote"]:
             with Image.open(path) as image:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sttm_kernels.console import InputError, threads
-from sttm_kernels.demo import merging, picture
+from sttm_kernels.demo import classifier, merging, picture
+from sttm_kernels.demo.classifier import vit_flops
 from sttm_kernels.demo.tokens import mean_colours, patch_tokens
 from sttm_kernels.demo.video import Clip
 from sttm_kernels.functional import compose, merge
 from sttm_kernels.nn.sttm import Grid, Keep
 
 GROUPS = 16
-VIT_B_DEPTH = 12
 BAR = 40
 
 
@@ -30,6 +30,7 @@ class Result:
         grid: (T, H, W), of its patches.
         spatial, temporal: the stages.
         groups: the final ones.
+        classifier: a small ViT on the same clip.
         seconds: that cutting the frames into tokens took.
     """
 
@@ -38,6 +39,7 @@ class Result:
     spatial: merging.Stage
     temporal: merging.Stage
     groups: picture.Groups
+    classifier: classifier.Measured
     seconds: float
 
     @property
@@ -81,7 +83,8 @@ def merge_tokens(
     groups = picture.Groups(
         plan.index[0].view(grid).long().cpu(), colours.round().to(torch.uint8).cpu(), paths.float().cpu()
     )
-    return Result(clip, grid, spatial, temporal, groups, seconds)
+    measured = classifier.measure(clip.frames, impl, device)
+    return Result(clip, grid, spatial, temporal, groups, measured, seconds)
 
 
 def _keeps(grid: Grid, spatial: float | int, temporal: float | int | None) -> tuple[Keep, Keep]:
@@ -92,11 +95,6 @@ def _keeps(grid: Grid, spatial: float | int, temporal: float | int | None) -> tu
     if isinstance(temporal, int) and temporal > left:
         raise InputError(f"--temporal-keep {temporal} is more than the {left} tokens that the spatial stage leaves")
     return spatial, min(GROUPS, left) if temporal is None else temporal
-
-
-def vit_flops(tokens: int, dim: int = 768, depth: int = VIT_B_DEPTH) -> int:
-    """Of the blocks of a ViT-B on one clip of so many tokens, 2 per multiply-add: linear layers and attention."""
-    return depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim)
 
 
 def _amount(number: float) -> str:
@@ -113,9 +111,11 @@ def _piece(clip: Clip) -> str:
     return f"{len(clip.frames)} frames from {clip.start:.2f} to {clip.times[-1]:.2f} s, one every {clip.step:.3g} s"
 
 
-def _saved(result: Result) -> tuple[int, int, float]:
-    before, after = vit_flops(result.counts[0]), vit_flops(result.counts[2])
-    return before, after, 100 * (1 - after / before)
+def _settings(result: Result) -> dict[str, tuple[int, int]]:
+    """Tokens, and the operations of a ViT-B behind them: unmerged, as a classifier would keep them, and as drawn."""
+    before, _, after = result.counts
+    half = round(before * classifier.KEEP)
+    return {name: (n, vit_flops(n)) for name, n in (("unmerged", before), ("half", half), ("drawn", after))}
 
 
 def record(result: Result, implementation: str) -> dict[str, Any]:
@@ -134,6 +134,8 @@ def record(result: Result, implementation: str) -> dict[str, Any]:
         "grid": result.grid,
         "tokens": dict(zip(("before", "spatial", "temporal"), counts, strict=True)),
         "seconds": {"spatial": result.spatial.seconds, "temporal": result.temporal.seconds},
+        "vit_b_flops": {name: flops for name, (_, flops) in _settings(result).items()},
+        "small_vit": asdict(result.classifier),
         "group_sizes": result.temporal.tokens.size[0].long().tolist(),
     }
 
@@ -143,7 +145,6 @@ def report(result: Result, implementation: str) -> list[str]:
     clip = result.clip
     (frames, rows, columns), (before, between, after) = result.grid, result.counts
     height, width = clip.frames.shape[1:3]
-    full, left, saved = _saved(result)
     lines = [
         f"{'clip':<10}{clip.name}, {_piece(clip)}, {' x '.join(map(str, clip.source_size))} as {width} x {height}",
         *(f"{'note':<10}{note}" for note in clip.notes),
@@ -158,13 +159,35 @@ def report(result: Result, implementation: str) -> list[str]:
         lines.append(f"{name:<10}{start} to {end} tokens{empty}, {1000 * stage.seconds:.1f} ms")
     lines += [
         f"{'ran on':<10}{implementation}",
-        f"{'ViT-B':<10}{VIT_B_DEPTH} blocks behind the merge: {_amount(full)} to {_amount(left)} a clip, "
-        f"{saved:.2f} % saved",
+        *_costs(result),
         "",
         "tokens in a group, and how many groups",
         *_histogram(result.temporal.tokens.size[0].cpu()),
     ]
     return lines
+
+
+def _costs(result: Result) -> list[str]:
+    """What a ViT-B behind the merge would take, and what a small ViT took."""
+    settings, measured = _settings(result), result.classifier
+    full = settings["unmerged"][1]
+    lines: list[str] = []
+    for name, what in (("unmerged", "unmerged"), ("half", "a half, as classifiers keep"), ("drawn", "as drawn")):
+        tokens, flops = settings[name]
+        saved = "" if name == "unmerged" else f", {100 * (1 - flops / full):.2f} % saved"
+        lines.append(f"{'ViT-B' if not lines else '':<10}{tokens:>6} tokens, {what}: {_amount(flops)} a clip{saved}")
+    if settings["drawn"][0] < settings["half"][0]:
+        lines[-1] += "; so few are for the eye, not for a classifier"
+    return [*lines, f"{'measured':<10}{_measured(measured)}"]
+
+
+def _measured(measured: classifier.Measured) -> str:
+    half = round(measured.tokens * classifier.KEEP)
+    return (
+        f"a ViT of {classifier.DEPTH} blocks, {classifier.DIM} wide, on the clip's {measured.tokens} tokens, "
+        f"on {measured.where}: "
+        f"{1000 * measured.unmerged:.0f} ms; merged to {half} behind the first block: {1000 * measured.merged:.0f} ms"
+    )
 
 
 def _histogram(sizes: Tensor) -> list[str]:
@@ -189,12 +212,15 @@ def draw(result: Result, implementation: str, out: str, gif: str | None) -> None
     """
     clip = result.clip
     before, between, after = result.counts
-    full, left, saved = _saved(result)
+    settings = _settings(result)
+    full, half = settings["unmerged"][1], settings["half"][1]
     title = f"{clip.name}: {before} tokens merged to {between}, then to {after}"
     lines = [
         f"{_piece(clip)}. Spatial stage {1000 * result.spatial.seconds:.0f} ms, temporal stage "
         f"{1000 * result.temporal.seconds:.0f} ms, {implementation}.",
-        f"A ViT-B behind the merge takes {_amount(left)} a clip in place of {_amount(full)}: {saved:.2f} % saved.",
+        f"{after} groups are for the eye. A classifier keeps a half of the tokens: a ViT-B behind them takes "
+        f"{_amount(half)} a clip in place of {_amount(full)}, {100 * (1 - half / full):.0f} % saved.",
+        f"Measured: {_measured(result.classifier)}.",
     ]
     captions = [f"{time:.2f} s" for time in clip.times]
     try:
