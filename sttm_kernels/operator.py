@@ -32,8 +32,8 @@ from sttm_kernels.torch_private import (
 NAMESPACE = "sttm_kernels"
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
-INPUTS: dict[str, type[Any]] = {}
-"""The inputs of every operator by its name."""
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by its name."""
 
 
 _SCHEMA = {
@@ -103,7 +103,7 @@ class Operator:
         constants: Sequence[str] = (),
         unsaved: Sequence[str] = (),
     ):
-        INPUTS[name] = inputs
+        OPERATORS[name] = self
         self.name, self.inputs, self.outputs, self.run, self.formula = name, inputs, outputs, run, formula
         self.backward, self.differentiable, self.constants = backward, differentiable, constants
         self.kept = [field not in (*constants, *unsaved) for field in (*inputs._fields, *outputs._fields)]
@@ -115,7 +115,7 @@ class Operator:
         _lib.impl(name, self._kernel, "CompositeExplicitAutograd")
         _lib.impl(name, self._autograd, "Autograd")
         torch.library.register_fake(
-            f"{NAMESPACE}::{name}", lambda *args: self._flat(inputs(*args), fake(inputs(*args))), lib=_lib
+            f"{NAMESPACE}::{name}", lambda *args: self.flat(inputs(*args), fake(inputs(*args))), lib=_lib
         )
 
     def implementation(self, a: tuple[Any, ...]) -> Callable[..., Any] | None:
@@ -137,6 +137,9 @@ class Operator:
 
     def listened(self, a: tuple[Any, ...]) -> Any:
         """The results, by way of whoever listens or differentiates."""
+        if torch.jit.is_tracing():
+            # It would make constants of the numbers of tokens and groups.
+            raise RuntimeError(f"{self.name} needs torch.export or torch.compile in place of torch.jit.trace")
         if any(isinstance(arg, Tensor) and hasattr(arg, "device_mesh") for arg in a):
             return self._over_ranks(self.inputs(*a))
         if torch.compiler.is_compiling():
@@ -154,14 +157,15 @@ class Operator:
 
         return sharding.run(self, a)
 
-    def _flat(self, a: Any, results: Sequence[Tensor | None]) -> Any:
+    def flat(self, a: Any, results: Sequence[Tensor | None]) -> Any:
+        """Results as the operator returns them."""
         if len(results) == 1:
             return results[0]
         return tuple(_lead(a).new_empty(0) if result is None else result for result in results)
 
     def _kernel(self, *args: Any) -> Any:
         a, lead = self.inputs(*args), _lead(args)
-        return self._flat(a, self.run(dispatch.kernel(self.name, args[-1], lead.device, lead.dtype), a))
+        return self.flat(a, self.run(dispatch.kernel(self.name, args[-1], lead.device, lead.dtype), a))
 
     def _below(self, *args: Any) -> Any:
         """The results without derivatives."""

@@ -83,7 +83,7 @@ ROOMS = {
     "functional": ("functional",),
     "nn": ("nn",),
     "demo": ("demo",),
-    "top": ("testing", "checks", "verify", "integrations", "compat", "bench", "evidence", "__init__"),
+    "top": ("testing", "checks", "verify", "integrations", "compat", "export", "bench", "evidence", "__init__"),
     "cli": ("cli", "__main__"),
 }
 """From the bottom upwards, what is in them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import ops as ops  # registers the operators
-from sttm_kernels.operator import INPUTS, NAMESPACE
+from sttm_kernels.operator import NAMESPACE, OPERATORS
 
 
 class Extents(NamedTuple):
@@ -62,7 +62,7 @@ def products(rounding: str) -> Iterator[None]:
 
 def operators(implementation: Any) -> list[str]:
     """The operators for which an implementation has a function."""
-    return [name for name in sorted(INPUTS) if hasattr(implementation, name)]
+    return [name for name in sorted(OPERATORS) if hasattr(implementation, name)]
 
 
 def _overload(op: str) -> Any:

@@ -119,8 +119,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _register(name: str, formula: Callable[..., int]) -> None:
-    inputs = operator.INPUTS.get(name)
-    by_name = formula if inputs is None else lambda *args, **_: formula(inputs(*args))
+    known = operator.OPERATORS.get(name)
+    by_name = formula if known is None else lambda *args, **_: formula(known.inputs(*args))
     register_flop_formula(getattr(getattr(torch.ops, operator.NAMESPACE), name))(by_name)
 
 

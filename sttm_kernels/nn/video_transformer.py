@@ -168,7 +168,7 @@ class VideoTransformer(nn.Module):
             trace: whether they come with the plan from the first tokens to them.
         """
         validate.floating("clip", clip)
-        validate.shape("clip", clip, "(B, in_channels, num_frames, height, width)", (len(clip), *self.clip_shape))
+        validate.shape("clip", clip, "(B, in_channels, num_frames, height, width)", (clip.shape[0], *self.clip_shape))
         x = self.embed(clip).flatten(2).mT
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(x.shape[0], -1, -1).to(x.dtype), x), 1)

@@ -1,0 +1,203 @@
+"""Programs that leave the package behind: every operator as plain ATen, for other runtimes and processes.
+
+A program of `torch.export` holds this package's operators. Where the package is imported they run its kernels; without
+it the program does not load. `decompose` writes them out, and `to_onnx` makes an ONNX model of the result. What is
+written out is the specification, but without what only some runtimes have, as a stable sort. It takes O(N K) memory for
+`assign` and `soft_merge`, O(S T) for `match` of S src and T dst, and the sums of `merge` have no fixed order on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sttm_kernels import ops, reference
+from sttm_kernels.operator import OPERATORS
+from sttm_kernels.plan import Merged, MergePlan, Similarity, SoftMerged
+from sttm_kernels.reference import acc_dtype, mean_over_heads, pairwise_similarity
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without this package's operators: plain ATen, which runs where the package is not.
+
+    Args:
+        program: of `torch.export.export`. Its inputs and results must be tensors and Python's own containers: a
+            `MergePlan` or `MergedTokens` among them is a class of this package, without which it does not load.
+
+    Returns:
+        A new program, with the same dynamic shapes. Its choices (`index`) are those of `impl="reference"`, its sums
+        equal to rounding; only inference is written out, so it has no gradient formulas of this package.
+
+    Raises:
+        ValueError: it holds an operator that has no plain form: those of the generators "farthest", "distinct" and
+            "dpc_knn", and gradients.
+    """
+    if not _ours(program):
+        return program
+    plain = program.run_decompositions(decompositions())
+    if left := _ours(plain):
+        raise ValueError(f"program must hold operators that have a plain form, got {', '.join(left)}")
+    return plain
+
+
+def to_onnx(program: torch.export.ExportedProgram, **options: Any) -> torch.onnx.ONNXProgram:
+    """An ONNX model of a program that holds this package's operators, in standard operators only.
+
+    Needs onnx and onnxscript. `match` and the generator "topk" select by TopK, sums of groups are scattered with a
+    reduction.
+
+    Args:
+        program: as `decompose` takes it. Its dynamic shapes are those of the model.
+        options: of `torch.onnx.export`, for instance `opset_version`, at least 18, which the reductions need.
+
+    Returns:
+        What `torch.onnx.export` returns; its `save(path)` writes the model.
+    """
+    table = {torch.ops.aten.sort.stable: _sort_in_onnx, **options.pop("custom_translation_table", {})}
+    found = torch.onnx.export(decompose(program), (), dynamo=True, custom_translation_table=table, **options)
+    assert found is not None
+    return found
+
+
+def _sort_in_onnx(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """TopK of ONNX puts the lower index first where values are equal."""
+    from onnxscript import opset18 as op
+
+    count = op.Reshape(op.Gather(op.Shape(self), dim), op.Constant(value_ints=[1]))
+    return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The plain form of every operator that has one, for a table of `ExportedProgram.run_decompositions`."""
+    return {OPERATORS[name].overload: _decomposition(name, plain) for name, plain in _PLAIN.items()}
+
+
+def _ours(program: torch.export.ExportedProgram) -> list[str]:
+    """The operators of this package that a program holds."""
+    targets = {node.target for node in program.graph.nodes}
+    return sorted(str(target) for target in targets if getattr(target, "namespace", None) == ops.NAMESPACE)
+
+
+def _decomposition(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    operator = OPERATORS[name]
+
+    def written_out(*args: Any) -> Any:
+        a = operator.inputs(*args)
+        return operator.flat(a, operator.run(plain, a))
+
+    return written_out
+
+
+def _match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+    """`reference.match` of src and dst as lists of tokens `(1 or B, G, S)` and `(1 or B, G, T)` per window, padded with
+    -1; None is every other token."""
+    metric = mean_over_heads(metric.detach())
+    B, N, D = metric.shape
+    token = torch.arange(N, device=metric.device)
+    if src is None or dst is None:
+        first_src, first_dst = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+        src, dst = token[first_src::2][None, None], token[first_dst::2][None, None]
+        rows, columns = metric[:, first_src::2], metric[:, first_dst::2]
+    else:
+        src, dst = src.long(), dst.long()
+        rows, columns = (
+            metric.gather(1, tokens.clamp_min(0).expand(B, -1, -1).flatten(1)[..., None].expand(-1, -1, D))
+            .unflatten(1, tokens.shape[1:])
+            .flatten(0, 1)
+            for tokens in (src, dst)
+        )
+    G, S, T = src.shape[1], src.shape[2], dst.shape[2]
+    src, dst = src.expand(B, -1, -1), dst.expand(B, -1, -1)
+    similarity = pairwise_similarity(rows, columns, reference.COSINE).view(B, G, S, T)
+    best, position = similarity.masked_fill((dst < 0)[:, :, None], -torch.inf).max(-1)
+
+    place = torch.where(src < 0, N, src).flatten(1)
+    score = _placed(best.flatten(1), place, N, -torch.inf)
+    partner = _placed(dst.gather(2, position).clamp_min(0).flatten(1), place, N, 0)
+    is_dst = _placed(torch.ones_like(dst).flatten(1), torch.where(dst < 0, N, dst).flatten(1), N, 0)
+    merged = _top(score, r)
+    unmerged = _placed(torch.ones_like(place), place, N, 0) * ~merged
+
+    group = torch.where(unmerged > 0, num_prefix - 1 + unmerged.cumsum(1), token)
+    group = torch.where(is_dst > 0, num_prefix - 1 + unmerged.sum(1, keepdim=True) + is_dst.cumsum(1), group)
+    index = torch.where(merged, group.gather(1, partner), group)
+
+    order = (index * N + token).sort(1).values % N  # no two are equal, so any sort is stable
+    counts = index.new_zeros((B, N - r + 1)).scatter_add(1, index + 1, torch.ones_like(index))
+    index, order, offsets = (t.to(torch.int32) for t in (index, order, counts.cumsum(1)))
+    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+
+
+def _placed(values: Tensor, place: Tensor, N: int, rest: float) -> Tensor:
+    """(B, N) with these values (B, M) at their places and `rest` elsewhere; place N is nowhere."""
+    return values.new_full((values.shape[0], N + 1), rest).scatter(1, place, values)[:, :N]
+
+
+def _top(score: Tensor, r: int) -> Tensor:
+    """Marks the r greatest of each row, equal ones from the left, by the value of the least. NaN counts as +inf."""
+    if r == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    score = torch.where(score.isnan(), torch.inf, score)
+    least = score.topk(r, dim=1).values[:, -1:]
+    above, level = score > least, score == least
+    return above | (level & (level.long().cumsum(1) <= r - above.long().sum(1, keepdim=True)))
+
+
+def _merge(
+    x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None
+) -> Merged:
+    """`reference.merge`, with the members of a group for "max" and "first" found by a reduction, not compared."""
+    B, N, C = x.shape
+    K = plan.num_groups
+    merged = reference.merge(x, plan, size, positions, "mean" if reduce in ("max", "first") else reduce, fill)
+    weight = torch.ones(plan.index.shape, dtype=acc_dtype(x.dtype), device=x.device) if size is None else size
+    mass = reference.sum_by_group(weight if plan.weight is None else weight * plan.weight, plan.index, K)
+    if reduce not in ("max", "first"):
+        return Merged(merged.x, merged.size, merged.positions, mass)
+    place = torch.where((plan.index >= 0) & (plan.index < K), plan.index, K).long()
+    if reduce == "max":
+        lowest = x.new_full((B, K + 1, C), -torch.inf)
+        y = lowest.scatter_reduce(1, place[..., None].expand(-1, -1, C), x, "amax")[:, :K]
+    else:
+        token = torch.arange(N, device=x.device).expand(B, -1)
+        first = token.new_full((B, K + 1), N - 1).scatter_reduce(1, place, token, "amin")[:, :K]
+        y = x.gather(1, first[..., None].expand(-1, -1, C))
+    y = torch.where((mass == 0)[..., None], 0 if fill is None else fill, y)
+    return Merged(y.to(x.dtype), merged.size, merged.positions, mass)
+
+
+def _assign_merge(
+    x: Tensor, q: Tensor | None, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None,
+    size: Tensor | None, positions: Tensor | None, fill: Tensor | None,
+) -> tuple[Merged, MergePlan]:  # fmt: skip
+    plan = reference.assign(x if q is None else q, meta, similarity, weight, mask)
+    return _merge(x, plan, size, positions, "mean", fill), plan
+
+
+def _soft_merge(
+    x: Tensor, q: Tensor, meta: Tensor, similarity: Similarity, normalize: str, size: Tensor | None,
+    positions: Tensor | None, mask: Tensor | None,
+) -> SoftMerged:  # fmt: skip
+    merged = reference.soft_merge(x, q, meta, similarity, normalize, size, positions, mask)
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+    S = pairwise_similarity(torch.where(real[..., None], mean_over_heads(q), 0), meta, similarity)
+    if normalize == "meta":
+        lse = torch.where(real, S.logsumexp(-1), 0)
+    else:
+        some = real.any(1, keepdim=True)
+        lse = torch.where(some, S.masked_fill(~real[..., None], -torch.inf).logsumexp(1), 0)
+    return SoftMerged(merged.x, merged.size, merged.positions, lse)
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "assign": reference.assign,
+    "match": _match,
+    "merge": _merge,
+    "assign_merge": _assign_merge,
+    "unmerge": reference.unmerge,
+    "compose": reference.compose,
+    "soft_merge": _soft_merge,
+}

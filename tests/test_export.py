@@ -1,0 +1,175 @@
+"""Programs written out in plain ATen and in ONNX: what the verbs give, in processes without the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sttm_kernels as sttm
+from sttm_kernels import checks, dispatch, export, ops
+from sttm_kernels.nn.generators import FarthestPoint
+from sttm_kernels.operator import OPERATORS
+from sttm_kernels.testing import make_tokens
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Verbs of impl="torch" run their plain forms."""
+    kernel = dispatch.kernel
+    monkeypatch.setattr(dispatch, "kernel", lambda name, *how: export._PLAIN.get(name) or kernel(name, *how))
+
+
+GRID, SHAPE = (3, 4, 5), (2, 61, 7, 12, 20)  # B, N, K, D, C
+FRAMES = torch.arange(61) % 4 == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_prefix": 3},
+        {"num_prefix": 1, "partition": "frames", "grid": GRID},
+        {"num_prefix": 1, "grid": GRID, "window": (1, 3, 2)},
+        {"partition": FRAMES & (torch.arange(61) > 0), "protect": torch.arange(61) % 16 == 4},
+    ],
+    ids=lambda how: "-".join(how) or "alternate",
+)
+def test_matches(plain, how, dtype):
+    metric = make_tokens(2, 3 * 61, 12, dtype=dtype).view(2, 3, 61, 12)
+    for r in (0, 5, 1000):
+        checks.check_match("torch", metric, r, **how)
+
+
+def test_a_match_takes_the_lower_of_equal_tokens(plain):
+    metric = torch.eye(4)[torch.randint(4, (3, 40), generator=torch.Generator().manual_seed(0))]
+    for r in (1, 7, 15):
+        got, expected = (sttm.match(metric, r, num_prefix=1, impl=impl) for impl in ("torch", "reference"))
+        assert torch.equal(got.index, expected.index)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
+@pytest.mark.parametrize("weight", ["softmax", "uniform"])
+def test_assignments(plain, similarity, weight):
+    given = checks.draw(SHAPE, torch.float32)
+    mask = given["mask"]
+    checks.check_assign("torch", given["q"], given["meta"], similarity, 3.0, weight, mask)
+    extras = {name: given[name] for name in ("size", "positions", "mask")}
+    checks.check_assign_merge("torch", given["x"], None, make_tokens(2, 7, 20), similarity, 3.0, weight, extras)
+    for normalize in ("meta", "tokens"):
+        checks.check_soft_merge(
+            "torch", given["x"], given["q"], given["meta"], similarity, 3.0, normalize, given["size"],
+            given["positions"], mask,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_merges_and_back(plain, reduce, dtype):
+    given = checks.draw(SHAPE, dtype)
+    index = torch.randint(-1, 7, (2, 61), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    index[index == 3] = 4  # an empty group
+    for fill in (None, make_tokens(2, 7, 20, dtype=dtype, seed=9)):
+        checks.check_merge(
+            "torch", given["x"], index, 7, given["size"], positions=given["positions"], fill=fill, reduce=reduce
+        )
+    checks.check_unmerge("torch", given["x"][:, :7].contiguous(), index)
+    checks.check_compose("torch", index, index[:, :7].contiguous(), 7)
+
+
+def test_every_verb_has_a_plain_form_that_knows_all_of_its_arguments():
+    assert set(export._PLAIN) == set(dispatch.VERBS) == {name for name in OPERATORS if "backward" not in name}
+    assert ops.MatchIn._fields == ("metric", "src", "dst", "r", "num_prefix", "impl")
+
+
+class Verbs(nn.Module):
+    """Every verb, in a chain as networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(make_tokens(1, 5, 8, seed=1)[0])
+
+    def forward(self, x: Tensor, size: Tensor) -> tuple[Tensor | None, ...]:
+        plan = sttm.match(x, 6, num_prefix=1)
+        out = sttm.merge(x, plan, size, positions=x[..., :3])
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        again, assigned = sttm.assign_merge(out.x, None, queries, temperature=0.2, size=out.size)
+        soft = sttm.soft_merge(x, x, queries, temperature=0.3, size=size)
+        first = sttm.merge(x, plan, reduce="first")
+        return (
+            plan.index, sttm.compose(plan, assigned).index, plan.order, plan.offsets,
+            out.x, out.size, out.positions, sttm.unmerge(out.x, plan), again.x, assigned.weight, soft.x, first.x,
+        )  # fmt: skip
+
+
+ELSEWHERE = """
+import sys
+sys.modules["sttm_kernels"] = None
+import torch
+path, given, results = sys.argv[1:]
+if path.endswith(".onnx"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path)
+    names = [each.name for each in session.get_inputs()]
+    def program(*tensors):
+        found = session.run(None, dict(zip(names, (tensor.numpy() for tensor in tensors))))
+        return [torch.from_numpy(each) for each in found]
+else:
+    program = torch.export.load(path).module()
+torch.save([program(*tensors) for tensors in torch.load(given)], results)
+"""
+
+
+@pytest.mark.unpoisoned
+def test_written_out_programs_run_in_a_process_without_the_package(tmp_path):
+    network = Verbs().eval()
+    batches = [(make_tokens(B, 41, 8, seed=B), torch.arange(1.0, 1 + B * 41).view(B, 41) % 3 + 1) for B in (2, 1, 5)]
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(network, batches[0], dynamic_shapes=({0: batch}, {0: batch}))
+        expected = [network(*given) for given in batches]
+        program = export.decompose(program)
+        torch.export.save(program, tmp_path / "program.pt2")
+        paths = [tmp_path / "program.pt2"]
+        try:
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            paths.append(tmp_path / "program.onnx")
+            model = export.to_onnx(program, verbose=False)
+            assert {node.domain for node in model.model.graph} == {""}
+            model.save(paths[-1])
+    torch.save(batches, tmp_path / "given")
+    for path in paths:
+        command = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "given"), str(tmp_path / "results")]
+        subprocess.run(command, check=True, timeout=300)
+        for found, wanted in zip(torch.load(tmp_path / "results"), expected, strict=True):
+            for got, value in zip(found, wanted, strict=True):
+                assert got.dtype == value.dtype
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.unpoisoned
+def test_what_has_no_plain_form_is_named():
+    class Far(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return FarthestPoint()(x, 5, 8, 3)
+
+    program = torch.export.export(Far(), (make_tokens(2, 40, 8),))
+    with pytest.raises(
+        ValueError, match=r"must hold operators that have a plain form, got sttm_kernels.farthest_point"
+    ):
+        export.decompose(program)
+
+
+def test_traces_are_refused():
+    with pytest.raises(
+        RuntimeError, match=r"match needs torch\.export or torch\.compile in place of torch\.jit\.trace"
+    ):
+        torch.jit.trace(lambda x: sttm.match(x, 3).index, make_tokens(2, 20, 8))
