@@ -307,6 +307,9 @@ class BuildPackage(build_py):
     def run(self) -> None:
         super().run()
         note(self)
+        if not self.editable_mode:
+            headers = Path(self.build_lib) / "sttm_kernels" / "include"
+            shutil.copytree(CSRC / "include", headers, dirs_exist_ok=True)
 
 
 _reasons: dict[str, str | None] = {}
