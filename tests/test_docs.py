@@ -20,3 +20,9 @@ def test_quoted_lines_are_in_the_reference() -> None:
     lines = {line.strip() for line in (ROOT / "sttm_kernels/reference.py").read_text(encoding="utf-8").splitlines()}
     assert len(rows) > 20
     assert [row for row in rows if row not in lines] == []
+
+
+def test_promises_name_tests_that_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs/promises.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
