@@ -42,7 +42,7 @@ COMPILERS = ("c++", "g++", "clang++")
 BINDINGS = "bindings.cpp"
 """Of a build, the source that includes those of the bindings."""
 CPU_MODULE = CSRC / "cpu" / "module.cpp"
-CPU_OPTIMIZATION = "-O3"
+CPU_OPTIMIZATION = "-O2"
 CPU_FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DSTTM_CPU"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),

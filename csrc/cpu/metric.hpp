@@ -20,7 +20,8 @@ inline int64_t block_size(int64_t D) { return D * kRows; }
 // acc[r][v] += sum over d of a[d kStepD + r kStepR] times vector v of row d of b. The sum runs in the order of d, so it
 // depends on its own terms alone.
 template <int kR, int kStepD, int kStepR>
-inline void product(Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b, int64_t step_b) {
+STTM_INLINE void product(Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b,
+                         int64_t step_b) {
     for (int64_t d = 0; d < depth; ++d, a += kStepD, b += step_b) {
         Floats row[kVectors];
         STTM_UNROLL
@@ -36,8 +37,8 @@ inline void product(Floats (&acc)[kRows][kVectors], int64_t depth, const float* 
 
 // The same for at least the first `rows` of acc: the last block of a few costs less than a whole one.
 template <int kStepD, int kStepR>
-inline void product_of(int64_t rows, Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b,
-                       int64_t step_b) {
+STTM_INLINE void product_of(int64_t rows, Floats (&acc)[kRows][kVectors], int64_t depth, const float* a, const float* b,
+                            int64_t step_b) {
     if (rows <= kRows / 3)
         product<kRows / 3, kStepD, kStepR>(acc, depth, a, b, step_b);
     else if (rows <= kRows * 2 / 3)
@@ -58,7 +59,7 @@ inline Floats features(const Metric& m, int64_t b, int64_t n, int d, int D) {
 
 // Lanes [0, h) and [2h, 3h), ... of rows i and i + h change places with each other's, for the h that halve kWidth.
 template <int h>
-inline void transpose(Floats (&rows)[kWidth]) {
+STTM_INLINE void transpose(Floats (&rows)[kWidth]) {
     Ints low, high;
     STTM_UNROLL
     for (int j = 0; j < kWidth; ++j) {

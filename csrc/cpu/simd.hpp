@@ -13,6 +13,8 @@
 #include "sttm/arguments.hpp"
 
 #define STTM_UNROLL _Pragma("GCC unroll 64")
+// For what takes vectors by reference, which stay in registers where it is compiled into its caller.
+#define STTM_INLINE inline __attribute__((always_inline))
 
 namespace sttm::cpu::STTM_ISA {
 namespace {

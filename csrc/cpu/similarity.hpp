@@ -115,8 +115,8 @@ void load_panel(const Arguments& a, int64_t b, int start, const F& real, Panel& 
 
 // S of a panel and a block; -infinity behind the last meta token.
 template <class Arguments>
-inline void similarities(const Arguments& a, const Meta& meta, int64_t b, int block, const Panel& panel,
-                         Floats (&S)[kRows][kVectors]) {
+STTM_INLINE void similarities(const Arguments& a, const Meta& meta, int64_t b, int block, const Panel& panel,
+                              Floats (&S)[kRows][kVectors]) {
     STTM_UNROLL
     for (int r = 0; r < kRows; ++r) STTM_UNROLL
     for (int v = 0; v < kVectors; ++v) S[r][v] = Floats{};
