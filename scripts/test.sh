@@ -4,9 +4,9 @@
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
 #   models  every way in which models are run, in every family
-#   all     all of this, but under sanitizers one in eight of the cases of every test, else one in six; every other test;
-#           the older of the two major versions of transformers, in a process of its own; and last the ratios to rivals,
-#           with nothing beside them; what is run where nothing is named
+#   all     one in eight of the cases of all of this; every other test; the older of the two major versions of
+#           transformers, in a process of its own; and last the ratios to rivals, with nothing beside them; what is run
+#           where nothing is named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,8 +51,8 @@ case $what in
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
   models) tests tests/test_how_models_are_run.py ;;
   all)
-    tests --tables-one-in 6
-    TRITON_INTERPRET=1 tests --one-in 6 tests/kernels
+    tests --tables-one-in 8
+    TRITON_INTERPRET=1 tests --one-in 8 tests/kernels
     PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks
     ;;
