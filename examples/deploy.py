@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.folder.mkdir(exist_ok=True)
     model = videomae(options.model, options.device)
-    frames = clip(model)
+    frames = clip(model).contiguous()  # AOTInductor takes inputs to have the strides of the example, without a word
     network = Logits(sttm.apply(model, r=options.r))
 
     # Exported with a batch of two: one would be taken for a constant.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|models|all].
-#   fast    lint, types, and the verbs in plain PyTorch and in the CPU kernels
+# Lint, types, the site and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|models|all].
+#   fast    lint, types, the site, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
 #   models  every way in which models are run, in every family
@@ -41,6 +41,7 @@ if [[ $what == fast || $what == all ]]; then
   $bin/ruff check .
   $bin/ruff format --check .
   $bin/mypy
+  NO_MKDOCS_2_WARNING=1 $bin/mkdocs build --strict --quiet
 fi
 case $what in
   fast) tests tests/kernels ;;

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import sttm_kernels
+import sttm_kernels.nn
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
@@ -26,3 +29,18 @@ def test_promises_name_tests_that_are_there() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs/promises.md").read_text(encoding="utf-8"))
     assert len(named) > 15
     assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
+@pytest.mark.parametrize("page", ["index.md"])
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) > 2
+    exec("\n".join(blocks), {})
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    named = {line.rpartition(".")[2] for line in re.findall(r"^::: (.+)$", pages, re.MULTILINE)}
+    assert (set(sttm_kernels.__all__) | set(sttm_kernels.nn.__all__) - {"GENERATORS"}) - named == set()
