@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sttm_kernels import ops, reference
 from sttm_kernels.operator import OPERATORS
-from sttm_kernels.plan import Merged, MergePlan, Similarity, SoftMerged
+from sttm_kernels.plan import MatchBounds, Merged, MergePlan, Similarity, SoftMerged
 from sttm_kernels.reference import acc_dtype, mean_over_heads, pairwise_similarity
 
 
@@ -91,11 +91,14 @@ def _decomposition(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return written_out
 
 
-def _match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+def _match(
+    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, bounds: MatchBounds | None = None
+) -> MergePlan:
     """`reference.match` of src and dst as lists of tokens `(1 or B, G, S)` and `(1 or B, G, T)` per window, padded with
     -1; None is every other token."""
     metric = mean_over_heads(metric.detach())
     B, N, D = metric.shape
+    K, mask, limit, threshold = bounds or MatchBounds(N - r)
     token = torch.arange(N, device=metric.device)
     if src is None or dst is None:
         first_src, first_dst = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
@@ -111,6 +114,11 @@ def _match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Ten
         )
     G, S, T = src.shape[1], src.shape[2], dst.shape[2]
     src, dst = src.expand(B, -1, -1), dst.expand(B, -1, -1)
+    if mask is not None:
+        src, dst = (
+            torch.where(mask.gather(1, tokens.clamp_min(0).flatten(1)).view(tokens.shape), tokens, -1)
+            for tokens in (src, dst)
+        )
     similarity = pairwise_similarity(rows, columns, reference.COSINE).view(B, G, S, T)
     best, position = similarity.masked_fill((dst < 0)[:, :, None], -torch.inf).max(-1)
 
@@ -118,17 +126,20 @@ def _match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Ten
     score = _placed(best.flatten(1), place, N, -torch.inf)
     partner = _placed(dst.gather(2, position).clamp_min(0).flatten(1), place, N, 0)
     is_dst = _placed(torch.ones_like(dst).flatten(1), torch.where(dst < 0, N, dst).flatten(1), N, 0)
-    merged = _top(score, r)
+    most = r if limit is None else limit.clamp(max=r)
+    merged = _top(score, r) if bounds is None else _top_above(score, threshold, most)
     unmerged = _placed(torch.ones_like(place), place, N, 0) * ~merged
 
     group = torch.where(unmerged > 0, num_prefix - 1 + unmerged.cumsum(1), token)
     group = torch.where(is_dst > 0, num_prefix - 1 + unmerged.sum(1, keepdim=True) + is_dst.cumsum(1), group)
     index = torch.where(merged, group.gather(1, partner), group)
+    if mask is not None:
+        return MergePlan(torch.where(mask, index.clamp(max=K - 1), -1).to(torch.int32), K, score)
 
     order = (index * N + token).sort(1).values % N  # no two are equal, so any sort is stable
-    counts = index.new_zeros((B, N - r + 1)).scatter_add(1, index + 1, torch.ones_like(index))
+    counts = index.new_zeros((B, K + 1)).scatter_add(1, index + 1, torch.ones_like(index))
     index, order, offsets = (t.to(torch.int32) for t in (index, order, counts.cumsum(1)))
-    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+    return MergePlan(index, K, score, order=order, offsets=offsets)
 
 
 def _placed(values: Tensor, place: Tensor, N: int, rest: float) -> Tensor:
@@ -144,6 +155,17 @@ def _top(score: Tensor, r: int) -> Tensor:
     least = score.topk(r, dim=1).values[:, -1:]
     above, level = score > least, score == least
     return above | (level & (level.long().cumsum(1) <= r - above.long().sum(1, keepdim=True)))
+
+
+def _top_above(score: Tensor, threshold: float, r: int | Tensor) -> Tensor:
+    """As `_top`, of those above the threshold at most r, a number or one for each row."""
+    able = score > threshold if threshold > -torch.inf else score != -torch.inf
+    most = able.long().sum(1).clamp(max=r)[:, None]
+    score = torch.where(able, torch.where(score.isnan(), torch.inf, score), -torch.inf)
+    least = score.sort(1, descending=True).values.gather(1, (most - 1).clamp(min=0))
+    above, level = score > least, score == least
+    chosen = above | (level & (level.long().cumsum(1) <= most - above.long().sum(1, keepdim=True)))
+    return chosen & able & (most > 0)
 
 
 def _merge(

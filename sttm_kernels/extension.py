@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels.plan import (
+    MatchBounds,
     Merged,
     MergedGrads,
     MergePlan,
@@ -176,20 +177,29 @@ class Verbs:
         )  # fmt: skip
         return found
 
-    def match(self, metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+    def match(
+        self,
+        metric: Tensor,
+        r: int,
+        num_prefix: int,
+        src: Tensor | None,
+        dst: Tensor | None,
+        bounds: MatchBounds | None = None,
+    ) -> MergePlan:
         B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+        K, mask, limit, threshold = bounds or MatchBounds(N - r)
         index = metric.new_empty((B, N), dtype=torch.int32)
         score = metric.new_empty((B, N), dtype=torch.float32)
-        order, offsets = torch.empty_like(index), index.new_empty((B, N - r + 1))
+        order, offsets = (None, None) if mask is not None else (torch.empty_like(index), index.new_empty((B, K + 1)))
         scratch = index.new_empty(B * (N + 1))
         mean = None
         if metric.dim() == 4 and (N // 2 if src is None else src.shape[2]) > self.read_again:
             mean = metric.new_empty((B, N, D))
         self.run().match(
-            metric, _dense(src), _dense(dst), r, num_prefix, self.tf32(),
+            metric, _dense(src), _dense(dst), mask, _dense(limit), r, K, num_prefix, threshold, self.tf32(),
             index, score, order, offsets, scratch, mean, self.stream(metric),
         )  # fmt: skip
-        return MergePlan(index, N - r, score, order=order, offsets=offsets)
+        return MergePlan(index, K, score, order=order, offsets=offsets)
 
     def assign(self, q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
         plan = _new_plan(q, meta.shape[1], weight)

@@ -19,7 +19,8 @@ Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from sttm_kernels import dispatch, ops, reference, torch_private, validate
 from sttm_kernels import partition as _partition
-from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
+from sttm_kernels.plan import MatchBounds, MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
 
 _Made = TypeVar("_Made")
@@ -150,7 +151,7 @@ def assign(
 
 def match(
     metric: Tensor,
-    r: int,
+    r: int | Sequence[int] | Tensor,
     num_prefix: int = 0,
     partition: str | Tensor = "alternate",
     grid: tuple[int, ...] | None = None,
@@ -160,6 +161,8 @@ def match(
     cell: tuple[int, int] = (2, 2),
     generator: torch.Generator | None = None,
     protect: Tensor | Iterable[int] | None = None,
+    mask: Tensor | None = None,
+    threshold: float | None = None,
 ) -> MergePlan:
     """Bipartite soft matching: every src token finds its most similar dst token, the best r src merge into theirs.
 
@@ -171,6 +174,7 @@ def match(
             cosine similarity.
         r: how many tokens to merge away, at least 0. Clamped to the number of src tokens that have a dst token to go
             to, and for "alternate" to (N - num_prefix) // 2 as in ToMe. Equal scores go to the lower token index.
+            Or one number for each item: a sequence, or an integer tensor `(B,)` on the CPU.
         num_prefix: the first tokens (class, distillation, registers) that neither merge nor receive.
         partition: "alternate" (even positions, counted from the first token, are src and odd ones dst), "frames"
             (even frames src, odd frames dst; needs `grid`), "random2d" (one random dst in each `cell` of each frame;
@@ -187,9 +191,19 @@ def match(
             tokens are src or dst as without it; where "random2d" has protected tokens in a cell, its dst is one of the
             others. r is clamped to what then can merge. A tensor must be on the CPU, where it is read: inside
             `torch.compile` and `torch.export` give a list. Costs one copy of `metric`.
+        mask: bool `(B, N)`, True = a real token. The others get index -1 and take part in nothing, whatever they hold.
+            In each item r is clamped by its own real tokens, so that an item with padding at its end has the groups
+            that it has without it. A cell of "random2d" that drew padding has a real token as its dst, if it has any.
+        threshold: a src merges only if its cosine similarity to its dst is above it.
 
     Returns:
         A `MergePlan` with `index`, `num_groups` = N - r, `score`, `order` and `offsets`; its weights are uniform.
+        Where items merge differently many tokens, the last groups of those with few are empty: their size is 0 after
+        `merge`. The prefix and the protected tokens keep their places, empty where they are padding. N - r is then of
+        the item of the lowest r. With a `threshold`, which may leave every token alone, `num_groups` is N; with a
+        `mask` it is what padding at the end needs: N - r, or more if a partition of your own or `protect` leave few
+        tokens without any dst. If another mask leaves more groups than that, those beyond the last join it. With a
+        `mask` there are no `order` and `offsets`.
 
     Differentiable: nothing.
     Source: Token Merging (Bolya et al., arXiv 2210.09461); "random2d" Token Merging for Stable Diffusion
@@ -198,13 +212,20 @@ def match(
     validate.one_of("impl", impl, IMPL_NAMES)
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
-    r, num_prefix = validate.integer("r", r, 0), validate.integer("num_prefix", num_prefix, 0)
+    each = None if type(r) is int else validate.amounts("r", r, B)
+    r = validate.integer("r", r, 0) if each is None else max(each)
+    num_prefix = validate.integer("num_prefix", num_prefix, 0)
     if num_prefix > N:
         raise ValueError(f"num_prefix must be at most N = {N}, got {num_prefix}")
     validate.partition(partition)
     validate.generator(generator)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
     geometry = _check_grid(partition, grid, window, N - num_prefix)
+    if mask is not None:
+        validate.boolean("mask", mask)
+        validate.beside("mask", mask, "(B, N)", (B, N), "metric", metric)
+    if threshold is not None:
+        validate.finite("threshold", threshold)
     named = [] if protect is None else validate.tokens("protect", protect, N)
     protected = tuple(n for n in named if n >= num_prefix)
     if isinstance(partition, Tensor):
@@ -220,6 +241,15 @@ def match(
 
     device = metric.device
     moved = _table(_partition.move, protected, N, num_prefix, device) if protected else None
+    bounds = None
+    if each is not None or mask is not None or threshold is not None:
+        least = r if each is None else min(r, *each)
+        num_groups = _partition.most_groups(
+            least, partition, N, num_prefix, geometry, blocks is not None, protected, mask is None, threshold is None
+        )
+        halves = isinstance(partition, str) and partition == "alternate"
+        limit = _limit(each, mask if halves else None, num_prefix, moved, device)
+        bounds = MatchBounds(num_groups, mask, limit, -math.inf if threshold is None else float(threshold))
     metric = metric.detach() if metric.requires_grad else metric
     src = dst = None
     if impl != "reference" and isinstance(partition, str) and partition != "random2d":
@@ -229,13 +259,39 @@ def match(
             )
     else:
         kept = None if moved is None else moved.protected
-        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, device, kept)
+        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, device, kept, mask)
         if impl == "reference":
             block = None if blocks is None else _partition.blocks(*blocks, device)
-            return reference.match(metric, r, num_prefix, is_dst, block, kept)
+            return reference.match(metric, r, num_prefix, is_dst, block, kept, bounds)
         src, dst = _partition.src_and_dst(partition, is_dst, num_prefix, geometry, num_dst, window, protected, moved)
     run = ops.match if moved is None else partial(_match_moved, moved)
-    return run(metric, r, fixed, src, dst, impl)
+    return run(metric, r, fixed, src, dst, impl, bounds)
+
+
+def _limit(
+    each: tuple[int, ...] | None,
+    mask: Tensor | None,
+    num_prefix: int,
+    moved: _partition.Moved | None,
+    device: torch.device,
+) -> Tensor | None:
+    """int32 `(B,)`: how many tokens each item may merge away, by `each` and as half of the real ones in `mask`."""
+    limit = None if each is None else _table(_partition.amounts, each, device)
+    if mask is None:
+        return limit
+    if moved is not None:
+        mask = mask & ~_beside(mask, moved.protected)
+    half = mask[:, num_prefix:].sum(1, dtype=torch.int32) // 2
+    return half if limit is None else torch.minimum(half, _beside(mask, limit))
+
+
+def _beside(lead: Tensor, value: Tensor) -> Tensor:
+    """`value`, which is alike on every rank, as a DTensor if `lead` is one."""
+    if not hasattr(lead, "device_mesh"):
+        return value
+    from sttm_kernels import sharding  # not before there are DTensors: it imports torch.distributed.tensor
+
+    return sharding.on_every_rank(value, lead)
 
 
 def _table(make: Callable[..., _Made], *args: Any) -> _Made:
@@ -255,17 +311,20 @@ def _kept(make: Callable[..., _Made], stream: int, *args: Any) -> _Made:
         return make(*args)
 
 
-def _match_moved(moved: _partition.Moved, metric: Tensor, *args: Any) -> MergePlan:
+def _match_moved(
+    moved: _partition.Moved, metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str,
+    bounds: MatchBounds | None,
+) -> MergePlan:  # fmt: skip
     """The plan of the tokens, by way of that of their places."""
-    if hasattr(metric, "device_mesh"):
-        from sttm_kernels import sharding  # not before there are DTensors: it imports torch.distributed.tensor
-
-        moved = _partition.Moved(*(sharding.on_every_rank(each, metric) for each in moved))
-    plan = ops.match(metric.index_select(metric.dim() - 2, moved.token), *args)
+    moved = _partition.Moved(*(_beside(metric, each) for each in moved))
+    if bounds is not None and bounds.mask is not None:
+        bounds = bounds._replace(mask=bounds.mask.index_select(1, moved.token))
+    plan = ops.match(metric.index_select(metric.dim() - 2, moved.token), r, num_prefix, src, dst, impl, bounds)
     assert plan.score is not None
-    assert plan.order is not None
     index, score = (each.index_select(1, moved.place) for each in (plan.index, plan.score))
-    order = moved.token.to(torch.int32).expand(plan.order.shape).gather(1, plan.order.long())
+    order = plan.order
+    if order is not None:
+        order = moved.token.to(torch.int32).expand(order.shape).gather(1, order.long())
     return dataclasses.replace(plan, index=index, score=score, order=order)
 
 

@@ -6,6 +6,7 @@ results and what is needed last. The flat lists are what the dispatcher sees. To
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from sttm_kernels import reference
 from sttm_kernels.operator import NAMESPACE as NAMESPACE
 from sttm_kernels.operator import Operator, pull_back
 from sttm_kernels.plan import (
+    MatchBounds,
     Merged,
     MergedGrads,
     MergePlan,
@@ -204,39 +206,53 @@ class MatchIn(NamedTuple):
     metric: Tensor
     src: Tensor | None
     dst: Tensor | None
+    mask: Tensor | None
+    limit: Tensor | None
     r: int
+    num_groups: int
     num_prefix: int
+    threshold: float
     impl: str
 
 
 class MatchOut(NamedTuple):
     index: Tensor  # type: ignore[assignment]
     score: Tensor
-    order: Tensor
-    offsets: Tensor
+    order: Tensor | None
+    offsets: Tensor | None
 
 
-def _match_fake(a: MatchIn) -> Sequence[Tensor]:
+def _match_fake(a: MatchIn) -> Sequence[Tensor | None]:
     B, N = a.metric.shape[0], a.metric.shape[-2]
     index = a.metric.new_empty((B, N), dtype=torch.int32)
     score = a.metric.new_empty((B, N), dtype=acc_dtype(a.metric.dtype))
-    return index, score, torch.empty_like(index), index.new_empty((B, N - a.r + 1))
+    if a.mask is not None:
+        return index, score, None, None
+    return index, score, torch.empty_like(index), index.new_empty((B, a.num_groups + 1))
 
 
 def _match_run(run: Any, a: MatchIn) -> MatchOut:
-    plan = run(a.metric, a.r, a.num_prefix, a.src, a.dst)
+    bounded = a.mask is not None or a.limit is not None or a.threshold > -math.inf
+    bounds = MatchBounds(a.num_groups, a.mask, a.limit, a.threshold) if bounded else None
+    plan = run(a.metric, a.r, a.num_prefix, a.src, a.dst, bounds)
     return MatchOut(plan.index, plan.score, plan.order, plan.offsets)
 
 
 _match = Operator("match", MatchIn, MatchOut, _match_run, _match_fake, unsaved=("metric",))
 
 
-def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str) -> MergePlan:
-    a = (metric, src, dst, r, num_prefix, impl)
+def match(
+    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, impl: str,
+    bounds: MatchBounds | None = None,
+) -> MergePlan:  # fmt: skip
+    K, mask, limit, threshold = bounds or MatchBounds(metric.shape[-2] - r)
+    a = (metric, src, dst, mask, limit, r, K, num_prefix, threshold, impl)
     if (run := _match.implementation(a)) is not None:
-        return run(metric, r, num_prefix, src, dst)
+        return run(metric, r, num_prefix, src, dst, bounds)
     out = _match.listened(a)
-    return MergePlan(out.index, metric.shape[-2] - r, out.score, order=out.order, offsets=out.offsets)
+    if mask is not None:
+        return MergePlan(out.index, K, out.score)
+    return MergePlan(out.index, K, out.score, order=out.order, offsets=out.offsets)
 
 
 # merge

@@ -51,9 +51,10 @@ def destinations(
     generator: torch.Generator | None,
     device: torch.device,
     protected: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Bool `(1 or B, N)`: True where a token is dst. Prefix tokens and those of `protected`, bool `(N,)`, are False
-    here and never src either."""
+    here and never src either. Of `mask`, bool `(B, N)`, "random2d" alone takes note."""
     token = torch.arange(num_tokens, device=device)
     if isinstance(partition, Tensor):
         is_dst = partition.to(device).reshape(-1, num_tokens)
@@ -65,31 +66,49 @@ def destinations(
     else:
         assert grid is not None
         free = None if protected is None else ~protected[num_prefix:]
-        drawn = _random_cells(grid, cell, generator, device, free)
-        is_dst = torch.cat([token.new_zeros(num_prefix, dtype=torch.bool), drawn])[None]
+        real = None if mask is None else mask[:, num_prefix:]
+        drawn = _random_cells(grid, cell, generator, device, free, real)
+        is_dst = torch.nn.functional.pad(drawn, (num_prefix, 0)).reshape(-1, num_tokens)
     is_dst = is_dst & (token >= num_prefix)
     return is_dst if protected is None else is_dst & ~protected
 
 
 def _random_cells(
-    grid: Grid, cell: tuple[int, int], generator: torch.Generator | None, device: torch.device, free: Tensor | None
+    grid: Grid,
+    cell: tuple[int, int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    free: Tensor | None,
+    real: Tensor | None,
 ) -> Tensor:
     """Bool `(T * H * W,)`: one True, drawn uniformly, in every whole sy x sx cell of every frame; where `free`, of the
-    same shape, is given, one of those of the cell."""
+    same shape, is given, one of those of the cell. With `real`, bool `(B, T * H * W)`, so is the result, and a cell
+    whose draw is not real has another one that is, if it has any."""
     (t, h, w), (sy, sx) = grid, cell
     rows, cols = h // sy, w // sx
     draw_on = device if generator is None else generator.device
-    if free is None:
+
+    def in_cells(marked: Tensor) -> Tensor:
+        """(..., T * H * W) as (..., T, rows, cols, sy * sx)."""
+        whole = marked.unflatten(-1, (t, h, w))[..., : rows * sy, : cols * sx]
+        return whole.unflatten(-2, (rows, sy)).unflatten(-1, (cols, sx)).transpose(-3, -2).flatten(-2)
+
+    def one_of(may: Tensor) -> Tensor:
+        drawn = torch.rand((t, rows, cols, 1), generator=generator, device=draw_on).to(device)
+        return may & (may.cumsum(-1) == (drawn * may.sum(-1, keepdim=True)).long() + 1)
+
+    may = None if free is None else in_cells(free)
+    if may is None:
         pick = torch.randint(sy * sx, (t, rows, cols, 1), generator=generator, device=draw_on).to(device)
         inside = pick == torch.arange(sy * sx, device=device)
     else:
-        in_cells = free.view(t, h, w)[:, : rows * sy, : cols * sx].unflatten(1, (rows, sy)).unflatten(3, (cols, sx))
-        may = in_cells.transpose(2, 3).flatten(3)
-        drawn = torch.rand((t, rows, cols, 1), generator=generator, device=draw_on).to(device)
-        inside = may & (may.cumsum(3) == (drawn * may.sum(3, keepdim=True)).long() + 1)
-    inside = inside.view(t, rows, cols, sy, sx)
-    whole = inside.transpose(2, 3).reshape(t, rows * sy, cols * sx)
-    return torch.nn.functional.pad(whole, (0, w - cols * sx, 0, h - rows * sy)).flatten()
+        inside = one_of(may)
+    if real is not None:
+        may = in_cells(real) if may is None else in_cells(real) & may
+        lost = may.any(-1, keepdim=True) & ~(inside & may).any(-1, keepdim=True)
+        inside = torch.where(lost, one_of(may), inside)
+    whole = inside.unflatten(-1, (sy, sx)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    return torch.nn.functional.pad(whole, (0, w - cols * sx, 0, h - rows * sy)).flatten(-3)
 
 
 def num_destinations(
@@ -272,3 +291,38 @@ def clamped(
     if alternate:
         num_src = (num_tokens + 1) // 2 - (num_prefix + 1) // 2 - sum(n % 2 == 0 for n in protected)
     return min(r, num_src) if num_dst > 0 else 0
+
+
+def most_groups(
+    r: int,
+    partition: str | Tensor,
+    num_tokens: int,
+    num_prefix: int,
+    grid: Grid | None,
+    in_windows: bool,
+    protected: tuple[int, ...],
+    whole: bool,
+    all_merge: bool,
+) -> int:
+    """The most groups of any item that merges r tokens, or as many as it can: N - r, or all if not `all_merge`.
+
+    Unless the items are `whole`, padding may be at their end: then all tokens up to the first dst may stay.
+    """
+    if not all_merge:
+        return num_tokens
+    if whole or (isinstance(partition, str) and not protected):
+        return num_tokens - r
+    if in_windows or (isinstance(partition, str) and partition == "random2d"):
+        return num_tokens
+    if isinstance(partition, Tensor):
+        first = partition.reshape(-1, num_tokens)[:, num_prefix:].to(torch.uint8).argmax(1)
+        return max(num_tokens - r, num_prefix + int(first.max()))
+    frame = 1 if grid is None or partition == "alternate" else grid[1] * grid[2]
+    origin = 0 if partition == "alternate" else num_prefix
+    dst = (n for n in range(num_prefix, num_tokens) if (n - origin) // frame % 2 and n not in protected)
+    return max(num_tokens - r, next(dst, 0))
+
+
+def amounts(each: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 `(B,)`."""
+    return torch.tensor(each, dtype=torch.int32, device=device)

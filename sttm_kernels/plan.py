@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ class MergePlan:
         num_groups: K, the same for every batch item.
         score: float32 `(B, N)` (float64 for float64 features) or None. From `assign`: the similarity of the token to
             its meta token over the temperature, differentiable, 0 where masked. From `match`: the cosine similarity
-            of a src token to its most similar dst token, -inf for a token that had no partner to look for; not
-            differentiable.
+            of a src token to its most similar dst token, -inf for a token that had no partner to look for, or is
+            masked; not differentiable.
         lse: like `score`, or None. From `assign` with `weight="softmax"`: logsumexp over the meta tokens,
             differentiable, 0 where masked.
         weight: like `score`, or None, which means 1 for every token. From `assign` with `weight="softmax"`: the
@@ -99,6 +100,22 @@ class Similarity(NamedTuple):
 
     kind: str = "cosine"
     temperature: float = 1.0
+
+
+class MatchBounds(NamedTuple):
+    """What bounds the merges of a `match` beside r.
+
+    Attributes:
+        num_groups: K, the same for every batch item.
+        mask: bool `(B, N)`, True = a real token, or None.
+        limit: int32 `(B,)`, the most merges of each item, or None.
+        threshold: a src merges if its similarity is above this; -inf: whatever it is.
+    """
+
+    num_groups: int
+    mask: Tensor | None = None
+    limit: Tensor | None = None
+    threshold: float = -math.inf
 
 
 class PlanGrads(NamedTuple):

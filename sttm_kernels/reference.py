@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels.autocast import in_given_dtypes
-from sttm_kernels.plan import MergedTokens, MergePlan, Similarity
+from sttm_kernels.plan import MatchBounds, MergedTokens, MergePlan, Similarity
 
 COSINE = Similarity()
 
@@ -67,20 +67,25 @@ def match(
     is_dst: Tensor,
     block: Tensor | None = None,
     protected: Tensor | None = None,
+    bounds: MatchBounds | None = None,
 ) -> MergePlan:
     """Each src finds its most similar dst; the r src of highest score merge into it, ties to the lower token.
 
     `is_dst` is bool `(1 or B, N)`; `block` `(N - num_prefix,)` names the window of each token, and only tokens of one
     window may meet. `protected`, bool `(N,)`, are not src either. Groups: the prefix, then the protected, then the
-    unmerged src, then dst, each by token index.
+    unmerged src, then dst, each by token index. A masked token is neither src nor dst and has index -1.
     """
     metric = mean_over_heads(metric.detach())
     B, N, _ = metric.shape
     is_dst = is_dst.expand(B, N)
-    stays = torch.arange(N, device=metric.device) < num_prefix
+    token = torch.arange(N, device=metric.device)
+    stays = token < num_prefix
     if protected is not None:
         stays = stays | protected
     is_src = ~is_dst & ~stays
+    K, mask, limit, threshold = bounds or MatchBounds(N - r)
+    if mask is not None:
+        is_src, is_dst = is_src & mask, is_dst & mask
     may_meet = is_src[:, :, None] & is_dst[:, None, :]
     if block is not None:
         block = torch.nn.functional.pad(block, (num_prefix, 0), value=-1)
@@ -88,20 +93,27 @@ def match(
 
     S = pairwise_similarity(metric, metric, COSINE).masked_fill(~may_meet, -torch.inf)
     score, partner = S.max(-1)
+    may_merge = may_meet.any(-1)
+    if threshold > -torch.inf:
+        may_merge = score > threshold
 
     best_first = score.argsort(dim=-1, descending=True, stable=True)
-    merged = torch.zeros_like(is_src).scatter(1, best_first[:, :r], True)
+    among_best = token < (r if limit is None else limit.clamp(max=r)[:, None])
+    merged = torch.zeros_like(is_src).scatter(1, best_first, among_best.expand(B, N)) & may_merge
 
     first_unmerged = stays.sum()
-    first_dst = first_unmerged + is_src.sum(1, keepdim=True) - r
     unmerged = is_src & ~merged
+    first_dst = first_unmerged + unmerged.sum(1, keepdim=True)
     group = torch.where(
         is_dst,
         first_dst + is_dst.cumsum(1) - 1,
         torch.where(unmerged, first_unmerged + unmerged.cumsum(1) - 1, stays.cumsum(0) - 1),
     )
     index = torch.where(merged, group.gather(1, partner), group)
-    return MergePlan(index.to(torch.int32), N - r, score)
+    index = index.clamp(max=K - 1)
+    if mask is not None:
+        index = torch.where(mask, index, -1)
+    return MergePlan(index.to(torch.int32), K, score)
 
 
 def sum_by_group(values: Tensor, index: Tensor, num_groups: int) -> Tensor:

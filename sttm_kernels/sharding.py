@@ -22,7 +22,7 @@ CARRIED = {
 """By operator: the inputs and results whose channels are only carried along."""
 OVER_CHANNELS = ("weight", "size", "q", "meta")
 """Inputs whose gradients take all channels of x."""
-PARTITION = ("src", "dst")
+PARTITION = ("src", "dst", "limit")
 """Inputs that are plain tensors, made on every rank."""
 
 

@@ -109,6 +109,32 @@ def integer(name: str, value: Any, least: int) -> int:
     return value
 
 
+def amounts(name: str, value: Any, count: int) -> tuple[int, ...] | None:
+    """One number for each of `count` items, from a sequence or a tensor; None for what is neither."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be on the CPU, where it is read without waiting for a device, got a tensor on "
+                f"{value.device}"
+            )
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {value.dtype}")
+        shape(name, value, "(B,)", (count,))
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return None
+    if len(value) != count:
+        raise ValueError(f"{name} must have B = {count} numbers, one for each item, got {len(value)}")
+    return tuple(integer(f"every number of {name}", each, 0) for each in value)
+
+
+def finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def positive(name: str, value: Any) -> None:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Iterator
 
@@ -47,7 +48,8 @@ SRC, DST = torch.tensor([[[0, 2, 4]]], dtype=torch.int32), torch.tensor([[[1, 3,
 PADDED = torch.tensor([[[0, 2], [4, -1]]], dtype=torch.int32), torch.tensor([[[1, 3], [5, -1]]], dtype=torch.int32)
 OPS = torch.ops.sttm_kernels
 ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL)
-MATCHED = OPS.match(bare(2, 6, 4), None, None, 2, 0, IMPL)
+FREE = (-math.inf, IMPL)  # the last arguments of a match without a threshold
+MATCHED = OPS.match(bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
 EXTRAS = MASK, leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5)
 
@@ -83,10 +85,11 @@ SAMPLES = {
         (bare(2, 6), None, bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], "l2", 0.5, [False, True], IMPL),
     ],
     "match": [
-        (bare(2, 6, 4), None, None, 2, 0, IMPL),
-        (bare(2, 3, 6, 4, dtype=torch.bfloat16), None, None, 2, 1, IMPL),
-        (bare(2, 6, 4), SRC, DST, 1, 0, IMPL),
-        (bare(2, 6, 4), *PADDED, 2, 0, IMPL),
+        (bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE),
+        (bare(2, 3, 6, 4, dtype=torch.bfloat16), None, None, None, None, 2, 4, 1, *FREE),
+        (bare(2, 6, 4), SRC, DST, None, None, 1, 5, 0, *FREE),
+        (bare(2, 6, 4), *PADDED, None, None, 2, 4, 0, *FREE),
+        (bare(2, 6, 4), None, None, MASK, torch.tensor([2, 1], dtype=torch.int32), 2, 5, 0, 0.5, IMPL),
     ],
     "merge": [
         (leaf(2, 6, 5), INDEX, 3, None, None, None, None, None, None, "mean", IMPL),
@@ -168,6 +171,13 @@ def match_protected_windows(x: Tensor, meta: Tensor) -> Tensor:
     return sttm.merge(x, plan).x
 
 
+def match_bounded(x: Tensor, meta: Tensor) -> Tensor:
+    mask = torch.arange(x.shape[1]) < torch.tensor([[20], [31]])
+    out = sttm.merge(x, sttm.match(x, [8, 9], num_prefix=1, mask=mask))
+    near = sttm.match(out.x.detach(), 8, mask=out.size > 0, threshold=0.1)
+    return torch.cat([sttm.unmerge(sttm.merge(out.x, near).x, near), out.size[..., None]], -1)
+
+
 def soft(x: Tensor, meta: Tensor) -> Tensor:
     out = sttm.soft_merge(x, x, meta, temperature=0.5)
     return torch.cat([out.x, out.size[..., None]], -1)
@@ -185,8 +195,8 @@ def reduce_max(x: Tensor, meta: Tensor) -> Tensor:
 
 
 PROGRAMS = [
-    assign_merge, match_merge, match_frames, match_windows, match_protected, match_protected_windows, soft, unmerge,
-    reduce_max,
+    assign_merge, match_merge, match_frames, match_windows, match_protected, match_protected_windows, match_bounded,
+    soft, unmerge, reduce_max,
 ]  # fmt: skip
 
 
@@ -212,7 +222,7 @@ def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
 def test_match_of_a_metric_that_requires_grad_goes_through_the_dispatcher():
     """As in an exported model that is called with gradients on."""
     metric = torch.randn(2, 6, 4, requires_grad=True)
-    found = torch.ops.sttm_kernels.match(metric, None, None, 2, 0, IMPL)
+    found = OPS.match(metric, None, None, None, None, 2, 4, 0, *FREE)
     assert_equal("index", found[0], sttm.match(metric, 2, impl=IMPL).index)
 
 

@@ -1,5 +1,7 @@
 """What a launch may ask of a GPU: blocks and shared memory."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,10 @@ def merge_backward(B, N, D, reduce="mean"):
 def match(B, N):
     tokens, metric = huge(INT, B, N), huge(FLOAT, B, N, 1)
     scratch = huge(INT, B * (N + 1))
-    C.match(metric, None, None, 0, 0, False, tokens, huge(FLOAT, B, N), tokens, huge(INT, B, N + 1), scratch, None, 0)
+    C.match(
+        metric, None, None, None, None, 0, N, 0, -math.inf, False,
+        tokens, huge(FLOAT, B, N), tokens, huge(INT, B, N + 1), scratch, None, 0,
+    )  # fmt: skip
 
 
 def assign(B, N):

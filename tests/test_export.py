@@ -13,7 +13,7 @@ import sttm_kernels as sttm
 from sttm_kernels import checks, dispatch, export, ops
 from sttm_kernels.nn.generators import FarthestPoint
 from sttm_kernels.operator import OPERATORS
-from sttm_kernels.testing import make_tokens
+from sttm_kernels.testing import assert_equal, make_tokens
 
 
 @pytest.fixture
@@ -43,6 +43,19 @@ def test_matches(plain, how, dtype):
     metric = make_tokens(2, 3 * 61, 12, dtype=dtype).view(2, 3, 61, 12)
     for r in (0, 5, 1000):
         checks.check_match("torch", metric, r, **how)
+
+
+@pytest.mark.parametrize("bounds", [{"threshold": 0.3}, {"r": [3, 20]}, {"r": [0, 3], "threshold": 0.1}], ids=str)
+@pytest.mark.parametrize("way", [{}, {"partition": "frames", "grid": (4, 2, 5), "window": (2, 2, 3)}], ids=str)
+def test_a_match_within_bounds(plain, way, bounds):
+    """Of signs, whose scores are exact: with a mask and without one."""
+    metric = torch.randint(2, (2, 41, 16), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    some = torch.rand(2, 41, generator=torch.Generator().manual_seed(1)) < 0.7
+    for mask in (None, some):
+        where = {"r": 9, "num_prefix": 1, "mask": mask, **way, **bounds}
+        got, expected = (sttm.match(metric, impl=impl, **where) for impl in ("torch", "reference"))
+        assert_equal("index", got.index, expected.index)
+        assert_equal("score", got.score, expected.score)
 
 
 def test_a_match_takes_the_lower_of_equal_tokens(plain):

@@ -120,6 +120,32 @@ def test_match_by_hand():
     assert plan.weight is None
 
 
+def test_match_by_hand_of_real_tokens():
+    mask = torch.tensor([[True] * 5 + [False]])
+    plan = match(SIX, 2, mask=mask)  # as of five tokens: src 0, 2, 4, of which 4 is 45 degrees from dst 1 or 3
+    assert plan.num_groups == 4
+    assert plan.index.tolist() == [[1, 1, 2, 2, 0, -1]]
+    assert plan.score[0, 5] == -math.inf
+    torch.testing.assert_close(plan.score[0, 4], torch.tensor(math.cos(math.radians(40)), dtype=F64))
+    one = match(SIX, 3, mask=torch.tensor([[True, True, False, False, False, False]]))
+    assert one.num_groups == 3
+    assert one.index.tolist() == [[0, 0, -1, -1, -1, -1]]
+
+
+def test_match_by_hand_above_a_threshold():
+    eleven_degrees = math.cos(math.radians(11))
+    plan = match(SIX, 3, threshold=eleven_degrees)
+    assert plan.num_groups == 6
+    assert plan.index.tolist() == [[1, 1, 0, 2, 3, 3]]
+    assert match(SIX, 1, threshold=eleven_degrees).index.tolist() == [[2, 2, 0, 3, 1, 4]]
+
+
+def test_match_by_hand_a_number_for_each_item():
+    plan = match(SIX.expand(3, -1, -1), [2, 0, 1])
+    assert plan.num_groups == 6
+    assert plan.index.tolist() == [[1, 1, 0, 2, 3, 3], [0, 3, 1, 4, 2, 5], [2, 2, 0, 3, 1, 4]]
+
+
 def test_match_nothing_still_orders_groups():
     assert match(SIX, 0).index.tolist() == [[0, 3, 1, 4, 2, 5]]
 

@@ -37,6 +37,12 @@ def frames(x, q, **_):
     return sttm.merge(x, sttm.compose(first, second), reduce="sum").x
 
 
+def bounded(x, q, size, **_):
+    plan = sttm.match(q, range(B), num_prefix=1, mask=size > 1.2, threshold=-0.5)
+    out = sttm.merge(x, plan, size)
+    return out.x, out.size
+
+
 def assign(x, q, meta, size, fill, **_):
     plan = sttm.assign(q, meta, "l2", 2.0)
     return sttm.merge(x, plan, size, reduce="mean", fill=fill).x, plan.score, plan.lse, plan.weight
@@ -58,7 +64,7 @@ def soft_merge(x, q, meta, size, **_):
     return out.x, out.size
 
 
-PROGRAMS = [match, protected, frames, assign, assign_merge, carried, soft_merge]
+PROGRAMS = [match, protected, frames, bounded, assign, assign_merge, carried, soft_merge]
 SHARDINGS = {
     "batch": lambda name, t: Shard(0),
     "channels": lambda name, t: Shard(t.dim() - 1) if name in ("x", "fill") else Replicate(),

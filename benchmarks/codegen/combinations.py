@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ SETTINGS = {
     "weight": ("softmax", "uniform"),
     "temperature": (0.5,),
     "num_prefix": (1,),
+    "threshold": (-math.inf, 0.5),
 }
 Combination = dict[str, Any]
 
@@ -136,6 +138,7 @@ def _tensor(op: str, name: str, dtype: torch.dtype, chosen: Combination, sizes: 
         "offsets": torch.nn.functional.pad(index.bincount().cumsum(0), (1, 0)).repeat(B, 1),
         "src": halves[:, :, 0],
         "dst": halves[:, :, 1],
+        "limit": torch.ones(B),
     }
     return integers[name].to(torch.int32).contiguous()
 

@@ -2,8 +2,9 @@
 
 namespace sttm {
 
-static void match_arrays(const Array& metric, const MaybeArray& src, const MaybeArray& dst, int r, int num_prefix,
-                         bool tf32, const Array& index, const Array& score, const Array& order, const Array& offsets,
+static void match_arrays(const Array& metric, const MaybeArray& src, const MaybeArray& dst, const MaybeArray& mask,
+                         const MaybeArray& limit, int r, int num_groups, int num_prefix, double threshold, bool tf32,
+                         const Array& index, const Array& score, const MaybeArray& order, const MaybeArray& offsets,
                          const Array& scratch, const MaybeArray& mean, uint64_t stream) {
     Validate validate("match");
     MatchArguments a{};
@@ -16,8 +17,14 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     if (num_prefix < 0 || num_prefix > a.N)
         throw py::value_error("num_prefix must be in [0, N], got " + std::to_string(num_prefix));
     if (r < 0 || r >= a.N) throw py::value_error("r must be in [0, N), got " + std::to_string(r));
+    if (num_groups < a.N - r || num_groups > a.N)
+        throw py::value_error("num_groups must be in [N - r, N], got " + std::to_string(num_groups));
     a.r = r;
+    a.num_groups = num_groups;
     a.num_prefix = num_prefix;
+    a.mask = validate.mask(mask, a.B, a.N);
+    a.limit = validate.dense<int32_t>(limit, "limit", {a.B});
+    a.threshold = static_cast<float>(threshold);
 
     if (src.has_value() != dst.has_value()) throw py::value_error("src and dst must both be arrays or both be None");
     a.listed = src.has_value();
@@ -39,8 +46,10 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     }
     a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
     a.score = validate.dense<float>(score, "score", {a.B, a.N});
+    if (order.has_value() != offsets.has_value())
+        throw py::value_error("order and offsets must both be arrays or both be None");
     a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
-    a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(a.N) - r + 1});
+    a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(num_groups) + 1});
     a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(a.N) + 1)});
     a.arrived = a.partner + int64_t(a.B) * a.N;
     a.mean = validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, a.D});
@@ -67,9 +76,10 @@ void bind_match(py::module_& m) {
     m.def("csr", &csr_arrays, py::arg("index"), py::arg("num_groups"), py::arg("order"), py::arg("offsets"),
           py::arg("other"), py::arg("stream"),
           "order (B, N), the tokens sorted by group, and offsets (B, num_groups + 1) of index; other is scratch");
-    m.def("match", &match_arrays, py::arg("metric"), py::arg("src"), py::arg("dst"), py::arg("r"),
-          py::arg("num_prefix"), py::arg("tf32"), py::arg("index"), py::arg("score"), py::arg("order"),
-          py::arg("offsets"), py::arg("scratch"), py::arg("mean"), py::arg("stream"),
+    m.def("match", &match_arrays, py::arg("metric"), py::arg("src"), py::arg("dst"), py::arg("mask"), py::arg("limit"),
+          py::arg("r"), py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"),
+          py::arg("index"), py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
+          py::arg("stream"),
           "index (B, N) of the groups that the r best src of metric make with their dst; scratch int32 (B * (N + 1))");
 }
 

@@ -13,12 +13,28 @@ struct Places {
     int64_t operator[](int i) const { return list == nullptr ? first + 2 * i : list[i]; }
 };
 
-// A list without what is no token.
-Places compact(const int32_t* list, int count, int N, int32_t* out) {
+bool is_real(const Mask& mask, int64_t b, int64_t n) {
+    return mask.data == nullptr || mask.data[b * mask.stride_b + n * mask.stride_n] != 0;
+}
+
+// The places of an item without what is no token of it.
+Places compact(const MatchArguments& a, int64_t b, const Places& places, int32_t* out) {
     int found = 0;
-    for (int i = 0; i < count; ++i)
-        if (list[i] >= 0 && list[i] < N) out[found++] = list[i];
+    for (int i = 0; i < places.count; ++i) {
+        const int64_t n = places[i];
+        if (n >= 0 && n < a.N && is_real(a.mask, b, n)) out[found++] = static_cast<int32_t>(n);
+    }
     return {out, 0, found};
+}
+
+// The src or dst of a window of an item.
+Places src_of(const MatchArguments& a, int64_t b, int64_t window) {
+    if (!a.listed) return {nullptr, a.num_prefix + a.num_prefix % 2, a.num_src};
+    return {a.src + b * a.stride_src + window * a.num_src, 0, a.num_src};
+}
+Places dst_of(const MatchArguments& a, int64_t b, int64_t window) {
+    if (!a.listed) return {nullptr, a.num_prefix + 1 - a.num_prefix % 2, a.num_dst};
+    return {a.dst + b * a.stride_dst + window * a.num_dst, 0, a.num_dst};
 }
 
 template <class T>
@@ -69,15 +85,16 @@ void search_whole(const MatchArguments& a, Stream stream) {
     const int panels = static_cast<int>(ceil_div(a.num_src, kPanel));
     const int threads = threads_for(stream, int64_t(a.B) * a.num_src * a.num_dst * a.D / 8);
     const int64_t size = block_size(a.D), row_size = kRows * columns_of(a.D);
-    int32_t* const listed = a.listed ? take<int32_t>(int64_t(a.B) * (a.num_src + a.num_dst)) : nullptr;
+    const bool some = a.listed || a.mask.data != nullptr;
+    int32_t* const listed = some ? take<int32_t>(int64_t(a.B) * (a.num_src + a.num_dst)) : nullptr;
     Places* const places = take<Places>(2 * int64_t(a.B));
     for (int64_t b = 0; b < a.B; ++b) {
-        places[2 * b] = {nullptr, a.num_prefix + a.num_prefix % 2, a.num_src};
-        places[2 * b + 1] = {nullptr, a.num_prefix + 1 - a.num_prefix % 2, a.num_dst};
-        if (a.listed) {
+        places[2 * b] = src_of(a, b, 0);
+        places[2 * b + 1] = dst_of(a, b, 0);
+        if (some) {
             int32_t* const at = listed + b * (a.num_src + a.num_dst);
-            places[2 * b] = compact(a.src + b * a.stride_src, a.num_src, a.N, at);
-            places[2 * b + 1] = compact(a.dst + b * a.stride_dst, a.num_dst, a.N, at + a.num_src);
+            places[2 * b] = compact(a, b, places[2 * b], at);
+            places[2 * b + 1] = compact(a, b, places[2 * b + 1], at + a.num_src);
         }
     }
     float* const packed = take<float>(a.B * blocks * size);
@@ -110,8 +127,8 @@ void search_windows(const MatchArguments& a, Stream stream) {
     parallel_for(int64_t(a.B) * a.windows, threads, [&](int64_t task, int slot) {
         const int64_t b = task / a.windows, window = task % a.windows;
         int32_t* const at = listed + slot * int64_t(a.num_src + a.num_dst);
-        const Places src = compact(a.src + b * a.stride_src + window * a.num_src, a.num_src, a.N, at);
-        const Places dst = compact(a.dst + b * a.stride_dst + window * a.num_dst, a.num_dst, a.N, at + a.num_src);
+        const Places src = compact(a, b, src_of(a, b, window), at);
+        const Places dst = compact(a, b, dst_of(a, b, window), at + a.num_src);
         if (dst.count == 0) return;
         float* const here = packed + slot * blocks * size;
         for (int block = 0; block * kRows < dst.count; ++block)
@@ -148,24 +165,29 @@ Threshold select(const uint32_t* keys, int count, int r) {
     return {prefix, left};
 }
 
-enum Role : uint8_t { kPrefix, kSrc, kDst };
+enum Role : uint8_t { kPrefix, kSrc, kDst, kMasked };
 
 // Of one item, given score and partner of every src: index, order, offsets. Scratch: keys (N), next (K + 1).
 void number_groups(const MatchArguments& a, int64_t b, Role* role, uint32_t* keys, int32_t* next) {
-    const int N = a.N, K = a.N - a.r;
-    int32_t *const index = a.index + b * N, *const order = a.order + b * N;
-    int32_t* const offsets = a.offsets + b * (int64_t(K) + 1);
+    const int N = a.N, K = a.num_groups;
+    int32_t* const index = a.index + b * N;
     const int32_t* const partner = a.partner + b * N;
     for (int n = 0; n < N; ++n) role[n] = n < a.num_prefix ? kPrefix : kSrc;
-    for (int64_t i = 0; i < int64_t(a.windows) * a.num_dst; ++i) {
-        const int64_t n = a.listed ? a.dst[b * a.stride_dst + i] : a.num_prefix + 1 - a.num_prefix % 2 + 2 * i;
-        if (n >= 0 && n < N) role[n] = kDst;
+    for (int64_t window = 0; window < a.windows; ++window) {
+        const Places dst = dst_of(a, b, window);
+        for (int i = 0; i < dst.count; ++i)
+            if (dst[i] >= 0 && dst[i] < N) role[dst[i]] = kDst;
     }
+    for (int n = 0; n < N; ++n)
+        if (!is_real(a.mask, b, n)) role[n] = kMasked;
     int num_src = 0;
     for (int n = 0; n < N; ++n)
         if (role[n] == kSrc) keys[num_src++] = key_of(a.score[b * N + n], partner[n]);
-    const int r = min(a.r, num_src);
-    const Threshold least = r > 0 ? select(keys, num_src, r) : Threshold{0xffffffff, 0};
+    const int r = min(min(a.r, num_src), a.limit == nullptr ? N : a.limit[b]);
+    Threshold least = r > 0 ? select(keys, num_src, r) : Threshold{0xffffffff, 0};
+    // Who has no partner, or is not similar enough, stays even if fewer than r merge.
+    const uint32_t none = a.threshold == -kInfinity ? 0 : key_of(a.threshold, 0);
+    if (least.key <= none) least = {none, 0};
 
     int ties = least.ties, group = a.num_prefix, at = 0;
     for (int n = 0; n < N; ++n) {
@@ -179,9 +201,11 @@ void number_groups(const MatchArguments& a, int64_t b, Role* role, uint32_t* key
     }
     for (int n = 0; n < N; ++n)
         if (role[n] == kDst) index[n] = group++;
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n) {
         if (role[n] == kSrc && index[n] < 0 && partner[n] >= 0) index[n] = index[partner[n]];
-    sort_item(N, K, index, order, offsets, next);
+        index[n] = min(index[n], K - 1);
+    }
+    if (a.order != nullptr) sort_item(N, K, index, a.order + b * N, a.offsets + b * (int64_t(K) + 1), next);
 }
 
 }  // namespace

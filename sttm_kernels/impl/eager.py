@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sttm_kernels.autocast import in_given_dtypes
 from sttm_kernels.plan import (
+    MatchBounds,
     Merged,
     MergedGrads,
     MergePlan,
@@ -190,34 +191,60 @@ def _fresh(grad: Tensor, like: Tensor, needed: bool) -> Tensor | None:
 
 
 @in_given_dtypes
-def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+def match(
+    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, bounds: MatchBounds | None = None
+) -> MergePlan:
     a = _operand(metric.detach(), "cosine")
     B, N, _ = a.shape
+    K, mask, limit, threshold = bounds or MatchBounds(N - r)
     at = torch.arange(N, device=a.device)
     if src is None or dst is None:
         first_src, first_dst = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
         token = at[first_src::2].expand(B, -1)
         is_dst = ((at % 2 == 1) & (at >= num_prefix)).expand(B, -1)
-        best, position = _most_similar(a[:, first_src::2], a[:, first_dst::2])
+        real = None if mask is None else mask[:, first_dst::2]
+        best, position = _most_similar(a[:, first_src::2], a[:, first_dst::2], real)
         partner = (first_dst + 2 * position).clamp_max_(N - 1)
+        if mask is not None:
+            is_dst = is_dst & mask
+            best.masked_fill_(~mask[:, first_src::2], -torch.inf)
     else:
-        is_dst = _spread(dst.flatten(1).long().expand(B, -1), N, True)
-        token, best, partner = _most_similar_in_windows(a, src.long(), dst.long())
+        src, dst = src.long(), dst.long()
+        if mask is not None:
+            src, dst = _real(src, mask), _real(dst, mask)
+        is_dst = _spread(dst.flatten(1).expand(B, -1), N, True)
+        token, best, partner = _most_similar_in_windows(a, src, dst)
 
-    is_merged = _spread(token, N, _top(best, r))
+    if bounds is None:
+        top = _top(best, r)
+    else:
+        may_merge = best > threshold if threshold > -torch.inf else best != -torch.inf
+        top = _top_of_each(best, may_merge, r if limit is None else limit.clamp(max=r)[:, None])
+    is_merged = _spread(token, N, top)
     is_unmerged = ~is_merged & ~is_dst & (at >= num_prefix)
+    if mask is not None:
+        is_unmerged &= mask
 
     num_unmerged = is_unmerged.sum(1, keepdim=True)
     group = torch.where(is_unmerged, is_unmerged.cumsum(1) + (num_prefix - 1), at)
     group = torch.where(is_dst, is_dst.cumsum(1) + (num_prefix - 1) + num_unmerged, group)
     index = torch.where(is_merged, group.gather(1, _spread(token, N, partner)), group)
+    score = _spread(token, N, best, -torch.inf).contiguous()
+    if mask is not None:
+        return MergePlan(index.clamp_max_(K - 1).masked_fill_(~mask, -1).to(torch.int32), K, score)
 
     order = index.argsort(dim=1, stable=True)
-    counts = torch.zeros((B, N - r + 1), dtype=torch.int64, device=a.device)
+    counts = torch.zeros((B, K + 1), dtype=torch.int64, device=a.device)
     offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
-    score = _spread(token, N, best, -torch.inf).contiguous()
     index, order, offsets = (t.to(torch.int32) for t in (index, order, offsets))
-    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+    return MergePlan(index, K, score, order=order, offsets=offsets)
+
+
+def _real(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Lists of tokens (1 or B, G, M) as (B, G, M), -1 in place of what `mask` leaves out."""
+    tokens = tokens.expand(mask.shape[0], -1, -1)
+    real = mask.gather(1, tokens.clamp_min(0).flatten(1)).view(tokens.shape)
+    return tokens.masked_fill(~real, -1)
 
 
 def _top(best: Tensor, r: int) -> Tensor:
@@ -230,6 +257,14 @@ def _top(best: Tensor, r: int) -> Tensor:
     return above | (level & (level.cumsum(1) <= r - above.sum(1, keepdim=True)))
 
 
+def _top_of_each(best: Tensor, may_merge: Tensor, r: int | Tensor) -> Tensor:
+    """Marks the r (B, 1) greatest of those that may merge of each row (B, M), as `_top`."""
+    best = torch.where(best.isnan(), torch.inf, best).masked_fill_(~may_merge, -torch.inf)
+    descending = best.argsort(dim=1, descending=True, stable=True)
+    among_best = torch.arange(best.shape[1], device=best.device) < r
+    return torch.zeros_like(may_merge).scatter_(1, descending, among_best.expand_as(best)) & may_merge
+
+
 def _spread(token: Tensor, N: int, value: Tensor | bool, rest: float = 0) -> Tensor:
     """(B, N) with `value` at every token of the lists (B, M) and `rest` elsewhere; token -1 is padding."""
     dtype = value.dtype if isinstance(value, Tensor) else torch.bool
@@ -237,8 +272,8 @@ def _spread(token: Tensor, N: int, value: Tensor | bool, rest: float = 0) -> Ten
     return out.scatter_(1, torch.where(token < 0, N, token), value)[:, :N]
 
 
-def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every src (B, S, D): the similarity and position of the most similar dst (B, T, D)."""
+def _most_similar(a: Tensor, b: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of every src (B, S, D): the similarity and position of the most similar dst (B, T, D) that is `real` (B, T)."""
     B, S, _ = a.shape
     T = b.shape[1]
     if not (B and S and T):
@@ -246,7 +281,10 @@ def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     tile = _Similarity(a, b, COSINE)
     best, position = a.new_empty((B, S)), torch.empty((B, S), dtype=torch.int64, device=a.device)
     for i, n in tile.tiles():
-        best[i, n], position[i, n] = tile(i, n).max(1)
+        similarity = tile(i, n)
+        if real is not None:
+            similarity.masked_fill_(~real[i, :, None], -torch.inf)
+        best[i, n], position[i, n] = similarity.max(1)
     return best, position
 
 

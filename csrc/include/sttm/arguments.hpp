@@ -79,13 +79,27 @@ struct Metric {
     int64_t stride_b, stride_h, stride_n, stride_d;
 };
 
+// One float, or one byte of 0 or 1, per row of a batch item; data null if there is none.
+struct Column {
+    const float* data;
+    int64_t stride_b, stride_n;
+};
+struct Mask {
+    const uint8_t* data;
+    int64_t stride_b, stride_n;
+};
+
 // Every src token finds its most similar dst token by cosine, the r best merge. Without lists, tokens behind the prefix
 // are src at even positions and dst at odd ones; with lists, src (B or 1, windows, num_src) and dst (B or 1, windows,
 // num_dst) are the tokens of each window, ascending, padded with -1.
 //
-// index, order and score are (B, N), offsets (B, N - r + 1); score is -inf where there was nothing to find. partner
-// (B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if given, the mean over heads is
-// taken once, beforehand, else by every block that reads a token.
+// A token that mask leaves out is neither src nor dst and has index -1. Of item b at most r merge and at most limit[b],
+// if that is given, and only where the score is above threshold, unless that is -inf. So items may have fewer than
+// num_groups groups, and the last ones are empty; of more, those beyond the last join it.
+//
+// index, order and score are (B, N), offsets (B, num_groups + 1); score is -inf where there was nothing to find. order
+// and offsets may be null. partner (B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if
+// given, the mean over heads is taken once, beforehand, else by every block that reads a token.
 struct MatchArguments {
     DType dtype;
     bool tf32;  // whether float32 products may round to TF32
@@ -95,7 +109,10 @@ struct MatchArguments {
     const int32_t *src, *dst;
     int64_t stride_src, stride_dst;  // from item to item
     int windows, num_src, num_dst;
-    int r, num_prefix;
+    Mask mask;
+    const int32_t* limit;
+    int r, num_groups, num_prefix;
+    float threshold;
     float* score;
     int32_t *index, *order, *offsets;
     int32_t *partner, *arrived;
@@ -144,16 +161,6 @@ struct MergeBackwardArguments {
     bool to_winners;  // set by the launcher
 };
 Error merge_backward(const MergeBackwardArguments&, Stream);
-
-// One float, or one byte of 0 or 1, per row of a batch item; data null if there is none.
-struct Column {
-    const float* data;
-    int64_t stride_b, stride_n;
-};
-struct Mask {
-    const uint8_t* data;
-    int64_t stride_b, stride_n;
-};
 
 // Every row of q (B, heads, N, D) finds its most similar row of meta (B, heads, K, D). Results are (B, N): index and
 // score; lse; weight, which needs lse. Rows of q that `mask` leaves out have index -1 and 0s, rows of meta that

@@ -25,18 +25,28 @@ template <bool DST>
 struct TokenList {
     const MatchArguments& a;
     const int* list;
+    const uint8_t* mask;
 
-    __device__ __forceinline__ TokenList(const MatchArguments& a, int64_t item, int window) : a(a), list(nullptr) {
+    __device__ __forceinline__ TokenList(const MatchArguments& a, int64_t item, int window)
+        : a(a), list(nullptr), mask(a.mask.data == nullptr ? nullptr : a.mask.data + item * a.mask.stride_b) {
         if (!a.listed) return;
         list = DST ? a.dst + item * a.stride_dst + int64_t(window) * a.num_dst
                    : a.src + item * a.stride_src + int64_t(window) * a.num_src;
     }
     // The token at a place of the list, -1 beyond its end.
-    __device__ __forceinline__ int operator[](int at) const {
-        if (at >= (DST ? a.num_dst : a.num_src)) return -1;
+    __device__ __forceinline__ int at(int place) const {
+        if (place >= (DST ? a.num_dst : a.num_src)) return -1;
         const int odd = a.num_prefix % 2;
-        const int token = a.listed ? list[at] : a.num_prefix + (DST ? 1 - odd : odd) + 2 * at;
+        const int token = a.listed ? list[place] : a.num_prefix + (DST ? 1 - odd : odd) + 2 * place;
         return token >= 0 && token < a.N ? token : -1;
+    }
+    __device__ __forceinline__ bool real(int token) const {
+        return mask == nullptr || mask[token * a.mask.stride_n] != 0;
+    }
+    // The same if it is real, else -1.
+    __device__ __forceinline__ int operator[](int place) const {
+        const int token = at(place);
+        return token >= 0 && real(token) ? token : -1;
     }
 };
 
@@ -50,6 +60,17 @@ struct TokenRows {
         return token < 0 ? nullptr : data + token * tokens.a.metric.stride_n;
     }
 };
+
+// The groups of an item, given scores and partners.
+template <int THREADS>
+__device__ __forceinline__ void select_item(const MatchArguments& a, int64_t item, const float* score,
+                                            const int* partner, void* shared) {
+    const int r = a.limit == nullptr ? a.r : min(a.r, a.limit[item]);
+    const int64_t first = item * a.N;
+    int* const order = a.order == nullptr ? nullptr : a.order + first;
+    Select<THREADS>::run(score, partner, a.N, r, a.threshold, a.num_groups, a.num_prefix, a.index + first, order,
+                         a.offsets + item * (a.num_groups + 1), a.partner + first, shared);
+}
 
 // One block per tile of the src of a window. A similarity that is not a number is passed over.
 template <typename T, bool EXACT>
@@ -116,7 +137,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     }
     __syncthreads();
     if (thread < Tiles::OWN) {
-        const int token = src[tile * Tiles::OWN + thread];
+        const int token = src.at(tile * Tiles::OWN + thread);
         float value = values[thread];
         int place = places[thread];
         for (int at = thread + Tiles::OWN; at < kColumnWarps * Tiles::OWN; at += Tiles::OWN)
@@ -125,20 +146,21 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
                 place = places[at];
             }
         if (token >= 0) {
-            score[token] = value;
-            partner[token] = dst[0] < 0 ? kNoPartner : dst[place];
+            const bool real = src.real(token);
+            score[token] = real ? value : -INFINITY;
+            partner[token] = real ? dst[place] : kMasked;  // -1, no partner, where there is no dst
         }
     }
     for (int64_t i = int64_t(tile) * kMatchThreads + thread; i < a.num_dst; i += int64_t(tiles) * kMatchThreads) {
-        const int token = dst[static_cast<int>(i)];
+        const int token = dst.at(static_cast<int>(i));
         if (token < 0) continue;
         score[token] = -INFINITY;
-        partner[token] = kIsDst;
+        partner[token] = dst.real(token) ? kIsDst : kMasked;
     }
     if (tile + window == 0)
         for (int n = thread; n < a.num_prefix; n += kMatchThreads) {
             score[n] = -INFINITY;
-            partner[n] = kIsPrefix;
+            partner[n] = src.real(n) ? kIsPrefix : kMasked;
         }
     if (!select) return;
 
@@ -157,16 +179,14 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
         partners[n] = static_cast<volatile const int*>(partner)[n];
     }
     __syncthreads();
-    Select<kMatchThreads>::run(scores, partners, a.N, a.r, a.num_prefix, a.index + item * a.N, a.order + item * a.N,
-                               a.offsets + item * (a.N - a.r + 1), partner, shared);
+    select_item<kMatchThreads>(a, item, scores, partners, shared);
 }
 
 // One block per batch item.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) select_kernel(const MatchArguments a) {
     const int64_t item = blockIdx.x, first = item * a.N;
-    Select<THREADS>::run(a.score + first, a.partner + first, a.N, a.r, a.num_prefix, a.index + first, a.order + first,
-                         a.offsets + item * (a.N - a.r + 1), a.partner + first, shared_memory<void>());
+    select_item<THREADS>(a, item, a.score + first, a.partner + first, shared_memory<void>());
 }
 
 // mean (B, N, D) over the heads; a thread for 16 bytes of it.

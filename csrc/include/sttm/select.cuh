@@ -5,10 +5,11 @@
 
 namespace sttm {
 
-// In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token.
+// In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token, no real token.
 constexpr int kNoPartner = -1;
 constexpr int kIsDst = -2;
 constexpr int kIsPrefix = -3;
+constexpr int kMasked = -4;
 
 template <int THREADS>
 struct Select {
@@ -30,14 +31,15 @@ struct Select {
         return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
     }
 
-    // Fills `index` (N), `order` (N) and `offsets` (N - r + 1) of one batch item; all THREADS threads of a block call
-    // it. `other` (N) is scratch, `partner` may be the same memory; `shared` has kShared bytes.
+    // Fills `index` (N) and, unless `order` is null, `order` (N) and `offsets` (K + 1) of one batch item, of which at
+    // most r tokens merge, with a score above `least` unless that is -inf; all THREADS threads of a block call it.
+    // `other` (N) is scratch, `partner` may be the same memory; `shared` has kShared bytes.
     static __device__ __attribute__((noinline)) void run(const float* score, const int* partner, int N, int r,
-                                                         int num_prefix, int* index, int* order, int* offsets,
-                                                         int* other, void* shared) {
+                                                         float least, int K, int num_prefix, int* index, int* order,
+                                                         int* offsets, int* other, void* shared) {
         Shared& s = *static_cast<Shared*>(shared);
-        const unsigned threshold = find_threshold(score, partner, N, r, s);
-        number_groups(score, partner, N, N - r, num_prefix, threshold, s.need, index, s);
+        const unsigned threshold = find_threshold(score, partner, N, r, least, s);
+        number_groups(score, partner, N, K, num_prefix, threshold, s.need, index, s);
         for (int start = threadIdx.x; start < N; start += THREADS * kAhead) {
             int to[kAhead];
             STTM_UNROLL
@@ -49,16 +51,19 @@ struct Select {
             for (int i = 0; i < kAhead; ++i)
                 if (to[i] >= 0 && to[i] < N) index[start + THREADS * i] = index[to[i]];
         }
+        if (order == nullptr) return;
         __syncthreads();
-        Sort<THREADS>::run(index, N, N - r, order, offsets, other, static_cast<int*>(shared));
+        Sort<THREADS>::run(index, N, K, order, offsets, other, static_cast<int*>(shared));
     }
 
 private:
-    // The r-th highest key, digit by digit; leaves in s.need how many of the tokens that have exactly it merge.
-    static __device__ unsigned find_threshold(const float* score, const int* partner, int N, int r, Shared& s) {
+    // The r-th highest key, digit by digit; leaves in s.need how many of the tokens that have exactly it merge. The key
+    // of `least` if that is not below, and 0 if there are fewer than r.
+    static __device__ unsigned find_threshold(const float* score, const int* partner, int N, int r, float least,
+                                              Shared& s) {
         if (threadIdx.x == 0) s.need = r;
         __syncthreads();
-        if (r == 0) return ~0u;
+        if (r <= 0) return ~0u;
         unsigned threshold = 0;
         for (int shift = 24; shift >= 0; shift -= 8) {
             const int digit = kDigits - 1 - int(threadIdx.x);  // thread 0 has the highest
@@ -91,7 +96,10 @@ private:
             __syncthreads();
             threshold = threshold << 8 | unsigned(s.digit);
         }
-        return threshold;
+        if (least == -INFINITY || threshold > key_of(least)) return threshold;
+        if (threadIdx.x == 0) s.need = 0;
+        __syncthreads();
+        return key_of(least);
     }
 
     // Groups of all tokens but the merged ones, whose index is -1 until that of their partner is known. Each warp owns
@@ -117,14 +125,14 @@ private:
         if (lane == 0) s.above[warp] = above, s.ties[warp] = ties, s.src[warp] = src, s.dst[warp] = dst;
         __syncthreads();
 
-        int num_dst = 0;
+        int all_stay = 0, all_ties = 0;
         above = ties = src = dst = 0;
         for (int w = 0; w < kWarps; ++w) {
-            num_dst += s.dst[w];
+            all_stay += s.src[w] - s.above[w], all_ties += s.ties[w];
             if (w < warp) above += s.above[w], ties += s.ties[w], src += s.src[w], dst += s.dst[w];
         }
         int unmerged = src - above - min(ties, need);
-        const int first_dst = K - num_dst;
+        const int first_dst = num_prefix + all_stay - min(all_ties, need);
         for (int start = first; start < end; start += kWarpSize * kAhead) {
             const Tokens tokens(score, partner, start, end, threshold);
             STTM_UNROLL
@@ -136,7 +144,8 @@ private:
                 int group = n;  // of the prefix
                 if (tokens.src(i)) group = num_prefix + unmerged + __popc(stay & lower);
                 if (tokens.dst(i)) group = first_dst + dst + __popc(dsts & lower);
-                if (n < end) index[n] = merges ? -1 : max(0, min(group, K - 1));
+                if (tokens.partner[i] == kMasked) group = -1;
+                if (n < end) index[n] = merges ? -1 : min(group, K - 1);
                 ties += __popc(tied);
                 unmerged += __popc(stay);
                 dst += __popc(dsts);

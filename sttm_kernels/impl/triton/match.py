@@ -8,6 +8,8 @@ launch of its own when several programs would read it again, and longer sequence
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 from sttm_kernels.impl.triton.config import INTERPRET, Config, configured, fixed
 from sttm_kernels.impl.triton.csr import ONE_PROGRAM, SORT, sort_chunks, sort_tokens
 from sttm_kernels.impl.triton.launch import launch
-from sttm_kernels.impl.triton.layout import alignment, by_heads
+from sttm_kernels.impl.triton.layout import alignment, by_heads, dense
 from sttm_kernels.impl.triton.similarity import (
     Tile,
     features,
@@ -30,12 +32,13 @@ from sttm_kernels.impl.triton.similarity import (
     sum_of_squares,
     tile_of_program,
 )
-from sttm_kernels.plan import MergePlan
+from sttm_kernels.plan import MatchBounds, MergePlan
 
 NO_PARTNER = tl.constexpr(-1)
-"""In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token."""
+"""In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token, no real token."""
 IS_DST = tl.constexpr(-2)
 IS_PREFIX = tl.constexpr(-3)
+IS_MASKED = tl.constexpr(-4)
 
 
 @triton.jit(do_not_specialize=["N", "stride_b", "stride_h", "stride_n"], do_not_specialize_on_alignment=["stride_d"])
@@ -64,7 +67,7 @@ def mean_over_heads_kernel(
 )  # fmt: skip
 def nearest_kernel(
     metric, stride_b, stride_h, stride_n, stride_d,
-    src, stride_src, dst, stride_dst, score, partner,
+    src, stride_src, dst, stride_dst, mask, score, partner,
     N, windows, num_src, num_dst, num_prefix,
     D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -79,6 +82,8 @@ def nearest_kernel(
     item = (tl.program_id(0) // tiles // windows).to(tl.int64)
     score += item * N
     partner += item * N
+    if mask is not None:
+        mask += item * N
     tokens = rows_of_item(metric, item, stride_b, stride_h, stride_n, stride_d, N, ALIGN)
     first_dst = num_prefix + 1 - num_prefix % 2
     if src is not None:
@@ -97,7 +102,7 @@ def nearest_kernel(
     for start in range(0, num_dst, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         partner_token = _token(dst, t, num_dst, first_dst, N)
-        real = partner_token >= 0
+        real = _real(mask, partner_token)
         other = Tile(tokens, rows_at(tokens, 0, partner_token), real[:, None])
         dot, sq = products(values, own, other, D, HEADS, True, PRECISION, BLOCK_D)
         S = dot * inverse_norm(sq)[None, :]
@@ -111,16 +116,20 @@ def nearest_kernel(
     best *= inverse_norm(sum_of_squares(own, D, HEADS, BLOCK_D))
     best = tl.where(any_dst & (best == best), best, float("-inf"))
     chosen = tl.where(any_dst, _token(dst, best_at, num_dst, first_dst, N), NO_PARTNER)
+    if mask is not None:
+        real = _real(mask, token)
+        chosen = tl.where(real, tl.where(_real(mask, chosen), chosen, NO_PARTNER), IS_MASKED)
+        best = tl.where(real, best, float("-inf"))
     tl.store(score + token, best, mask=token >= 0)
     tl.store(partner + token, chosen.to(tl.int32), mask=token >= 0)
 
     for start in range(tile * BLOCK_S, num_dst, tiles * BLOCK_S):
         t = start + tl.arange(0, BLOCK_S)
-        _mark(score, partner, _token(dst, t, num_dst, first_dst, N), IS_DST)
+        _mark(score, partner, mask, _token(dst, t, num_dst, first_dst, N), IS_DST)
     if tile + window == 0:
         for start in range(0, num_prefix, BLOCK_S):
             n = start + tl.arange(0, BLOCK_S)
-            _mark(score, partner, tl.where(n < num_prefix, n, -1).to(tl.int64), IS_PREFIX)
+            _mark(score, partner, mask, tl.where(n < num_prefix, n, -1).to(tl.int64), IS_PREFIX)
 
 
 @triton.jit
@@ -135,10 +144,22 @@ def _token(tokens, at, count, first, N):
 
 
 @triton.jit
-def _mark(score, partner, token, kind):
+def _real(mask, token):
+    """Which of these are tokens, and real ones."""
+    here = token >= 0
+    if mask is not None:
+        here = tl.load(mask + token, mask=here, other=0) != 0
+    return here
+
+
+@triton.jit
+def _mark(score, partner, mask, token, kind):
     here = token >= 0
     tl.store(score + token, tl.full(token.shape, float("-inf"), tl.float32), mask=here)
-    tl.store(partner + token, tl.full(token.shape, kind, tl.int32), mask=here)
+    role = tl.full(token.shape, kind, tl.int32)
+    if mask is not None:
+        role = tl.where(_real(mask, token), role, IS_MASKED)
+    tl.store(partner + token, role, mask=here)
 
 
 @triton.jit
@@ -147,29 +168,39 @@ def _candidates(score, partner, start, N, BLOCK: tl.constexpr):
     n = start + tl.arange(0, BLOCK)
     other = tl.load(partner + n, mask=n < N, other=IS_PREFIX)
     value = tl.load(score + n, mask=n < N, other=float("-inf"))
+    return n, other, _key(value)
+
+
+@triton.jit
+def _key(value):
     value = tl.where(value == 0, 0.0, value)  # -0 equals 0
     bits = value.to(tl.uint32, bitcast=True)
     sign = tl.full(bits.shape, 0x80000000, tl.uint32)
     ones = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
-    return n, other, bits ^ tl.where((bits & sign) != 0, ones, sign)
+    return bits ^ tl.where((bits & sign) != 0, ones, sign)
 
 
-@triton.jit(do_not_specialize=["N", "r", "num_prefix", "sorting"])
+@triton.jit(do_not_specialize=["N", "K", "r", "num_prefix", "sorting"])
 def select_kernel(
-    score, partner, index, order, offsets, N, r, num_prefix, sorting,
-    BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+    score, partner, limit, least, index, order, offsets, N, K, r, num_prefix, sorting,
+    FEWER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One program per batch item. Sorts the tokens by group if `sorting`, in the place of `partner`."""
+    """One program per batch item, of whose src r merge; fewer, if FEWER, where `limit` says so or fewer have a partner
+    and a score above `least`. Sorts the tokens by group if `sorting`, in the place of `partner`."""
     item = tl.program_id(0).to(tl.int64)
-    K = N - r
+    if limit is not None:
+        r = tl.minimum(r, tl.load(limit + item))
     score += item * N
     partner += item * N
     index += item * N
 
     # The r-th highest score, digit by digit, and how many of the tokens that have exactly it are among the r.
     need = r
-    num_dst = 0
+    num_src, able = 0, 0
     threshold = tl.full([], 0, tl.uint32)
+    floor = tl.full([], 0, tl.uint32)
+    if least is not None:
+        floor = _key(tl.full([], least, tl.float32))
     digits = tl.arange(0, 256)
     for step in tl.static_range(4):
         counts = tl.zeros([256], tl.int32)
@@ -177,7 +208,9 @@ def select_kernel(
             _, other, key = _candidates(score, partner, start, N, BLOCK)
             live = other >= 0
             if step == 0:
-                num_dst += tl.sum((other == IS_DST).to(tl.int32), 0)
+                num_src += tl.sum((other >= NO_PARTNER).to(tl.int32), 0)
+                if FEWER:
+                    able += tl.sum((live & (key > floor)).to(tl.int32), 0)
             else:
                 live = live & (key >> (32 - 8 * step) == threshold)
             counts += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=live)
@@ -186,8 +219,14 @@ def select_kernel(
         need -= tl.sum(tl.where(digits > digit, counts, 0), 0)
         threshold = (threshold << 8) | digit.to(tl.uint32)
 
+    merges_in_all = r
+    if FEWER:
+        need = tl.where(threshold > floor, need, 0)
+        threshold = tl.maximum(threshold, floor)
+        merges_in_all = tl.minimum(r, able)
+
     # Groups of all tokens but the merged ones, which take that of their partner once it is written.
-    first_dst = K - num_dst
+    first_dst = num_prefix + num_src - merges_in_all
     ties, unmerged, dst = 0, 0, 0
     for start in range(0, N, BLOCK):
         n, other, key = _candidates(score, partner, start, N, BLOCK)
@@ -199,7 +238,7 @@ def select_kernel(
         counted = tl.cumsum(is_dst.to(tl.int32) * 65536 + stays.to(tl.int32), 0)
         group = tl.where(is_dst, first_dst + dst + (counted >> 16) - 1, num_prefix + unmerged + (counted & 65535) - 1)
         group = tl.minimum(tl.where(other == IS_PREFIX, n, group), K - 1)
-        tl.store(index + n, tl.where(merges, -1, group), mask=n < N)
+        tl.store(index + n, tl.where(merges | (other == IS_MASKED), -1, group), mask=n < N)
         ties += tl.sum(tie.to(tl.int32), 0)
         unmerged += tl.sum(stays.to(tl.int32), 0)
         dst += tl.sum(is_dst.to(tl.int32), 0)
@@ -208,6 +247,7 @@ def select_kernel(
         n = start + tl.arange(0, BLOCK)
         merged = tl.load(index + n, mask=n < N, other=0) < 0
         other = tl.load(partner + n, mask=merged, other=0)
+        merged = merged & (other >= 0)
         group = tl.load(index + other, mask=merged, other=0)
         tl.debug_barrier()  # threads may share a token
         tl.store(index + n, group, mask=merged)
@@ -261,8 +301,11 @@ def _mean_config(arch: int, D: int) -> tuple[Config, ...]:
     return (Config(4, 1, {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d}),)
 
 
-def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None) -> MergePlan:
+def match(
+    metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tensor | None, bounds: MatchBounds | None = None
+) -> MergePlan:
     (B, H, N, D), strides = by_heads(metric)
+    K, mask, limit, threshold = bounds or MatchBounds(N - r)
     if src is None or dst is None:
         windows, num_dst = 1, (N - num_prefix + num_prefix % 2) // 2
         num_src = N - num_prefix - num_dst
@@ -280,17 +323,22 @@ def match(metric: Tensor, r: int, num_prefix: int, src: Tensor | None, dst: Tens
 
     score = metric.new_empty(B, N, dtype=torch.float32)
     index = metric.new_empty(B, N, dtype=torch.int32)
-    partner, order = torch.empty_like(index), torch.empty_like(index)
-    offsets = index.new_empty(B, N - r + 1)
+    partner = torch.empty_like(index)
     launch(
         nearest_kernel,
         (B * windows * tiles,),
-        metric, *strides, *lists, score, partner, N, windows, num_src, num_dst, num_prefix,
+        metric, *strides, *lists, dense(mask), score, partner, N, windows, num_src, num_dst, num_prefix,
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
+    least = threshold if threshold > -math.inf else None
+    select = score, partner, dense(limit), least, index
+    numbers, config, fewer = (N, K, r, num_prefix), fixed("select", SORT), bounds is not None
+    if mask is not None:  # without an order, which takes a group for every token
+        launch(select_kernel, (B,), *select, index, index, *numbers, 0, config=config, FEWER=fewer)
+        return MergePlan(index, K, score)
+    order, offsets = torch.empty_like(index), index.new_empty(B, K + 1)
     sorting = N <= ONE_PROGRAM
-    args = (score, partner, index, order, offsets, N, r, num_prefix, int(sorting))
-    launch(select_kernel, (B,), *args, config=fixed("select", SORT))
+    launch(select_kernel, (B,), *select, order, offsets, *numbers, int(sorting), config=config, FEWER=fewer)
     if not sorting:
         sort_chunks(index, order, offsets)
-    return MergePlan(index, N - r, score, order=order, offsets=offsets)
+    return MergePlan(index, K, score, order=order, offsets=offsets)
