@@ -95,6 +95,86 @@ def test_the_metric_is_x_by_default_and_heads_are_averaged():
     assert_same_tokens(module(x, (4, 2, 3), metric=heads), module(x, (4, 2, 3), metric=heads.mean(1)))
 
 
+# Clips with padding
+
+CLIPS = [  # temporal window; spatial and temporal keep; of (4, 3, 4), the real frames, rows and columns of each clip
+    (None, 5, 3, [(4, 3, 4), (1, 3, 4), (2, 3, 4)]),
+    (None, 4, 2, [(4, 3, 4), (3, 2, 4), (2, 3, 3)]),
+    (2, 0.5, 0.4, [(4, 3, 4), (2, 3, 4)]),
+    (None, None, 3, [(4, 3, 4), (2, 2, 3)]),
+    (None, 0.3, None, [(3, 3, 4), (1, 3, 4)]),
+]
+
+
+def in_whole_grid(extents: tuple[int, int, int], num_prefix: int) -> Tensor:
+    real = torch.zeros(4, 3, 4, dtype=torch.bool)
+    t, h, w = extents
+    real[:t, :h, :w] = True
+    return torch.nn.functional.pad(real.flatten(), (num_prefix, 0), value=True)
+
+
+@each_generator
+@pytest.mark.parametrize("case", CLIPS, ids=str)
+def test_a_clip_with_padding_is_that_clip_alone(backend, name, case):
+    """Its first groups, bit for bit, whatever the padding holds; the others are empty."""
+    window, spatial, temporal, clips = case
+    module = build(8, spatial, temporal, name, num_prefix=1, temporal_window=window, impl=backend.impl)
+    module = module.to(backend.device)
+    mask = torch.stack([in_whole_grid(extents, 1) for extents in clips])
+    x, metric = make_tokens(len(clips), 49, 8), make_tokens(len(clips), 98, 8, seed=1).view(len(clips), 2, 49, 8)
+    size = torch.rand(len(clips), 49, generator=torch.Generator().manual_seed(2)) + 0.5
+
+    def given(b: int | slice, tokens: Tensor | slice) -> dict[str, Tensor]:
+        found = {"x": x[b][:, tokens], "metric": metric[b][:, :, tokens], "size": size[b][:, tokens]}
+        return {key: value.to(backend.device) for key, value in found.items()}
+
+    def spoil(value: Tensor) -> Tensor:
+        real = mask if value.dim() == 2 else mask[..., None] if value.dim() == 3 else mask[:, None, :, None]
+        return torch.where(real.to(value.device), value, torch.nan)
+
+    for leave_out in ((), ("metric", "size")):
+        batch = {key: spoil(value) for key, value in given(slice(None), slice(None)).items() if key not in leave_out}
+        out, plan = module(grid=(4, 3, 4), mask=mask.to(backend.device), return_plan=True, **batch)
+        assert_equal("real tokens", plan.index.cpu() >= 0, mask)
+        for b, extents in enumerate(clips):
+            of_clip = {key: v for key, v in given(slice(b, b + 1), mask[b]).items() if key not in leave_out}
+            alone, own = module(grid=extents, return_plan=True, **of_clip)
+            K = own.num_groups
+            for field in ("x", "size", "positions"):
+                found, expected = getattr(out, field)[b, :K], getattr(alone, field)[0]
+                if name == "learned" or backend.impl == "torch":  # sums and products whose order depends on N
+                    torch.testing.assert_close(found, expected)
+                else:
+                    assert_equal(f"{field} of {extents}", found, expected)
+                assert not bool(getattr(out, field)[b, K:].any())
+            assert_equal("plan", plan.index[b].cpu()[mask[b]], own.index[0].cpu())
+
+
+@each_generator
+def test_a_clip_of_fewer_tokens_than_meta_tokens_has_no_other_seeds(name):
+    """Padding is no meta token, also where nothing else is left."""
+    x = -torch.ones(2, 8, 4)
+    mask = torch.arange(8) < torch.tensor([[2], [0]])
+    module = build(4, None, 5, name, motion=False)
+    out, plan = module(x, (2, 2, 2), mask=mask, return_plan=True)
+    assert_equal("size", out.size.sum(1), torch.tensor([2.0, 0.0]))
+    assert bool((plan.index[0, :2] == plan.index[0, 0]).all())
+    assert bool(out.x.isfinite().all())
+    q = x.masked_fill(~mask[..., None], 0)
+    meta = module.temporal_meta(q, 2, 4, 5, mask.float(), "tall", mask=mask)
+    assert bool((meta[0] != 0).any(1).all())
+
+
+def test_padding_has_no_gradient():
+    mask = torch.stack([in_whole_grid(extents, 1) for extents in ((4, 3, 4), (2, 2, 3))])
+    x = torch.where(mask[..., None], make_tokens(2, 49, 8), torch.nan).requires_grad_()
+    out = build(8, num_prefix=1)(x, (4, 3, 4), mask=mask)
+    (out.x.square().sum() + out.positions.sum()).backward()
+    assert bool(x.grad.isfinite().all())
+    assert not bool(x.grad[~mask].any())
+    assert bool((x.grad[mask] != 0).any(1).all())
+
+
 # Counts, plans, chains
 
 

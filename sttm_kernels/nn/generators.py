@@ -1,12 +1,15 @@
 """Meta-token generators: K tokens that stand for what an image or a clip shows, adapted to it.
 
-All of them are called alike, `generator(q, rows, columns, num_meta, size=None, cells="square")`:
+All of them are called alike, `generator(q, rows, columns, num_meta, size=None, cells="square", mask=None)`:
 
     q: `(B, N, D)`, the metric features, N = rows * columns.
     rows, columns: how the tokens lie: the height and width of a frame; or frames and slots per frame.
     num_meta: K, 1 <= K <= N, always met exactly.
     size: `(B, N)` or None. How many tokens stand behind each; one of size 0 counts for nothing.
     cells: the shape of pooling cells, see `pool_plan`. Only generators that pool look at it.
+    mask: bool `(B, N)`, True = a real token, or None. The others must be 0 and have size 0; pooling cuts up the rows
+        and columns that have a real token. An item with fewer tokens or cells than K repeats its first meta token,
+        which gets all the tokens of its copies.
 
 They return `(B, K, D)` in q's dtype, differentiable with respect to q and to their parameters, the same bits in every
 run and whatever else is in the batch. Errors: `ValueError` for a shape that does not fit or a K out of range. A module
@@ -52,7 +55,23 @@ def _constant(size: Tensor | None) -> Tensor | None:
     return None if size is None else size.detach()
 
 
-def pool_plan(rows: int, columns: int, num_cells: int, batch: int, cells: str, device: torch.device) -> MergePlan:
+def _stand_in(meta: Tensor, real: Tensor | None) -> Tensor:
+    """Meta tokens (B, K, D), the first that is `real` (B, K) in place of those that are not."""
+    if real is None:
+        return meta
+    first = real.to(torch.uint8).argmax(1, keepdim=True)
+    return torch.where(real[..., None], meta, _take(meta, first))
+
+
+def _in_one(q: Tensor, mask: Tensor | None) -> MergePlan:
+    """The plan of one group of all tokens."""
+    index = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    return MergePlan(index if mask is None else index.masked_fill(~mask, -1), 1)
+
+
+def pool_plan(
+    rows: int, columns: int, num_cells: int, batch: int, cells: str, device: torch.device, mask: Tensor | None = None
+) -> MergePlan:
     """Cuts a rows x columns grid into exactly `num_cells` cells; the plan `(batch, rows * columns)` of that.
 
     The rows are cut into bands as equal as can be, and every band into its share of the cells, so that no count needs
@@ -61,8 +80,13 @@ def pool_plan(rows: int, columns: int, num_cells: int, batch: int, cells: str, d
         "square": sqrt(num_cells * rows / columns) bands, rounded, which makes cells about as high as wide;
         "tall":   ceil(num_cells / columns) bands, the fewest that can hold the cells, which makes them as high as can
                   be: with num_cells = rows / 2 * columns, two rows by one column. Fit for rows that are frames.
+
+    With `mask`, bool `(batch, rows * columns)`, it cuts the rows and columns that have a True, of each item its own;
+    other tokens have no cell, and cells beyond the tokens no token.
     """
     validate.one_of("cells", cells, CELLS)
+    if mask is not None:
+        return _pool_plan_of_real(mask.view(-1, rows, columns), num_cells, cells)
     fewest = -(-num_cells // columns)
     bands = fewest if cells == "tall" else round(math.sqrt(num_cells * rows / columns))
     bands = min(max(bands, fewest), rows, num_cells)
@@ -74,6 +98,29 @@ def pool_plan(rows: int, columns: int, num_cells: int, batch: int, cells: str, d
     return MergePlan(cell.to(torch.int32).expand(batch, -1), num_cells)
 
 
+def _pool_plan_of_real(mask: Tensor, num_cells: int, cells: str) -> MergePlan:
+    """`pool_plan` on the device: numbers are (B, 1, 1), and ranks of rows and columns stand for their indices."""
+    some_row, some_column = mask.any(2, keepdim=True), mask.any(1, keepdim=True)
+    row, column = some_row.cumsum(1) - 1, some_column.cumsum(2) - 1
+    rows, columns = (some.sum((1, 2), keepdim=True).clamp_min(1) for some in (some_row, some_column))
+    fewest = -(-num_cells // columns)
+    bands = fewest if cells == "tall" else (num_cells * rows.double() / columns).sqrt().round().long()
+    bands = torch.minimum(torch.maximum(bands, fewest), rows).clamp_max(num_cells)
+
+    band = (row * bands // rows).clamp_min(0)
+    first, end = band * num_cells // bands, (band + 1) * num_cells // bands
+    cell = (first + column * (end - first) // columns).masked_fill(~mask, -1)
+    return MergePlan(cell.flatten(1).to(torch.int32), num_cells)
+
+
+def _pooled(
+    q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None, cells: str, mask: Tensor | None, impl: str
+) -> Tensor:
+    plan = pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device, mask)
+    pooled = merge(q, plan, size, impl=impl)
+    return _stand_in(pooled.x, None if mask is None else pooled.size > 0)
+
+
 class Pool(nn.Module):
     """Grid pooling: the mean of each cell of `pool_plan`, weighted by size; 0 for a cell of size 0. No parameters."""
 
@@ -82,10 +129,17 @@ class Pool(nn.Module):
         self.impl = impl
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return merge(q, pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device), size, impl=self.impl).x
+        return _pooled(q, rows, columns, num_meta, size, cells, mask, self.impl)
 
 
 class KMeans(nn.Module):
@@ -103,12 +157,19 @@ class KMeans(nn.Module):
         self.impl = impl
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        meta = merge(q, pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device), size, impl=self.impl).x
+        meta = _pooled(q, rows, columns, num_meta, size, cells, mask, self.impl)
         for _ in range(self.rounds):
-            plan = assign(q, meta, self.similarity, weight="uniform", impl=self.impl)
+            plan = assign(q, meta, self.similarity, weight="uniform", mask=mask, impl=self.impl)
             meta = merge(q, plan, size, fill=meta, impl=self.impl).x
         return meta
 
@@ -128,10 +189,18 @@ class _Chosen(nn.Module):
         self.impl = impl
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return _take(q, self.choose(q.detach(), num_meta, _constant(size), self.similarity, self.impl))
+        tokens = self.choose(q.detach(), num_meta, _constant(size), self.similarity, self.impl)
+        return _stand_in(_take(q, tokens), None if mask is None else mask.gather(1, tokens))
 
     def extra_repr(self) -> str:
         return f"similarity={self.similarity!r}"
@@ -145,8 +214,7 @@ def _farthest_points(q: Tensor, num_points: int, size: Tensor | None, similarity
         assert score is not None
         return -score
 
-    everything = MergePlan(torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device), 1)
-    nearest = distance(merge(q, everything, size, impl=impl).x)
+    nearest = distance(merge(q, _in_one(q, None), size, impl=impl).x)
     lowest = torch.finfo(nearest.dtype).min
     taken = torch.zeros_like(nearest, dtype=torch.bool)
     chosen = []
@@ -243,7 +311,14 @@ class TopK(nn.Module):
         self.impl = impl
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
         # As an assignment to one meta token, <v, q_n> has the bits of a sum that does not depend on the batch.
@@ -252,11 +327,11 @@ class TopK(nn.Module):
         saliency = score + self.saliency.bias
         rank = saliency.detach() if size is None else saliency.detach().masked_fill(size == 0, -torch.inf)
         chosen = rank.argsort(dim=1, descending=True, stable=True)[:, :num_meta].sort(1).values
-        everything = MergePlan(torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device), 1)
-        mean = merge(q, everything, size, impl=self.impl).x
+        mean = merge(q, _in_one(q, mask), size, impl=self.impl).x
         # A sigmoid by way of tanh: on a CPU, the last bit of torch.sigmoid depends on where in memory an element lies.
         gate = (saliency.gather(1, chosen) / 2).tanh()[..., None].to(q.dtype) / 2 + 0.5
-        return mean + gate * (_take(q, chosen) - mean)
+        meta = mean + gate * (_take(q, chosen) - mean)
+        return _stand_in(meta, None if mask is None else mask.gather(1, chosen))
 
 
 class Learned(nn.Module):
@@ -280,7 +355,14 @@ class Learned(nn.Module):
         self.impl = impl
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
         queries = F.interpolate(self.queries.T[None], size=num_meta, mode="linear")[0].T
@@ -356,10 +438,18 @@ class DPCKNN(nn.Module):
         self.neighbours = neighbours
 
     def forward(
-        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square"
+        self,
+        q: Tensor,
+        rows: int,
+        columns: int,
+        num_meta: int,
+        size: Tensor | None = None,
+        cells: str = "square",
+        mask: Tensor | None = None,
     ) -> Tensor:
         _check(q, rows, columns, num_meta, size)
-        return _take(q, _density_peaks(q.detach(), num_meta, self.neighbours, _constant(size)))
+        tokens = _density_peaks(q.detach(), num_meta, self.neighbours, _constant(size))
+        return _stand_in(_take(q, tokens), None if mask is None else mask.gather(1, tokens))
 
     def extra_repr(self) -> str:
         return f"neighbours={self.neighbours}"

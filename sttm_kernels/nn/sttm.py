@@ -48,12 +48,14 @@ def grid_positions(grid: Grid, num_prefix: int, dtype: torch.dtype, device: torc
 
 
 class _Tokens(NamedTuple):
-    """The tokens between stages, prefix aside; q is None where the metric is x, size where every token counts 1."""
+    """The tokens between stages, prefix aside; q is None where the metric is x, size where every token counts 1, mask
+    where all are real."""
 
     x: Tensor
     q: Tensor | None
     size: Tensor | None
     positions: Tensor
+    mask: Tensor | None
 
 
 def _products(p: Tensor) -> Tensor:
@@ -172,6 +174,7 @@ class STTM(nn.Module):
         positions: Tensor | None = None,
         metric: Tensor | None = None,
         return_plan: bool = False,
+        mask: Tensor | None = None,
     ) -> MergedTokens | tuple[MergedTokens, MergePlan]:
         """Merges the tokens of each clip.
 
@@ -184,6 +187,10 @@ class STTM(nn.Module):
                 `second_moment` aggregated.
             metric: `(B, N, D)` or `(B, H, N, D)`, what similarity is measured on, the mean over heads; default x.
             return_plan: also return the plan that leads from the N tokens to those that come out.
+            mask: bool `(B, N)`, True = a real token. The others, frames at the end of a short clip, or rows and columns
+                of small frames, take part in nothing, whatever they hold. Counts of meta tokens are of the whole grid;
+                where they are the same for a clip without its padding (`keep` is a number, or padding fills temporal
+                windows), its groups are those of that clip, in the same order, and followed by empty ones.
 
         Returns:
             `MergedTokens` with x `(B, num_prefix + K, C)` in x's dtype, size and positions; or that and a `MergePlan`.
@@ -204,10 +211,18 @@ class STTM(nn.Module):
         size, positions = size_and_positions(x, size, positions)
         assert positions is not None
         positions = self._with_products(positions)
+        if mask is not None:
+            validate.boolean("mask", mask)
+            validate.beside("mask", mask, "(B, N)", (x.shape[0], x.shape[1]), "x", x)
+            size = mask.to(acc) if size is None else torch.where(mask, size, 0)
+            if metric is not None:
+                metric = None if metric is x else torch.where(mask[..., None], mean_over_heads(metric), 0)
+            x, positions = (torch.where(mask[..., None], t, 0) for t in (x, positions))
 
         with without_autocast(x.device.type):
             q = None if metric is None or metric is x else mean_over_heads(metric)[:, prefix:]
-            here = _Tokens(x[:, prefix:], q, None if size is None else size[:, prefix:], positions[:, prefix:])
+            size_here, mask_here = (None if t is None else t[:, prefix:] for t in (size, mask))
+            here = _Tokens(x[:, prefix:], q, size_here, positions[:, prefix:], mask_here)
             plans = []
             if self.spatial_meta is not None:
                 num_meta = _count("spatial_keep", self.spatial_keep, height * width)
@@ -229,7 +244,7 @@ class STTM(nn.Module):
             out = MergedTokens(
                 torch.cat((x[:, :prefix], y), 1), kept, torch.cat((positions[:, :prefix], here.positions), 1)
             )
-        return (out, self._whole_plan(plans, x)) if return_plan else out
+        return (out, self._whole_plan(plans, x, mask)) if return_plan else out
 
     def _stage(
         self, generator: nn.Module, here: _Tokens, parts: int, shape: tuple[int, int], num_meta: int, cells: str
@@ -246,26 +261,31 @@ class STTM(nn.Module):
 
         x = split(here.x)
         q = x if here.q is None else split(here.q)
-        size = None if here.size is None else split(here.size)
-        meta = generator(q, *shape, num_meta, size, cells)
+        size, mask = (None if t is None else split(t) for t in (here.size, here.mask))
+        meta = generator(q, *shape, num_meta, size, cells, **({} if mask is None else {"mask": mask}))
         out, plan = assign_merge(
             x, None if here.q is None else q, meta, self.similarity, self.temperature, self.weight,
-            size=size, positions=split(here.positions), impl=self.impl,
+            mask, size, split(here.positions), impl=self.impl,
         )  # fmt: skip
         assert out.positions is not None
         later_q = None if here.q is None else join(merge(q, plan, size, impl=self.impl).x)
         first = num_meta * torch.arange(parts, dtype=torch.int32, device=x.device)
         index = (plan.index.unflatten(0, (B, parts)) + first[:, None]).flatten(1)
-        return _Tokens(join(out.x), later_q, join(out.size), join(out.positions)), MergePlan(index, parts * num_meta)
+        later_mask = None
+        if here.mask is not None and mask is not None:
+            index = index.masked_fill(~here.mask, -1)
+            later_mask = mask.any(1, keepdim=True).expand(-1, num_meta).reshape(B, -1)  # all groups of a part or none
+        later = _Tokens(join(out.x), later_q, join(out.size), join(out.positions), later_mask)
+        return later, MergePlan(index, parts * num_meta)
 
-    def _whole_plan(self, plans: list[MergePlan], x: Tensor) -> MergePlan:
+    def _whole_plan(self, plans: list[MergePlan], x: Tensor, mask: Tensor | None) -> MergePlan:
         """From all N tokens to all that come out, the prefix to itself."""
         B, N, prefix = x.shape[0], x.shape[1], self.num_prefix
-        token = torch.arange(N, dtype=torch.int32, device=x.device).expand(B, -1)
-        if not plans:
-            return MergePlan(token.contiguous(), N)
-        plan = plans[0] if len(plans) == 1 else compose(plans[0], plans[1], impl=self.impl)
-        return MergePlan(torch.cat((token[:, :prefix], plan.index + prefix), 1), prefix + plan.num_groups)
+        index, num_groups = torch.arange(N, dtype=torch.int32, device=x.device).expand(B, -1).contiguous(), N
+        if plans:
+            plan = plans[0] if len(plans) == 1 else compose(plans[0], plans[1], impl=self.impl)
+            index, num_groups = torch.cat((index[:, :prefix], plan.index + prefix), 1), prefix + plan.num_groups
+        return MergePlan(index if mask is None else index.masked_fill(~mask, -1), num_groups)
 
     def _with_products(self, positions: Tensor) -> Tensor:
         channels = positions.shape[-1]
