@@ -16,6 +16,8 @@ from sttm_kernels.torch_private import tf32 as tf32
 VERBS = ("assign", "match", "merge", "assign_merge", "unmerge", "compose", "soft_merge")
 IMPLEMENTATIONS = ("cuda", "triton", "cpu", "torch", "reference")
 MIN_CAPABILITY = (8, 0)
+NVIDIA = torch.version.hip is None
+"""Whether tensors on "cuda" are on NVIDIA's GPUs: where PyTorch is built for ROCm, they are on AMD's."""
 
 _MODULES = {
     "cuda": "sttm_kernels.impl.cuda",
@@ -67,9 +69,12 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
     if impl == "cpu":
         needs_cpu = f"the cpu kernels need CPU tensors, got {device_type}"
         return importlib.import_module(_MODULES[impl]).why_not(verb, device) if device_type == "cpu" else needs_cpu
-    if device_type != "cuda":
-        return f"the {impl} kernels need CUDA tensors, got {device_type}"
-    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+    if device_type != "cuda" and not (impl == "triton" and device_type == "xpu"):
+        return f"the {impl} kernels need {'CUDA' if impl == 'cuda' else 'GPU'} tensors, got {device_type}"
+    if impl == "cuda" and not NVIDIA:
+        return "the cuda kernels need an NVIDIA GPU, this PyTorch is built for AMD's"
+    on_nvidia = device_type == "cuda" and NVIDIA
+    if on_nvidia and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         return f"the {impl} kernels need compute capability 8.0, this GPU has {capability}"
     return importlib.import_module(_MODULES[impl]).why_not(verb, device)
 
@@ -77,7 +82,7 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
 def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The implementation that `auto` takes: on GPUs the first of cuda, triton and torch that can run, on CPUs cpu or
     torch. Never the interpreter."""
-    for impl in {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(torch.device(device).type, ()):
+    for impl in {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}.get(torch.device(device).type, ()):
         if why_not(verb, impl, device, dtype) is None:
             return impl
     return "torch"

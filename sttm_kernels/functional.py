@@ -300,7 +300,7 @@ def _table(make: Callable[..., _Made], *args: Any) -> _Made:
     device = args[-1]
     on_gpu = device.type == "cuda"
     listened = torch.compiler.is_compiling() or torch_private.observed()
-    if listened or (on_gpu and torch.cuda.is_current_stream_capturing()):
+    if listened or device.type not in ("cpu", "cuda") or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return make(*args)
     return _kept(make, torch_private.raw_stream(device.index) if on_gpu else 0, *args)
 

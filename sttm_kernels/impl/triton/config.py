@@ -21,11 +21,18 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KiB of shared memory that one program may have, by compute capability times ten."""
 
+OTHER_MAKERS = 81
+"""In the place of a compute capability, GPUs of AMD and Intel: they take configurations of 80 that fit 64 KiB."""
+SHARED_MEMORY[OTHER_MAKERS] = 64
+
 MAX_INT32 = 2**31 - 1
 
 WARP = 32
 REGISTERS = 65536
 """Of 32 bits, per multiprocessor; one thread has at most 255."""
+
+NVIDIA = dispatch.NVIDIA and not (torch.version.cuda is None and torch.xpu.is_available())
+"""Whether kernels are compiled for NVIDIA's GPUs, and without any: PyTorch is built for the GPUs of one maker."""
 
 INTERPRET = dispatch.interpreting()
 """Whether kernels run in Triton's interpreter, which needs other code in places: it cannot multiply bfloat16."""
@@ -46,8 +53,10 @@ class Config:
         A thread may have all the registers there are: left alone, the compiler spills some so that more programs share
         a multiprocessor.
         """
-        maxnreg = min(255, REGISTERS // (WARP * self.num_warps))
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": maxnreg}
+        common = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if not NVIDIA:
+            return common
+        return {**common, "maxnreg": min(255, REGISTERS // (WARP * self.num_warps))}
 
 
 _forced: dict[str, Config] = {}
@@ -57,6 +66,8 @@ _forced_arch: list[int] = []
 @cache
 def _capability(device: torch.device) -> int:
     """Compute capability times ten of the GPU; 80 under the interpreter and for tensors without data."""
+    if not NVIDIA:
+        return OTHER_MAKERS
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)

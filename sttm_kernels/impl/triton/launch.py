@@ -52,6 +52,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
     if lead is not None and lead.is_cuda and lead.get_device() != torch.cuda.current_device():
         with torch.cuda.device(lead.device):
             kernel[grid](*args, **config.blocks, **constexprs, **config.options)
+    elif lead is not None and lead.is_xpu and lead.get_device() != torch.xpu.current_device():
+        with torch.xpu.device(lead.device):
+            kernel[grid](*args, **config.blocks, **constexprs, **config.options)
     else:
         kernel[grid](*args, **config.blocks, **constexprs, **config.options)
 

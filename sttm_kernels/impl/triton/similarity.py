@@ -16,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sttm_kernels import dispatch
-from sttm_kernels.impl.triton.config import INTERPRET
+from sttm_kernels.impl.triton.config import INTERPRET, NVIDIA
 from sttm_kernels.impl.triton.layout import aligned, alignment, by_heads, items
 from sttm_kernels.reference import NORM_FLOOR
 
 FLOOR: tl.constexpr = tl.constexpr(NORM_FLOOR)
 WIDEN: tl.constexpr = tl.constexpr(INTERPRET)
 """The interpreter would multiply the bit patterns of bfloat16."""
+HAS_TF32: tl.constexpr = tl.constexpr(NVIDIA)
+"""GPUs of other makers multiply float32 as it is."""
 
 
 Pair = tuple[tuple[Any, ...], int, int, int, int, int, int]
@@ -111,6 +113,8 @@ def features(tile, start, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.cons
 @triton.jit
 def to_tf32(a):
     """float32 rounded to the nearest TF32; tensor cores drop the low bits of what they are given."""
+    if not HAS_TF32:
+        return a
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -123,7 +127,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, A_ROUNDED: tl.constexpr = False)
         if not A_ROUNDED:
             a = to_tf32(a)
         b = to_tf32(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION if HAS_TF32 else "ieee")
 
 
 @triton.jit
