@@ -113,12 +113,7 @@ def _match(
             for tokens in (src, dst)
         )
     G, S, T = src.shape[1], src.shape[2], dst.shape[2]
-    src, dst = src.expand(B, -1, -1), dst.expand(B, -1, -1)
-    if mask is not None:
-        src, dst = (
-            torch.where(mask.gather(1, tokens.clamp_min(0).flatten(1)).view(tokens.shape), tokens, -1)
-            for tokens in (src, dst)
-        )
+    src, dst = (_real(tokens.expand(B, -1, -1), mask) for tokens in (src, dst))
     similarity = pairwise_similarity(rows, columns, reference.COSINE).view(B, G, S, T)
     best, position = similarity.masked_fill((dst < 0)[:, :, None], -torch.inf).max(-1)
 
@@ -126,15 +121,16 @@ def _match(
     score = _placed(best.flatten(1), place, N, -torch.inf)
     partner = _placed(dst.gather(2, position).clamp_min(0).flatten(1), place, N, 0)
     is_dst = _placed(torch.ones_like(dst).flatten(1), torch.where(dst < 0, N, dst).flatten(1), N, 0)
-    most = r if limit is None else limit.clamp(max=r)
-    merged = _top(score, r) if bounds is None else _top_above(score, threshold, most)
+    may_merge = score > threshold if threshold > -torch.inf else score != -torch.inf
+    merged = _top(score.masked_fill(~may_merge, -torch.inf), r, limit) & may_merge
     unmerged = _placed(torch.ones_like(place), place, N, 0) * ~merged
 
     group = torch.where(unmerged > 0, num_prefix - 1 + unmerged.cumsum(1), token)
     group = torch.where(is_dst > 0, num_prefix - 1 + unmerged.sum(1, keepdim=True) + is_dst.cumsum(1), group)
     index = torch.where(merged, group.gather(1, partner), group)
     if mask is not None:
-        return MergePlan(torch.where(mask, index.clamp(max=K - 1), -1).to(torch.int32), K, score)
+        index = torch.where(mask, index.clamp_max(K - 1), -1)
+        return MergePlan(index.to(torch.int32), K, score)
 
     order = (index * N + token).sort(1).values % N  # no two are equal, so any sort is stable
     counts = index.new_zeros((B, K + 1)).scatter_add(1, index + 1, torch.ones_like(index))
@@ -142,30 +138,33 @@ def _match(
     return MergePlan(index, K, score, order=order, offsets=offsets)
 
 
+def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Lists of tokens (B, G, M), -1 in place of what `mask` leaves out."""
+    if mask is None:
+        return tokens
+    real = mask.gather(1, tokens.clamp_min(0).flatten(1)).view(tokens.shape)
+    return torch.where(real, tokens, -1)
+
+
 def _placed(values: Tensor, place: Tensor, N: int, rest: float) -> Tensor:
     """(B, N) with these values (B, M) at their places and `rest` elsewhere; place N is nowhere."""
     return values.new_full((values.shape[0], N + 1), rest).scatter(1, place, values)[:, :N]
 
 
-def _top(score: Tensor, r: int) -> Tensor:
-    """Marks the r greatest of each row, equal ones from the left, by the value of the least. NaN counts as +inf."""
+def _top(score: Tensor, r: int, limit: Tensor | None) -> Tensor:
+    """Marks the r greatest of each row, or as many as `limit` (B,) if that is less, equal ones from the left, by the
+    value of the least. NaN counts as +inf."""
     if r == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     score = torch.where(score.isnan(), torch.inf, score)
-    least = score.topk(r, dim=1).values[:, -1:]
+    greatest = score.topk(r, dim=1).values
+    if limit is None:
+        count, least = r, greatest[:, -1:]
+    else:
+        count = limit.long().clamp(max=r)[:, None]
+        least = torch.where(count > 0, greatest.gather(1, (count - 1).clamp_min(0)), torch.inf)
     above, level = score > least, score == least
-    return above | (level & (level.long().cumsum(1) <= r - above.long().sum(1, keepdim=True)))
-
-
-def _top_above(score: Tensor, threshold: float, r: int | Tensor) -> Tensor:
-    """As `_top`, of those above the threshold at most r, a number or one for each row."""
-    able = score > threshold if threshold > -torch.inf else score != -torch.inf
-    most = able.long().sum(1).clamp(max=r)[:, None]
-    score = torch.where(able, torch.where(score.isnan(), torch.inf, score), -torch.inf)
-    least = score.sort(1, descending=True).values.gather(1, (most - 1).clamp(min=0))
-    above, level = score > least, score == least
-    chosen = above | (level & (level.long().cumsum(1) <= most - above.long().sum(1, keepdim=True)))
-    return chosen & able & (most > 0)
+    return above | (level & (level.long().cumsum(1) <= count - above.long().sum(1, keepdim=True)))
 
 
 def _merge(

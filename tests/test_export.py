@@ -65,6 +65,18 @@ def test_a_match_takes_the_lower_of_equal_tokens(plain):
         assert torch.equal(got.index, expected.index)
 
 
+@pytest.mark.parametrize("how", [{}, {"grid": GRID, "window": (1, 3, 2)}], ids=["alternate", "window"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_bounds_of_a_match(plain, how, masked):
+    metric = make_tokens(3, 61, 12)
+    mask = torch.arange(61) < torch.tensor([61, 40, 3])[:, None]
+    given = {"num_prefix": 1, **how, **({"mask": mask} if masked else {})}
+    for bounds in ({"r": 9}, {"r": [9, 2, 0]}, {"r": 20, "threshold": 0.3}):
+        got, expected = (sttm.match(metric, impl=impl, **given, **bounds) for impl in ("torch", "reference"))
+        assert got.num_groups == expected.num_groups
+        assert torch.equal(got.index, expected.index)
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
 @pytest.mark.parametrize("weight", ["softmax", "uniform"])
 def test_assignments(plain, similarity, weight):
@@ -96,7 +108,8 @@ def test_merges_and_back(plain, reduce, dtype):
 
 def test_every_verb_has_a_plain_form_that_knows_all_of_its_arguments():
     assert set(export._PLAIN) == set(dispatch.VERBS) == {name for name in OPERATORS if "backward" not in name}
-    assert ops.MatchIn._fields == ("metric", "src", "dst", "r", "num_prefix", "impl")
+    known = ("metric", "src", "dst", "mask", "limit", "r", "num_groups", "num_prefix", "threshold", "impl")
+    assert ops.MatchIn._fields == known
 
 
 class Verbs(nn.Module):

@@ -1,4 +1,4 @@
-"""impl="triton": the verbs fused in Triton, for any NVIDIA GPU from sm_80 up and GPUs of AMD and Intel; no compiler needed.
+"""impl="triton": the verbs fused in Triton, for any NVIDIA GPU from sm_80 up, and GPUs of AMD and Intel; no compiler.
 
 Every function has the arguments of its namesake in `reference.py`.
 """
