@@ -158,9 +158,8 @@ def _top(score: Tensor, r: int, limit: Tensor | None) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     score = torch.where(score.isnan(), torch.inf, score)
     greatest = score.topk(r, dim=1).values
-    if limit is None:
-        count, least = r, greatest[:, -1:]
-    else:
+    least, count = greatest[:, -1:], torch.full_like(greatest[:, -1:], r, dtype=torch.int64)
+    if limit is not None:
         count = limit.long().clamp(max=r)[:, None]
         least = torch.where(count > 0, greatest.gather(1, (count - 1).clamp_min(0)), torch.inf)
     above, level = score > least, score == least
