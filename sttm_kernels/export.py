@@ -76,8 +76,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _ours(program: torch.export.ExportedProgram) -> list[str]:
-    """The operators of this package that a program holds."""
-    targets = {node.target for node in program.graph.nodes}
+    """The operators of this package that a program holds, also in the graphs within it, as those without autocast."""
+    graphs = (each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule))
+    targets = {node.target for graph in graphs for node in graph.nodes}
     return sorted(str(target) for target in targets if getattr(target, "namespace", None) == ops.NAMESPACE)
 
 

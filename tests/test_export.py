@@ -182,6 +182,17 @@ def test_written_out_programs_run_in_a_process_without_the_package(tmp_path):
 
 
 @pytest.mark.unpoisoned
+def test_operators_in_graphs_within_a_graph_are_written_out():
+    """STTM merges where autocast and gradients are switched off, which is a graph of its own."""
+    merger, x = sttm.STTM(8, None, 0.5, "pool").eval(), make_tokens(2, 16, 8)
+    program = torch.export.export(merger, (x, (2, 2, 4)))
+    plain = export.decompose(program)
+    graphs = [each.graph for each in plain.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    assert "sttm_kernels" not in str({node.target for graph in graphs for node in graph.nodes})
+    torch.testing.assert_close(plain.module()(x, (2, 2, 4)).x, merger(x, (2, 2, 4)).x)
+
+
+@pytest.mark.unpoisoned
 def test_what_has_no_plain_form_is_named():
     class Far(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
