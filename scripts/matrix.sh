@@ -52,7 +52,7 @@ while read -r row python pins; do
     continue
   fi
   # shellcheck disable=SC2086
-  try "$row" "$python" $pins >"$folder/$row.log" 2>&1 || failed=1
+  try "$row" "$python" $pins </dev/null >"$folder/$row.log" 2>&1 || failed=1
   versions=$("$folder/$row/bin/python" - <<'END'
 import platform
 from importlib.metadata import PackageNotFoundError, version
