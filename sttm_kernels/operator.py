@@ -44,7 +44,8 @@ _SCHEMA = {
     "str": "str",
     "Sequence[bool]": "bool[]",
 }
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), str, int, float, bool, list})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = _TENSORS | {type(None), str, int, float, bool, list}
 
 
 def _requires_grad(arg: Any) -> bool:
@@ -65,8 +66,13 @@ def _primal(value: Any) -> Any:
 
 
 def _is_listened_to(args: Sequence[Any]) -> bool:
-    """Whether a mode, a tracer, a tensor subclass or a device without data wants to see the operator."""
-    return dispatching() or not _PLAIN.issuperset(map(type, args)) or _lead(args).is_meta
+    """Whether a mode, a tracer, a tensor subclass, a device without data or a lazy sign wants the operator.
+
+    The dispatcher writes such a sign down, of `z.conj().imag` for instance; a kernel would not see it.
+    """
+    if dispatching() or not _PLAIN.issuperset(map(type, args)) or _lead(args).is_meta:
+        return True
+    return any(type(arg) in _TENSORS and arg.is_neg() for arg in args)
 
 
 class Operator:
@@ -121,14 +127,18 @@ class Operator:
     def implementation(self, a: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function of the implementation, to be called at once; None where something listens or differentiates.
 
-        A tracer, a mode, a transform, a tensor subclass, a device without data need the operator. Elsewhere the
-        dispatcher's price, more than the rest of a small verb, buys nothing.
+        A tracer, a mode, a transform, a tensor subclass, a device without data, a lazy sign need the operator.
+        Elsewhere the dispatcher's price, more than the rest of a small verb, buys nothing.
         """
         if torch.compiler.is_compiling() or observed() or not _PLAIN.issuperset(map(type, a)):
             return None
         lead = a[0] if a[0] is not None else _lead(a)
-        if lead.is_meta or (torch.is_grad_enabled() and any(map(_requires_grad, a))):
+        if lead.is_meta:
             return None
+        differentiating = torch.is_grad_enabled()
+        for arg in a:
+            if type(arg) in _TENSORS and (arg.is_neg() or (differentiating and arg.requires_grad)):
+                return None
         return dispatch.kernel(self.name, a[-1], lead.device, lead.dtype)
 
     def __call__(self, a: Any) -> Any:

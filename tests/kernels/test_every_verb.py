@@ -118,6 +118,30 @@ def test_results_can_be_modified_in_place(backend, verb):
 
 
 @each_verb
+def test_a_sign_that_is_not_in_memory(backend, verb):
+    """As `z.conj().imag` has it: of inputs, with and without gradients, and of gradients."""
+    inputs = draw((1, 9, 5, 20, 20) if SMALL else (2, 18, 5, 20, 24), device=backend.device)
+    call = calling(verb, backend.impl)
+
+    def lazily(t):
+        return torch._neg_view(-t)
+
+    def signed(**given):
+        outputs = call(**given)
+        for value in outputs.values():
+            if value.requires_grad:
+                value.register_hook(lazily)
+        return outputs
+
+    lazy = {name: lazily(t) if t.is_floating_point() else t for name, t in inputs.items()}
+    expected, found = run(call, inputs), run(signed, lazy)
+    with torch.no_grad():
+        found |= {f"{name} alone": value for name, value in call(**lazy).items()}
+    for name, value in found.items():
+        assert_equal(f"{verb}: {name}", value, expected[name.removesuffix(" alone")])
+
+
+@each_verb
 def test_autocast_changes_nothing(backend, verb):
     """Forward and backward: no product of a verb is rounded to what the layers around it compute in."""
     inputs = draw((2, 18, 5, 20, 24), device=backend.device)
