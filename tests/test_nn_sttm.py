@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sttm_kernels as sttm
@@ -393,6 +393,14 @@ def test_state_is_motion_and_parameters_of_generators():
     ]
     assert STTM(8).motion.weight.shape == (8, 3)
     assert STTM(8, second_moment=True).motion.weight.shape == (8, 9)
+
+
+@pytest.mark.parametrize("meta", ["topk", "learned"])
+def test_parameters_that_no_layer_is_called_with_are_in_no_linear_layer(meta):
+    """Adapters put another forward in place of that of every `nn.Linear`; theirs would never learn."""
+    inside = [m for m in STTM(8, meta=meta, motion=False).modules() if any(True for _ in m.parameters(recurse=False))]
+    assert inside
+    assert not any(isinstance(module, nn.Linear) for module in inside)
 
 
 def test_a_name_makes_a_generator_per_stage_and_a_module_is_shared():

@@ -293,8 +293,23 @@ class Distinct(_Chosen):
     choose = staticmethod(_distinct_tokens)
 
 
-class _Weights(nn.Linear):
-    """A linear map of which the parameters alone are used: quantisation, which goes by class, is to leave them."""
+class _Weights(nn.Module):
+    """The parameters of a linear map, which alone are used. It is no `nn.Linear`, for what looks for those to put
+    another forward in their place, as adapters and quantisation do, would train or change what nobody calls."""
+
+    bias: Tensor  # or None, as in nn.Linear
+
+    def __init__(self, width: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `nn.Linear` does."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
 
 class TopK(nn.Module):
