@@ -27,7 +27,8 @@ class MergePlan:
         weight: like `score`, or None, which means 1 for every token. From `assign` with `weight="softmax"`: the
             softmax probability of the chosen meta token, differentiable, 0 where masked.
         order: int32 `(B, N)` or None. The token indices sorted by group, by token index within a group. Only present
-            when every token has a group; purely a shortcut for `merge`.
+            when every token has a group; a shortcut for `merge`, which believes it: a plan whose index you change must
+            leave out order and offsets, `MergePlan(index, num_groups)`.
         offsets: int32 `(B, K + 1)` or None. Group k of item b is `order[b, offsets[b, k] : offsets[b, k + 1]]`.
 
     Registered as a pytree, so a plan passes through `torch.compile`, `torch.export` and activation checkpointing, and
