@@ -246,6 +246,11 @@ class Verbs:
         )  # fmt: skip
         return out, plan
 
+    def _scratch(self, x: Tensor, num_groups: int, columns: int, beside: int) -> Tensor | None:
+        """Room for partial sums over the tokens of x, by groups, of so many columns and numbers beside them."""
+        floats = self.run().soft_merge_scratch(x, num_groups, columns, beside)
+        return x.new_empty(floats, dtype=torch.float32) if floats else None
+
     def soft_merge(
         self,
         x: Tensor,
@@ -262,9 +267,10 @@ class Verbs:
         over_meta = normalize == "meta"
         size_out, positions_out, _ = _sums(x, K, positions)
         y, lse = x.new_empty((B, K, C)), size_out.new_empty((B, N if over_meta else K))
+        scratch = self._scratch(x, K, C, 2 + (0 if positions is None else positions.shape[2]))
         self.run().soft_merge(
             x, q, meta, size, positions, mask, *similarity, over_meta, self.tf32(),
-            y, size_out, positions_out, lse, self.stream(x),
+            y, size_out, positions_out, lse, scratch, self.stream(x),
         )  # fmt: skip
         return SoftMerged(y.to(dtype), size_out, positions_out, lse)
 
@@ -303,7 +309,9 @@ class Verbs:
             y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
             *similarity, over_meta, self.tf32(), grad_x,
             grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
-            out.size.new_empty((B, K)) if need_shift else None, self.stream(x),
+            out.size.new_empty((B, K)) if need_shift else None,
+            self._scratch(x, K, meta.shape[2], 1) if through_metric and grad_meta is not None else None,
+            self.stream(x),
         )  # fmt: skip
         grad_x, grad_q, grad_meta = (
             None if t is None else t.to(dtype) for t, dtype in zip((grad_x, grad_q, grad_meta), dtypes, strict=True)

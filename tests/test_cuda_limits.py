@@ -64,7 +64,7 @@ def soft_merge(B, N):
     tokens, metas = huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1)
     C.soft_merge(
         tokens, tokens, metas, None, None, None, "dot", 1.0, True, False,
-        metas, huge(FLOAT, B, 1), None, huge(FLOAT, B, N), 0,
+        metas, huge(FLOAT, B, 1), None, huge(FLOAT, B, N), huge(FLOAT, C.soft_merge_scratch(tokens, 1, 1, 2)), 0,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def soft_merge_backward(B, N):
     tokens, metas = huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1)
     C.soft_merge_backward(
         metas, None, None, tokens, tokens, metas, None, None, None, metas, huge(FLOAT, B, 1), None, huge(FLOAT, B, N),
-        "dot", 1.0, True, False, tokens, None, None, None, None, None, 0,
+        "dot", 1.0, True, False, tokens, None, None, None, None, None, None, 0,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 #include "metric.hpp"
+#include "sttm/spans.hpp"
 
 namespace sttm {
 
@@ -18,10 +19,24 @@ static void read_inputs(Validate& validate, SoftMergeInputs& a, const Array& x, 
     a.positions = validate.float_rows(positions, "positions", a.B, a.N, a.P);
 }
 
+// How many floats of scratch a sum over the tokens of x (B, N, any) takes, by the rows of a (B, K, columns), with so
+// many numbers `beside` the columns.
+static int64_t soft_merge_scratch(const Array& x, int num_groups, int columns, int beside) {
+    Validate validate("soft_merge_scratch");
+    const int B = validate.extent(x, "x", 3, 0), N = validate.extent(x, "x", 3, 1);
+    return partial_floats(validate.dtype(x, "x"), B, num_groups, N, columns, beside);
+}
+
+static float* read_scratch(Validate& validate, const MaybeArray& scratch, int64_t floats) {
+    if (floats > 0 && !scratch) throw py::value_error("scratch is needed, of " + std::to_string(floats) + " floats");
+    return floats > 0 ? validate.dense<float>(scratch, "scratch", {floats}) : nullptr;
+}
+
 static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta, const MaybeArray& size,
                               const MaybeArray& positions, const MaybeArray& mask, const std::string& similarity,
                               double temperature, bool over_meta, bool tf32, const Array& y, const Array& size_out,
-                              const MaybeArray& positions_out, const Array& lse, uint64_t stream) {
+                              const MaybeArray& positions_out, const Array& lse, const MaybeArray& scratch,
+                              uint64_t stream) {
     Validate validate("soft_merge");
     SoftMergeArguments a{};
     read_inputs(validate, a, x, q, meta, size, positions, mask, similarity, temperature, over_meta, tf32);
@@ -32,6 +47,7 @@ static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta,
     if (positions.has_value() != positions_out.has_value()) {
         throw py::value_error("positions and positions_out go together");
     }
+    a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.C, a.P + 2));
     validate.run(soft_merge, a, stream);
 }
 
@@ -43,7 +59,7 @@ static void soft_merge_backward_arrays(const MaybeArray& grad_y, const MaybeArra
                                        double temperature, bool over_meta, bool tf32, const MaybeArray& grad_x,
                                        const MaybeArray& grad_q, const MaybeArray& grad_meta,
                                        const MaybeArray& grad_size_in, const MaybeArray& grad_positions_in,
-                                       const MaybeArray& shift, uint64_t stream) {
+                                       const MaybeArray& shift, const MaybeArray& scratch, uint64_t stream) {
     Validate validate("soft_merge_backward");
     SoftMergeBackwardArguments a{};
     read_inputs(validate, a, x, q, meta, size, positions, mask, similarity, temperature, over_meta, tf32);
@@ -65,20 +81,25 @@ static void soft_merge_backward_arrays(const MaybeArray& grad_y, const MaybeArra
     const bool of_metric = grad_q || grad_meta;  // an array without items has no address
     if ((of_metric || grad_size_in) && !shift) throw py::value_error("shift is needed");
     if (of_metric && over_meta && !grad_size_in) throw py::value_error("grad_size_in is needed");
+    if (grad_meta) a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(soft_merge_backward, a, stream);
 }
 
 void bind_soft_merge(py::module_& m) {
+    m.def("soft_merge_scratch", &soft_merge_scratch, py::arg("x"), py::arg("num_groups"), py::arg("columns"),
+          py::arg("beside"),
+          "floats of scratch that sums over the tokens of x take, num_groups rows of so many columns");
     m.def("soft_merge", &soft_merge_arrays, py::arg("x"), py::arg("q"), py::arg("meta"), py::arg("size"),
           py::arg("positions"), py::arg("mask"), py::arg("similarity"), py::arg("temperature"), py::arg("over_meta"),
           py::arg("tf32"), py::arg("y"), py::arg("size_out"), py::arg("positions_out"), py::arg("lse"),
-          py::arg("stream"), "y (B, K, C), sizes and positions of x (B, N, C), merged by softmax weights");
+          py::arg("scratch"), py::arg("stream"),
+          "y (B, K, C), sizes and positions of x (B, N, C), merged by softmax weights");
     m.def("soft_merge_backward", &soft_merge_backward_arrays, py::arg("grad_y"), py::arg("grad_size"),
           py::arg("grad_positions"), py::arg("x"), py::arg("q"), py::arg("meta"), py::arg("size"), py::arg("positions"),
           py::arg("mask"), py::arg("y"), py::arg("mass"), py::arg("positions_out"), py::arg("lse"),
           py::arg("similarity"), py::arg("temperature"), py::arg("over_meta"), py::arg("tf32"), py::arg("grad_x"),
           py::arg("grad_q"), py::arg("grad_meta"), py::arg("grad_size_in"), py::arg("grad_positions_in"),
-          py::arg("shift"), py::arg("stream"), "Gradients of what is not None");
+          py::arg("shift"), py::arg("scratch"), py::arg("stream"), "Gradients of what is not None");
 }
 
 }  // namespace sttm

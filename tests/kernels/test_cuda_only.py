@@ -5,14 +5,14 @@ import importlib
 
 import pytest
 import torch
-from cases import draw, each, each_reduction, only, run, unwritten
+from cases import NORMALIZATIONS, draw, each, each_reduction, only, run, unwritten
 from test_every_verb import VERBS, calling
 from torch.utils._pytree import tree_leaves
 
 import sttm_kernels as sttm
 from benchmarks.codegen import combinations, forms
 from sttm_kernels import dispatch
-from sttm_kernels.checks import check_match, fields, make_mask
+from sttm_kernels.checks import check_match, check_soft_merge, fields, make_mask
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import assert_equal, assert_order, guarded, make_index, make_tokens
 
@@ -55,6 +55,21 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(verb, N, K, C, dtype, mo
     for other in results[1:]:
         for name, value in results[0].items():
             assert_equal(name, other[name], value)
+
+
+@each("dtype", (torch.float32, torch.bfloat16))
+@each(("B", "N", "K", "C"), [(2, 300, 70, 20), (1, 270, 1030, 8)])
+def test_soft_merge_of_more_tokens_than_a_block_takes(B, N, K, C, dtype):
+    """In several spans, whose sums are added, or in several panels of one; which of them does not depend on B."""
+    inputs = draw((B, N, K, 8, C), dtype, DEVICE)
+    for normalize in NORMALIZATIONS:
+        given = only(inputs, "x", "q", "meta", "size", "positions")
+        check_soft_merge("cuda", **given, similarity="cosine", temperature=0.2, normalize=normalize)
+    if B > 1:
+        call = calling("soft_merge over meta", "cuda")
+        both, alone = (run(call, of) for of in (inputs, {name: t[:1] for name, t in inputs.items()}))
+        for name, value in alone.items():
+            assert_equal(name, both[name][:1], value)
 
 
 @each_reduction

@@ -225,16 +225,18 @@ struct SoftMergeInputs {
     Rows positions;
 };
 
-// y (B, K, C), size_out (B, K), positions_out (B, K, P); lse is (B, N) over meta tokens and (B, K) over tokens.
+// y (B, K, C), size_out (B, K), positions_out (B, K, P); lse is (B, N) over meta tokens and (B, K) over tokens. scratch
+// has as many floats as partial_floats of spans.hpp says, for C columns and P + 2 more.
 struct SoftMergeArguments : SoftMergeInputs {
     void* y;
-    float *size_out, *positions_out, *lse;
+    float *size_out, *positions_out, *lse, *scratch;
 };
 Error soft_merge(const SoftMergeArguments&, Stream);
 
 // Gradients of what is asked for, given those of y (B, K, C), size_out and positions_out (B, K, P), each null if there
 // is none. `mass` is size_out. shift (B, K) is scratch that grad_q, grad_meta and grad_size_in (B, N) need; grad_q and
-// grad_meta need grad_size_in as well if over_meta.
+// grad_meta need grad_size_in as well if over_meta. grad_meta needs scratch, as many floats as partial_floats of
+// spans.hpp says for D columns and one more.
 struct SoftMergeBackwardArguments : SoftMergeInputs {
     Rows grad_y;
     Column grad_size;
@@ -242,7 +244,7 @@ struct SoftMergeBackwardArguments : SoftMergeInputs {
     const void* y;
     const float *mass, *positions_out, *lse;
     void *grad_x, *grad_q, *grad_meta;
-    float *grad_size_in, *grad_positions_in, *shift;
+    float *grad_size_in, *grad_positions_in, *shift, *scratch;
 };
 Error soft_merge_backward(const SoftMergeBackwardArguments&, Stream);
 

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
                            int width, int parts) {
     using Panel = WeightPanel<T, EXACT, ROWS>;
     const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N, num_tiles = ceil_div(num_own, ROWS);
-    const int first_part = blockIdx.x % parts * Panel::SLICE, first = blockIdx.x / parts % num_tiles * ROWS;
+    const int first = blockIdx.x / parts % num_tiles * ROWS;
     const int64_t item = blockIdx.x / (int64_t(parts) * num_tiles);
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
     const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     const int thread = static_cast<int>(threadIdx.x);
     Panel panel(shared_memory<unsigned char>(), width, width >= num_other);
     if (TOKENS && thread < ROWS) terms[thread] = token_term(a, item, first + thread);
-    const auto make_weights = [&](int from, int end) {
+    const auto make_weights = [&](int from, int end, int) {
         STTM_NO_UNROLL
         for (int start = from; start < end; start += Panel::OTHER) {
             float dot[2][Panel::NT][4];
@@ -94,35 +94,16 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
                 });
         }
     };
-    STTM_NO_UNROLL
-    for (int part = first_part; part < a.D; part += parts * Panel::SLICE) {
-        const bool fresh = part == first_part || width < num_other;
-        int from = 0;
-        do {
-            const int end = min(num_other - from, width) + from;
-            if (fresh) make_weights(from, end);
-            panel.add(other, other_features, from, end - from, part, from > 0);
-            from = end;
-        } while (from < num_other);
-        if (fresh) panel.reduce_sums();
-        panel.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own, own_features, first,
-                             part, a.similarity);
-    }
+    panel.for_each_slice(other, other_features, num_other, blockIdx.x % parts, parts, make_weights,
+                         [&](int part, bool fresh) {
+                             if (fresh) Panel::reduce(panel.sums);
+                             panel.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own,
+                                                  own_features, first, part, a.similarity);
+                         });
 }
 
 constexpr int kAssignWarps = 4;
 constexpr int kMemberPieces = 2;  // of 16 bytes a lane
-
-template <typename T>
-__device__ __forceinline__ float sum_of_squares(const T* row, const Features& f) {
-    float total = 0;
-    for (int d = lane_index() * Vec<T>::size; d < f.D; d += kWarpSize * Vec<T>::size) {
-        const Vec<T> v = features(row, f, d);
-        STTM_UNROLL
-        for (int e = 0; e < Vec<T>::size; ++e) total += to_float(v.value[e]) * to_float(v.value[e]);
-    }
-    return warp_sum(total);
-}
 
 // dL/dq where only score has a gradient, a warp per token: dS is g at the chosen meta token alone.
 template <typename T>
@@ -223,30 +204,18 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     }
 }
 
-// A tile of 64 rows, or of 32 if the weights of all other rows fit shared memory only then.
 template <typename T, bool EXACT, bool TOKENS>
 cudaError_t launch_assign_tiles(const AssignBackwardArguments& a, const Features& q_features,
                                 const Features& m_features, cudaStream_t stream) {
-    constexpr int kMostWidth = 1 << 15;  // beyond what any shared memory holds
-    const int num_other = TOKENS ? a.K : a.N, whole = ceil_div(min(num_other, kMostWidth), 16) * 16;
+    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
     const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, TOKENS, decltype(rows)::value>; };
-    const auto fits = [&](auto rows) {
-        const size_t bytes = WeightPanel<T, EXACT, decltype(rows)::value>::bytes(whole, true);
-        return num_other <= whole && can_have_shared_memory(kernel_of(rows), bytes) == cudaSuccess;
-    };
-    const auto run = [&](auto rows, int width) {
+    return with_panel<T, EXACT>(num_other, kernel_of, [&](auto rows, int width) {
         using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
-        const int64_t tiles = times(a.B, ceil_div(TOKENS ? a.N : a.K, rows()));
-        const int slices = ceil_div(a.D, Panel::SLICE), blocks = static_cast<int>(min(tiles, int64_t(kFewBlocks)));
-        const int parts = blocks == 0 ? 1 : min(min(slices, kMostParts), kFewBlocks / blocks);
+        const int64_t tiles = times(a.B, ceil_div(num_own, Panel::OWN));
+        const int parts = shares(tiles, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
         return launch(kernel_of(rows), Grid{times(tiles, parts)}, kAssignBackwardThreads,
                       Panel::bytes(width, width >= num_other), stream, a, q_features, m_features, width, parts);
-    };
-    using Rows64 = std::integral_constant<int, 64>;
-    using Rows32 = std::integral_constant<int, 32>;
-    if (fits(Rows64())) return run(Rows64(), whole);
-    if (fits(Rows32())) return run(Rows32(), whole);
-    return run(Rows64(), WeightPanel<T, EXACT, 64>::OTHER);
+    });
 }
 
 template <typename T, bool EXACT>

@@ -146,6 +146,18 @@ __device__ __forceinline__ float squares(const T* row, int depth) {
     return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+// The same of a row where it is, by a warp.
+template <typename T>
+__device__ __forceinline__ float sum_of_squares(const T* row, const Features& f) {
+    float total = 0;
+    for (int d = lane_index() * Vec<T>::size; d < f.D; d += kWarpSize * Vec<T>::size) {
+        const Vec<T> v = features(row, f, d);
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) total += to_float(v.value[e]) * to_float(v.value[e]);
+    }
+    return warp_sum(total);
+}
+
 __device__ __forceinline__ float inverse_norm(float square) { return 1.0f / fmaxf(sqrtf(square), kNormFloor); }
 
 // Whether a row of that inverse norm is scaled to length 1; one below the floor is only multiplied.
@@ -177,7 +189,7 @@ __device__ __forceinline__ float similarity_of(float dot, float own_term, float 
 //     }
 //
 // multiply begins and ends with a barrier: a block that only reads terms and registers between two calls needs none.
-template <typename T, bool EXACT, int ROW_WARPS, int COLUMN_WARPS, int MT, int NT, bool RESIDENT = true>
+template <typename T, bool EXACT, int ROW_WARPS, int COLUMN_WARPS, int MT, int NT>
 struct DotTiles {
     static constexpr int OWN = ROW_WARPS * MT * 16;
     static constexpr int OTHER = COLUMN_WARPS * NT * 8;
@@ -211,8 +223,8 @@ struct DotTiles {
         return thread / kWarpSize % COLUMN_WARPS * (NT * 8) + fragment_column(thread % kWarpSize, j, e);
     }
 
-    // With RESIDENT the own rows stay if all of their features fit the two buffers.
-    static __device__ __forceinline__ bool stays(int D) { return RESIDENT && D <= 2 * CHUNK; }
+    // The own rows stay if all of their features fit the two buffers.
+    static __device__ __forceinline__ bool stays(int D) { return D <= 2 * CHUNK; }
     __device__ __forceinline__ int own_pitch(int D) const { return stays(D) ? 2 * CHUNK + PAD : PITCH; }
     __device__ __forceinline__ T* own_chunk(int D, int chunk, int buffer) const {
         return own + (stays(D) ? chunk * CHUNK : buffer * OWN * PITCH);
@@ -314,162 +326,31 @@ struct RowBest {
     }
 };
 
-// out[own row] = sum over other rows of weight[own row, other row] * values[other row], the weights a function of the
-// similarity of the two: the second product of the backward passes and of soft_merge. Eight warps, 4 x 2, on 64 own
-// rows, 64 other rows and SLICE columns at a time; weights pass through shared memory.
-//
-// Weights keep the exponents of float32, as a softmax over many rows falls below the range of float16: they are
-// bfloat16 beside bfloat16 values and float32, multiplied in TF32, beside float16 ones.
-template <typename T, bool EXACT, int COLUMNS = 128, bool RESIDENT = true>
-struct WeightedSum {
-    using Tiles = DotTiles<T, EXACT, 4, 2, 1, 4, RESIDENT>;
-    using Weight = std::conditional_t<std::is_same<T, __nv_bfloat16>::value, __nv_bfloat16, float>;
-    static constexpr int OWN = Tiles::OWN, OTHER = Tiles::OTHER, THREADS = Tiles::THREADS;
-    static constexpr int SLICE = COLUMNS;
-    static constexpr int TILES = SLICE / 16;  // of 8 columns, of a warp
-    static constexpr int WEIGHT_PITCH = OTHER + 16 / sizeof(Weight);
-    static constexpr int VALUE_PITCH = SLICE + 8;
-    static constexpr int TILES_AT = 2 * OWN * sizeof(float);
-    static constexpr int WEIGHTS_AT = TILES_AT + Tiles::BYTES;
-    static constexpr int VALUES_AT = WEIGHTS_AT + OWN * WEIGHT_PITCH * sizeof(Weight);
-    static constexpr int BYTES = VALUES_AT + OTHER * VALUE_PITCH * sizeof(T);
-    static constexpr int OUT_PITCH = SLICE + 8;
-    static_assert(OWN * OUT_PITCH * sizeof(float) <= BYTES - TILES_AT - Tiles::TERMS, "`out` takes the place of tiles");
-
-    float* sums;
-    Tiles tiles;
-    Weight* weights;
-    T* values;
-    float out[1][TILES][4];
-    float along[2] = {0, 0};  // of the lane's two own rows, what `store_gradient` takes off
-
-    // `shared` holds BYTES, aligned to 16.
-    __device__ __forceinline__ explicit WeightedSum(unsigned char* shared)
-        : sums(reinterpret_cast<float*>(shared)),
-          tiles(shared + TILES_AT),
-          weights(reinterpret_cast<Weight*>(shared + WEIGHTS_AT)),
-          values(reinterpret_cast<T*>(shared + VALUES_AT)) {
-        clear(out);
-    }
-
-    // Where out[0][j][e] lies in its slice.
-    static __device__ __forceinline__ int column(int j, int e) {
-        return warp_index() % 2 * 16 + fragment_column<32>(lane_index(), j, e);
-    }
-
-    // Features [part, part + SLICE) of the other rows [start, start + OTHER), by the time `add` multiplies them.
-    template <typename Rows>
-    __device__ __forceinline__ void load_values(const Rows& rows, const Features& f, int start, int part) {
-        load_tile<THREADS, OTHER, SLICE>(values, VALUE_PITCH, rows, start, f, part);
-    }
-
-    // Sets a weight; returns what a product will take it for.
-    __device__ __forceinline__ float weigh(int row, int column, float weight) {
-        if (std::is_same<T, float>::value ? !EXACT : !std::is_same<Weight, T>::value) weight = round_to_tf32(weight);
-        const Weight rounded = from_float<Weight>(weight);
-        weights[row * WEIGHT_PITCH + column] = rounded;
-        return to_float(rounded);
-    }
-
-    // Adds the values of the other rows, of which `rows` are left and of whose columns `columns` are, by their weights.
-    __device__ __forceinline__ void add(int rows, int columns) {
-        const int depth = min(OTHER, (rows + 15) / 16 * 16);
-        wait_for_copies();
-        __syncthreads();
-        warp_product<EXACT, true, 32>(out, weights + warp_index() / 2 * 16 * WEIGHT_PITCH, WEIGHT_PITCH,
-                                      values + warp_index() % 2 * 16, VALUE_PITCH, depth,
-                                      columns - warp_index() % 2 * 16);
-    }
-
-    // Sums over all lanes of what each has of its two own rows; `sum_of(row)` reads them. Barriers on the way.
-    __device__ __forceinline__ void reduce(float (&value)[2]) {
-        __syncthreads();
-        STTM_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            value[r] += shuffle_xor(value[r], 1);
-            value[r] += shuffle_xor(value[r], 2);
-            if (lane_index() % 4 == 0) sums[warp_index() % 2 * OWN + tiles.row(0, 2 * r)] = value[r];
-        }
-        __syncthreads();
-    }
-    __device__ __forceinline__ float sum_of(int row) const { return sums[row] + sums[OWN + row]; }
-
-    // Calls store(row, column, values) for 16 bytes' worth of `out` at a time, neighbours side by side; rows below
-    // `rows`, columns below `columns`. Ends the use of the tiles.
-    template <typename Store>
-    __device__ __forceinline__ void finish(int rows, int columns, const Store& store) {
-        constexpr int kSize = Vec<T>::size, kPieces = SLICE / kSize;
-        float* tile = reinterpret_cast<float*>(tiles.own);
-        __syncthreads();
-        STTM_UNROLL
-        for (int j = 0; j < TILES; ++j) {
-            STTM_UNROLL
-            for (int e = 0; e < 4; ++e) tile[tiles.row(0, e) * OUT_PITCH + column(j, e)] = out[0][j][e];
-        }
-        __syncthreads();
-        STTM_NO_UNROLL
-        for (int i = threadIdx.x; i < OWN * kPieces; i += THREADS) {
-            const int row = i / kPieces, column = i % kPieces * kSize;
-            if (row >= rows || column >= columns) continue;
-            float value[kSize];
-            STTM_UNROLL
-            for (int e = 0; e < kSize; ++e) value[e] = tile[row * OUT_PITCH + column + e];
-            store(row, column, value);
-        }
-    }
-
-    // Makes weights of dL/dS, dS(j, e, row, column) for dot[0][j][e], so that `out` becomes the gradient of
-    // the own rows once `store_gradient` has taken off what is along the row (cosine) or what -|own row|^2 adds (l2).
-    // That share is added up from the very weights that multiply the features: rounding them leaves the gradient
-    // orthogonal to the row, or pointing between the two rows.
-    template <typename Gradient>
-    __device__ __forceinline__ void pull_back(const float (&dot)[1][4][4], Similarity kind, const Gradient& dS) {
-        const int thread = anew(threadIdx.x);
-        STTM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            STTM_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                const int row = tiles.row(0, e, thread), column = tiles.column(j, e, thread);
-                float weight = dS(j, e, row, column);
-                if (kind == Similarity::cosine) weight *= tiles.other_term[column];
-                weight = weigh(row, column, weight);
-                if (weight != 0) along[e / 2] += kind == Similarity::cosine ? weight * dot[0][j][e] : weight;
-            }
-        }
-    }
-
-    // grad (items, heads, num_own, D) of the own rows from `first` on and features from `part` on; 0 for rows that are
-    // not there. Every head has the same share of the gradient of their mean.
-    template <typename Rows>
-    __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const Rows& own, int num_own,
-                                                   const Features& f, int first, int part, Similarity kind) {
-        reduce(along);
-        finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-            const int d = part + column;
-            const T* features = own(first + row);
-            const float inverse = kind == Similarity::cosine ? tiles.own_term[row] : 1.0f;
-            const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
-            const float scale = kind == Similarity::l2 ? 2.0f : inverse;
-            const float off = kind == Similarity::l2 || normalised ? sum_of(row) * inverse * inverse : 0.0f;
-            if (features != nullptr && kind != Similarity::dot) {
-                const Vec<T> v = sttm::features(features, f, d);
-                STTM_UNROLL
-                for (int e = 0; e < Vec<T>::size; ++e) value[e] = (value[e] - off * to_float(v.value[e])) * scale;
-            } else if (features == nullptr) {
-                STTM_UNROLL
-                for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
-            }
-            T* to = grad + (item * f.heads * num_own + first + row) * f.D + d;
-            for (int h = 0; h < f.heads; ++h) {
-                store_features(to + h * int64_t(num_own) * f.D, value, f.D - d, 1.0f / f.heads);
-            }
-        });
-    }
-};
-
-// Columns of a WeightedSum whose accumulators leave registers for the rest, two blocks on a multiprocessor.
+// Features from d on of the gradient of a row of (items, heads, count, D): `value`, the sum of other rows by the
+// weights dL/dS, times the inverse norm of the other row (cosine), less what is along the row (cosine) or what -|row|^2
+// adds (l2), of which `along` is the sum; 0 for a row without `features`. Every head has the same share of the gradient
+// of their mean.
 template <typename T>
-constexpr int kSlice = sizeof(T) == 2 ? 128 : 96;
+__device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* features, int count, const Features& f,
+                                               int row, int d, float (&value)[Vec<T>::size], float term, float along,
+                                               Similarity kind) {
+    const float inverse = kind == Similarity::cosine ? term : 1.0f;
+    const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
+    const float scale = kind == Similarity::l2 ? 2.0f : inverse;
+    const float off = kind == Similarity::l2 || normalised ? along * inverse * inverse : 0.0f;
+    if (features != nullptr && kind != Similarity::dot) {
+        const Vec<T> v = sttm::features(features, f, d);
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) value[e] = (value[e] - off * to_float(v.value[e])) * scale;
+    } else if (features == nullptr) {
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
+    }
+    T* const to = grad + (item * f.heads * count + row) * f.D + d;
+    for (int h = 0; h < f.heads; ++h) {
+        store_features(to + h * int64_t(count) * f.D, value, f.D - d, 1.0f / f.heads);
+    }
+}
 
 template <bool FIRST, typename A, typename B>
 __device__ __forceinline__ const auto& either(const A& a, const B& b) {

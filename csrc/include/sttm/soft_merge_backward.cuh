@@ -1,13 +1,10 @@
 // Gradients of soft_merge, which works its weights out again. Every row of a gradient has one owner.
 #pragma once
 
+#include "partial.cuh"
 #include "soft_weights.cuh"
 
 namespace sttm {
-
-// Columns of the gradient of a metric, beside which two tiles of products are kept.
-template <typename T>
-constexpr int kMetricSlice = sizeof(T) == 2 ? 96 : 64;
 
 __device__ __forceinline__ SoftTerm soft_meta(const SoftMergeBackwardArguments& a, int64_t item, int k) {
     SoftTerm term = soft_meta(a, a.lse, item, k);
@@ -22,63 +19,69 @@ __device__ __forceinline__ SoftTerm soft_meta(const SoftMergeBackwardArguments& 
     return term;
 }
 
-// dL/dx_n = sum_k W[n, k] g_k / mass_k, and dL/dp_n alike: one block per tile of tokens and slice of C.
-template <typename T, bool EXACT>
+// dL/dx_n = sum_k W[n, k] g_k / mass_k, and dL/dp_n alike: one block per tile of tokens and share of the slices of C.
+template <typename T, bool EXACT, int ROWS>
 __global__ void __launch_bounds__(kSoftThreads, 2)
-    soft_merge_grad_x_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, int slices) {
-    using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-    const int num_tiles = ceil_div(a.N, Sum::OWN), slice = blockIdx.x % slices, part = slice * Sum::SLICE;
-    const int first = blockIdx.x / slices % num_tiles * Sum::OWN;
-    const int64_t item = blockIdx.x / (int64_t(slices) * num_tiles);
+    soft_merge_grad_x_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, int width, int parts) {
+    using Panel = WeightPanel<T, EXACT, ROWS>;
+    const int num_tiles = ceil_div(a.N, Panel::OWN), mine = blockIdx.x % parts;
+    const int first = blockIdx.x / parts % num_tiles * Panel::OWN;
+    const int64_t item = blockIdx.x / (int64_t(parts) * num_tiles);
     const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
     const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
-    const StridedRows<T> values = rows_of<T>(metric_of(a.grad_y), Mask{}, item, a.K);
-    const bool through_y = a.grad_y.data != nullptr && a.grad_x != nullptr;
+    const StridedRows<T> values = rows_of<T>(metric_of(a.grad_y), Mask{}, item, a.grad_y.data == nullptr ? 0 : a.K);
 
-    STTM_SHARED(SoftTerm, own_terms, [Sum::OWN]);
-    STTM_SHARED(SoftTerm, terms, [Sum::OTHER]);
+    STTM_SHARED(SoftTerm, own_terms, [Panel::OWN]);
+    STTM_SHARED(SoftTerm, terms, [Panel::OTHER]);
+    STTM_SHARED(float, moment_sums, [Moments<Panel>::FLOATS]);
     const int thread = static_cast<int>(threadIdx.x);
-    STTM_SHARED(float, moment_sums, [2 * Moments::own * kAxes]);
-    Sum sum(shared_memory<unsigned char>());
-    auto& tiles = sum.tiles;
-    const Rows& grad_positions = a.grad_positions;
-    Moments moments(moment_sums, grad_positions, a.grad_positions_in == nullptr ? 0 : a.P, slice);
-    if (thread < Sum::OWN) own_terms[thread] = soft_token(a, a.lse, nullptr, item, first + thread);
-    for (int start = 0; start < a.K; start += Sum::OTHER) {
-        float W[1][4][4];
-        clear(W);
-        tiles.multiply(W, tokens, f.q, first, metas, f.meta, start, a.similarity, start + Sum::OTHER < a.K, [&] {
-            if (through_y) sum.load_values(values, f.grad_y, start, part);
-            if (thread < Sum::OTHER) terms[thread] = soft_meta(a, item, start + thread);
-        });
-        STTM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            STTM_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                const int row = tiles.row(0, e), column = tiles.column(j, e);
-                const float S = similarity_of(W[0][j][e], tiles.own_term[row], tiles.other_term[column],
-                                              a.inverse_temperature, a.similarity);
-                const SoftTerm& term = terms[column];
-                W[0][j][e] = over_mass(attention(S, own_terms[row], term) * own_terms[row].scale, term);
-                sum.weigh(row, column, W[0][j][e]);
-            }
+    Panel panel(shared_memory<unsigned char>(), width, width >= a.K);
+    Moments<Panel> moments(moment_sums, a.grad_positions, a.grad_positions_in == nullptr ? 0 : a.P, mine);
+    if (thread < Panel::OWN) own_terms[thread] = soft_token(a, a.lse, nullptr, item, first + thread);
+    const auto make_weights = [&](int from, int end, int part) {
+        STTM_NO_UNROLL
+        for (int start = from; start < end; start += Panel::OTHER) {
+            float W[2][Panel::NT][4];
+            const int count = min(Panel::OTHER, end - start);
+            panel.multiply(W, tokens, f.q, first, metas, f.meta, start, count, a.similarity, [&] {
+                if (thread < Panel::OTHER) terms[thread] = soft_meta(a, item, start + thread);
+            });
+            panel.to_similarities(W, count, a.similarity, a.inverse_temperature);
+            float level[2][2], scale[2][2];
+            Panel::of_own_rows([&](int i, int r, int row) {
+                level[i][r] = own_terms[row].level;
+                scale[i][r] = own_terms[row].scale;
+            });
+            const auto others = [&](int column) { return SoftTerms{{terms[column], terms[column + 1]}}; };
+            Panel::each(count, others, [&](int i, int j, int r, int row, int column, const SoftTerms& other) {
+                STTM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    const SoftTerm& meta = other.of[e];
+                    float& weight = W[i][j][2 * r + e];
+                    weight = over_mass(attention(weight, level[i][r], meta) * scale[i][r], meta);
+                }
+                panel.weigh(row, start - from + column, Pair{W[i][j][2 * r], W[i][j][2 * r + 1]});
+            });
+            if (part < parts * Panel::SLICE) moments.add(W, a.grad_positions, item, start, count, terms, start > 0);
         }
-        moments.add(tiles, W, grad_positions, item, start, terms);
-        if (through_y) sum.add(a.K - start, a.C - part);
-    }
-
-    __syncthreads();
-    const int rows = min(Sum::OWN, a.N - first);
-    const int64_t out = item * a.N + first;
-    if (a.grad_positions_in != nullptr) {
-        if (a.grad_positions.data == nullptr) moments.count = min(kAxes, a.P - moments.first);
-        moments.finish(rows,
-                       [&](int row, int axis, float value) { a.grad_positions_in[(out + row) * a.P + axis] = value; });
-    }
-    if (a.grad_x == nullptr) return;
-    sum.finish(rows, a.C - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-        const int c = part + column;
-        store_features(static_cast<T*>(a.grad_x) + (out + row) * a.C + c, value, a.C - c, 1.0f);
+    };
+    Features features = f.grad_y;
+    if (a.grad_x == nullptr) features.D = 0;
+    panel.for_each_slice(values, features, a.K, mine, parts, make_weights, [&](int part, bool) {
+        panel.finish(a.N - first, features.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+            const int c = part + column;
+            if (!own_terms[row].real) {
+                STTM_UNROLL
+                for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
+            }
+            store_features(static_cast<T*>(a.grad_x) + (item * a.N + first + row) * a.C + c, value, a.C - c, 1.0f);
+        });
+    });
+    if (a.grad_positions_in == nullptr) return;
+    const bool none = a.grad_positions.data == nullptr || a.K == 0;
+    if (none) moments.count = min(kAxes, a.P - moments.first);
+    moments.finish(min(Panel::OWN, a.N - first), [&](int row, int axis, float value) {
+        a.grad_positions_in[(item * a.N + first + row) * a.P + axis] = none || !own_terms[row].real ? 0.0f : value;
     });
 }
 
@@ -103,16 +106,35 @@ __global__ void __launch_bounds__(kSoftThreads) soft_merge_shift_kernel(const So
     if (lane_index() == 0) a.shift[row] = -dot;
 }
 
-// dL/dsize_n (`sizes`), dL/dq by tiles of tokens (TOKENS), or dL/dmeta by tiles of meta tokens; one block per tile and
-// slice of D. dL/dsize_n = sum_k A (T / mass_k + dL/dsize'_k) is also the mean that centres it over meta tokens.
-template <typename T, bool EXACT, bool TOKENS>
+// dL/dS of a token or a meta token and another, less what centres it over tokens if `sizes`: then it is a term of
+// dL/dsize_n = sum_k A (T / mass_k + dL/dsize'_k), which is also the mean that centres it over meta tokens.
+template <bool TOKENS>
+__device__ __forceinline__ float soft_gradient(float S, float U, const SoftTerm& own, const SoftTerm& other,
+                                               bool sizes) {
+    const auto &token = TOKENS ? own : other, &meta = TOKENS ? other : own;
+    const float A = attention(S, own.level, other), weight = sizes ? A : A * token.scale;
+    const float grad = over_mass(weight, meta) * (U + meta.common) + weight * (meta.grad_size - token.centre);
+    return sizes ? grad : grad - A * meta.centre;
+}
+
+// What is asked for of soft_merge_grad_metric_kernel.
+struct SoftMetricWork {
+    bool sizes;   // dL/dsize_n, of tokens
+    bool metric;  // dL/dq or dL/dmeta; over meta tokens with `sizes` in the same launch or with them at hand
+};
+
+// dL/dsize_n and dL/dq by tiles of tokens (TOKENS), or dL/dmeta by tiles of meta tokens and spans of tokens; `parts`
+// blocks share the slices of D.
+template <typename T, bool EXACT, bool TOKENS, int ROWS>
 __global__ void __launch_bounds__(kSoftThreads, 2)
-    soft_merge_grad_metric_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, int slices, bool sizes) {
-    using Sum = WeightedSum<T, EXACT, kMetricSlice<T>, false>;
+    soft_merge_grad_metric_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, const Partial partial,
+                                  int width, int span_rows, int parts, const SoftMetricWork work) {
+    using Panel = WeightPanel<T, EXACT, ROWS>;
     const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
-    const int num_tiles = ceil_div(num_own, Sum::OWN), part = blockIdx.x % slices * Sum::SLICE;
-    const int first = blockIdx.x / slices % num_tiles * Sum::OWN;
-    const int64_t item = blockIdx.x / (int64_t(slices) * num_tiles);
+    const int num_tiles = ceil_div(num_own, Panel::OWN), spans = TOKENS ? 1 : partial.spans;
+    const int span = blockIdx.x / parts % spans, first = blockIdx.x / parts / spans % num_tiles * Panel::OWN;
+    const int64_t item = blockIdx.x / (int64_t(parts) * spans * num_tiles);
+    const int begin = span * span_rows, end = TOKENS ? num_other : min(num_other - begin, span_rows) + begin;
     const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
     const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
     const StridedRows<T> g = rows_of<T>(metric_of(a.grad_y), Mask{}, item, a.K);
@@ -120,126 +142,203 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     const auto& own = either<TOKENS>(tokens, metas);
     const auto& other = either<TOKENS>(metas, tokens);
     const Features& own_features = TOKENS ? f.q : f.meta;
-    const Features& other_features = TOKENS ? f.meta : f.q;
-    const Rows& own_positions = TOKENS ? a.positions : a.grad_positions;
-    const Rows& other_positions = TOKENS ? a.grad_positions : a.positions;
-    const float* mean = sizes ? nullptr : a.grad_size_in;
+    Features other_features = TOKENS ? f.meta : f.q;
+
+    STTM_SHARED(SoftTerm, own_terms, [Panel::OWN]);
+    STTM_SHARED(SoftTerm, terms, [Panel::OTHER]);
+    STTM_SHARED(float, size_sums, [Panel::COLUMN_WARPS * Panel::OWN]);
+    const int thread = static_cast<int>(threadIdx.x);
+    Panel panel(shared_memory<unsigned char>(), width, !TOKENS || width >= num_other);
     const auto term_of = [&](bool token, int row) {
-        return token ? soft_token(a, a.lse, mean, item, row) : soft_meta(a, item, row);
+        return token ? soft_token(a, a.lse, work.sizes ? nullptr : a.grad_size_in, item, row) : soft_meta(a, item, row);
+    };
+    if (thread < Panel::OWN) own_terms[thread] = term_of(TOKENS, first + thread);
+    const auto make_weights = [&](int from, int until, int) {
+        STTM_NO_UNROLL
+        for (int start = from; start < until; start += Panel::OTHER) {
+            float dot[2][Panel::NT][4], U[2][Panel::NT][4];  // U[n, k] = <g_k, x_n> + <dL/dp_k, p_n>
+            const int count = min(Panel::OTHER, until - start);
+            panel.multiply(dot, own, own_features, first, other, TOKENS ? f.meta : f.q, start, count, a.similarity,
+                           [&] {
+                               if (thread < Panel::OTHER) terms[thread] = term_of(!TOKENS, start + thread);
+                           });
+            clear(U);
+            if (a.grad_y.data != nullptr) {
+                panel.template multiply<false>(U, either<TOKENS>(x, g), TOKENS ? f.x : f.grad_y, first,
+                                               either<TOKENS>(g, x), TOKENS ? f.grad_y : f.x, start, count,
+                                               Similarity::dot, [] {});
+            }
+            if (a.grad_positions.data != nullptr) {
+                const Rows& own_positions = TOKENS ? a.positions : a.grad_positions;
+                const Rows& other_positions = TOKENS ? a.grad_positions : a.positions;
+                STTM_NO_UNROLL
+                for (int axis = 0; axis < a.P; ++axis) {
+                    const int from = anew(start);
+                    float mine[2][2];
+                    Panel::of_own_rows([&](int i, int r, int row) {
+                        mine[i][r] = own_terms[row].real ? axis_of(own_positions, item, first + row, axis) : 0.0f;
+                    });
+                    Panel::each(count, neighbours(terms, other_positions, item, from, axis),
+                                [&](int i, int j, int r, int, int, const Pair& value) {
+                                    STTM_UNROLL
+                                    for (int e = 0; e < 2; ++e) U[i][j][2 * r + e] += mine[i][r] * value.value[e];
+                                });
+                }
+            }
+            const auto terms_of = [&](int column) { return SoftTerms{{terms[column], terms[column + 1]}}; };
+            const auto gradient = [&](int i, int j, int e, int row, int column, const SoftTerm& other, bool sizes) {
+                const float S = similarity_of(dot[i][j][e], panel.own_term[row], panel.other_term[column],
+                                              a.inverse_temperature, a.similarity);
+                return soft_gradient<TOKENS>(S, U[i][j][e], own_terms[row], other, sizes);
+            };
+            if (TOKENS && work.sizes) {
+                float sizes[2][2] = {};
+                Panel::each(count, terms_of, [&](int i, int j, int r, int row, int column, const SoftTerms& others) {
+                    STTM_UNROLL
+                    for (int e = 0; e < 2; ++e) {
+                        sizes[i][r] += gradient(i, j, 2 * r + e, row, column + e, others.of[e], true);
+                    }
+                });
+                Panel::add_up(size_sums, sizes, start > 0);
+            }
+            if (!work.metric) continue;
+            if (TOKENS && work.sizes && a.over_meta) {
+                __syncthreads();
+                if (thread < Panel::OWN && own_terms[thread].scale != 0) {
+                    own_terms[thread].centre = Panel::sum_of(size_sums, thread);
+                }
+                __syncthreads();
+            }
+            Panel::each(count, terms_of, [&](int i, int j, int r, int row, int column, const SoftTerms& others) {
+                STTM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    U[i][j][2 * r + e] = gradient(i, j, 2 * r + e, row, column + e, others.of[e], false);
+                }
+            });
+            panel.pull_back(dot, start - from, count, a.similarity, start > begin,
+                            [&](int i, int j, int e, int, int) { return U[i][j][e] * a.inverse_temperature; });
+        }
     };
 
-    STTM_SHARED(SoftTerm, own_terms, [Sum::OWN]);
-    STTM_SHARED(SoftTerm, terms, [Sum::OTHER]);
-    const int thread = static_cast<int>(threadIdx.x);
-    Sum sum(shared_memory<unsigned char>());
-    auto& tiles = sum.tiles;
-    if (thread < Sum::OWN) own_terms[thread] = term_of(TOKENS, first + thread);
-    for (int start = 0; start < num_other; start += Sum::OTHER) {
-        float dot[1][4][4], U[1][4][4];  // U[n, k] = <g_k, x_n> + <dL/dp_k, p_n>
-        clear(U);
-        STTM_NO_UNROLL
-        for (int of_features = 0; of_features <= int(a.grad_y.data != nullptr); ++of_features) {
-            const StridedRows<T>& n_rows = of_features ? x : tokens;
-            const StridedRows<T>& k_rows = of_features ? g : metas;
-            const Features& n_features = of_features ? f.x : f.q;
-            const Features& k_features = of_features ? f.grad_y : f.meta;
-            tiles.multiply(U, TOKENS ? n_rows : k_rows, TOKENS ? n_features : k_features, first,
-                           TOKENS ? k_rows : n_rows, TOKENS ? k_features : n_features, start,
-                           of_features ? Similarity::dot : a.similarity, false, [&] {
-                               if (of_features) return;
-                               if (!sizes) sum.load_values(other, other_features, start, part);
-                               if (thread < Sum::OTHER) terms[thread] = term_of(!TOKENS, start + thread);
-                           });
-            if (of_features) break;
-            STTM_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                STTM_UNROLL
-                for (int e = 0; e < 4; ++e) dot[0][j][e] = U[0][j][e];
-            }
-            clear(U);
-        }
-        if (a.grad_positions.data != nullptr) {
-            STTM_NO_UNROLL
-            for (int axis = 0; axis < a.P; ++axis) {
-                float mine_at[2];
-                const int from = anew(start);
-                STTM_UNROLL
-                for (int r = 0; r < 2; ++r) {
-                    const int row = first + tiles.row(0, 2 * r);
-                    const bool real = own_terms[row - first].real;
-                    mine_at[r] = real ? axis_of(own_positions, item, row, axis) : 0.0f;
-                }
-                STTM_UNROLL
-                for (int j = 0; j < 4; ++j) {
-                    STTM_UNROLL
-                    for (int e = 0; e < 4; ++e) {
-                        const int column = tiles.column(j, e);
-                        if (!terms[column].real) continue;
-                        U[0][j][e] += mine_at[e / 2] * axis_of(other_positions, item, from + column, axis);
-                    }
-                }
-            }
-        }
-        const auto times_attention = [&](int row, int column, float dot, float U) {
-            const SoftTerm& token = TOKENS ? own_terms[row] : terms[column];
-            const SoftTerm& meta = TOKENS ? terms[column] : own_terms[row];
-            if (!token.real || !meta.real) return 0.0f;
-            const float S =
-                similarity_of(dot, tiles.own_term[row], tiles.other_term[column], a.inverse_temperature, a.similarity);
-            const float A = attention(S, token, meta), weight = sizes ? A : A * token.scale;
-            const float grad = over_mass(weight, meta) * (U + meta.common) + weight * (meta.grad_size - token.centre);
-            return sizes ? grad : grad - A * meta.centre;
-        };
-        const int here = anew(thread);
-        STTM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            STTM_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                const int row = tiles.row(0, e, here), column = tiles.column(j, e, here);
-                U[0][j][e] = times_attention(row, column, dot[0][j][e], U[0][j][e]);
-                if (sizes) sum.along[e / 2] += U[0][j][e];
-            }
-        }
-        if (sizes) continue;
-        sum.pull_back(dot, a.similarity, [&](int j, int e, int, int) { return U[0][j][e] * a.inverse_temperature; });
-        sum.add(num_other - start, a.D - part);
-    }
-
-    if (sizes) {
-        sum.reduce(sum.along);
-        if (thread < Sum::OWN && first + thread < a.N) {
-            a.grad_size_in[item * a.N + first + thread] = sum.sum_of(thread);
+    T* const grad = static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta);
+    if constexpr (TOKENS) {
+        if (!work.metric) other_features.D = 0;
+        panel.for_each_slice(
+            other, other_features, a.K, blockIdx.x % parts, parts, make_weights, [&](int part, bool fresh) {
+                if (!work.metric) return;
+                if (fresh) Panel::reduce(panel.sums);
+                panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
+            });
+        if (!work.sizes || blockIdx.x % anew(parts) != 0) return;
+        __syncthreads();
+        if (thread < Panel::OWN && first + thread < a.N) {
+            const float sum = a.K == 0 || !own_terms[thread].real ? 0.0f : Panel::sum_of(size_sums, thread);
+            a.grad_size_in[item * a.N + first + thread] = sum;
         }
     } else {
-        sum.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own, own_features, first,
-                           part, a.similarity);
+        const bool whole = a.N <= width;
+        const int64_t out = item * a.K + first;
+        panel.for_each_panel(
+            other, other_features, begin, end, blockIdx.x % parts, parts, make_weights, [&](int part, bool before) {
+                if (whole) {
+                    if (part < parts * Panel::SLICE) Panel::reduce(panel.sums);
+                    panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
+                    return;
+                }
+                panel.finish(a.K - first, a.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+                    accumulate(partial_row(partial, span, out + row) + part + column, value, before);
+                });
+            });
+        if (whole || blockIdx.x % parts != 0) return;
+        __syncthreads();
+        if (thread < Panel::OWN && first + thread < a.K) {
+            partial_row(partial, span, out + thread)[partial.more_at] = Panel::sum_of(panel.sums, thread);
+        }
     }
+}
+
+// A row of dL/dmeta, of the sums of all spans.
+template <typename T, typename Arguments>
+struct StoreMetaGradient {
+    Arguments a;
+    Features f;
+    Partial p;
+
+    __device__ __forceinline__ const T* features(int64_t row) const {
+        return rows_of<T>(a.meta, Mask{}, row / a.K, a.K)(static_cast<int>(row % a.K));
+    }
+    // Returns the inverse norm.
+    __device__ __forceinline__ float begin(int64_t row, int) const {
+        return a.similarity == Similarity::cosine ? inverse_norm(sum_of_squares(features(row), f)) : 1.0f;
+    }
+    __device__ __forceinline__ void operator()(int64_t row, int column, float (&value)[Vec<T>::size],
+                                               float inverse) const {
+        store_gradient(static_cast<T*>(a.grad_meta), row / a.K, features(row), a.K, f, static_cast<int>(row % a.K),
+                       column, value, inverse, sum_of_spans(p, row, p.more_at), a.similarity);
+    }
+};
+
+template <typename T, bool EXACT>
+cudaError_t launch_soft_merge_grad_tokens(const SoftMergeBackwardArguments& a, const SoftFeatures& f,
+                                          const SoftMetricWork& work, cudaStream_t stream) {
+    const auto kernel_of = [](auto rows) {
+        return soft_merge_grad_metric_kernel<T, EXACT, true, decltype(rows)::value>;
+    };
+    return with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
+        using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
+        const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
+        const int parts = work.metric ? soft_shares(tiles, ceil_div(a.D, Panel::SLICE), 0) : 1;
+        return launch(kernel_of(rows), Grid{times(tiles, parts)}, kSoftThreads, Panel::bytes(width, width >= a.K),
+                      stream, a, f, Partial{}, width, 0, parts, work);
+    });
+}
+
+template <typename T, bool EXACT>
+cudaError_t launch_soft_merge_grad_meta(const SoftMergeBackwardArguments& a, const SoftFeatures& f,
+                                        cudaStream_t stream) {
+    using Panel = WeightPanel<T, EXACT, kSpanOwners>;
+    const Spans spans = spans_of(a.dtype, a.K, a.N);
+    const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.D, 1);
+    const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
+    const int parts = soft_shares(blocks, ceil_div(a.D, Panel::SLICE), 0), width = soft_width(a.dtype, spans, a.N);
+    const cudaError_t error =
+        launch(soft_merge_grad_metric_kernel<T, EXACT, false, kSpanOwners>, Grid{times(blocks, parts)}, kSoftThreads,
+               Panel::bytes(width, true), stream, a, f, partial, width, spans.rows, parts, SoftMetricWork{false, true});
+    if (error != cudaSuccess || a.N <= width) return error;
+    return join_spans<T>(partial, a.D, StoreMetaGradient<T, SoftMergeBackwardArguments>{a, f.meta, partial}, stream);
 }
 
 template <typename T, bool EXACT>
 cudaError_t launch_soft_merge_backward(const SoftMergeBackwardArguments& a, cudaStream_t stream) {
-    using Sum = WeightedSum<T, EXACT, kSlice<T>>;
-    using MetricSum = WeightedSum<T, EXACT, kMetricSlice<T>, false>;
     const SoftFeatures f = soft_features<T>(a, a.grad_y);
-    const int slices = max(ceil_div(a.C, Sum::SLICE), ceil_div(a.P, kAxes)), parts = ceil_div(a.D, MetricSum::SLICE);
-    const auto grad_metric = [&](auto tokens, int parts, bool sizes) {
-        constexpr bool kTokens = decltype(tokens)::value;
-        return launch(soft_merge_grad_metric_kernel<T, EXACT, kTokens>,
-                      soft_grid(a, kTokens ? a.N : a.K, MetricSum::OWN, parts), kSoftThreads, MetricSum::BYTES, stream,
-                      a, f, parts, sizes);
-    };
     cudaError_t error = cudaSuccess;
     if (a.grad_x != nullptr || a.grad_positions_in != nullptr) {
-        error = launch(soft_merge_grad_x_kernel<T, EXACT>, soft_grid(a, a.N, Sum::OWN, slices), kSoftThreads,
-                       Sum::BYTES, stream, a, f, slices);
+        const auto kernel_of = [](auto rows) { return soft_merge_grad_x_kernel<T, EXACT, decltype(rows)::value>; };
+        error = with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
+            using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
+            const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
+            const int parts = soft_shares(tiles, ceil_div(a.C, Panel::SLICE), a.P);
+            return launch(kernel_of(rows), Grid{times(tiles, parts)}, kSoftThreads, Panel::bytes(width, width >= a.K),
+                          stream, a, f, width, parts);
+        });
     }
     if (error == cudaSuccess && a.shift != nullptr) {
         const Grid grid{ceil_div64(int64_t(a.B) * a.K, kSoftThreads / kWarpSize)};
         error = launch(soft_merge_shift_kernel<T>, grid, kSoftThreads, 0, stream, a);
     }
-    if (error == cudaSuccess && a.grad_size_in != nullptr) error = grad_metric(std::true_type(), 1, true);
-    if (error == cudaSuccess && a.grad_q != nullptr) error = grad_metric(std::true_type(), parts, false);
-    if (error == cudaSuccess && a.grad_meta != nullptr) error = grad_metric(std::false_type(), parts, false);
+    // Over more meta tokens than a product takes at a time, their mean must be there before the first weight.
+    const SoftMetricWork all{a.grad_size_in != nullptr, a.grad_q != nullptr};
+    const bool apart = a.over_meta && all.metric && a.K > WeightPanel<T, EXACT, kSpanOwners>::OTHER;
+    const auto of_tokens = [&](const SoftMetricWork& work) {
+        if (error == cudaSuccess) error = launch_soft_merge_grad_tokens<T, EXACT>(a, f, work, stream);
+    };
+    if (apart) {
+        of_tokens({true, false});
+        of_tokens({false, true});
+    } else if (all.sizes || all.metric) {
+        of_tokens(all);
+    }
+    if (error == cudaSuccess && a.grad_meta != nullptr) error = launch_soft_merge_grad_meta<T, EXACT>(a, f, stream);
     return error;
 }
 

@@ -1,12 +1,13 @@
 // The softmax weights of soft_merge, worked out a tile at a time, and what tokens and meta tokens add to them.
 #pragma once
 
-#include "similarity.cuh"
+#include "spans.hpp"
+#include "weight_panel.cuh"
 
 namespace sttm {
 
 constexpr int kSoftThreads = 256;
-constexpr int kAxes = 8;  // of positions that a slice takes along
+constexpr int kAxes = 4;  // of positions that a block takes along
 
 // What a token or a meta token adds to its weights A = exp(S - level of both) and to their gradients: with
 // T = <g_k, x_n> + common_k, where <g_k, x_n> includes positions,
@@ -45,64 +46,78 @@ __device__ __forceinline__ SoftTerm soft_meta(const SoftMergeInputs& a, const fl
     return term;
 }
 
-// A; 0 where either is not there, whatever its features.
-__device__ __forceinline__ float attention(float S, const SoftTerm& own, const SoftTerm& other) {
-    return own.real && other.real ? expf(S - (own.level + other.level)) : 0.0f;
+// A of a row of that level; 0 where the other is not there, whatever the features of the row.
+__device__ __forceinline__ float attention(float S, float level, const SoftTerm& other) {
+    const float A = expf(S - (level + other.level));
+    return other.real != 0 ? A : 0.0f;
 }
 
 __device__ __forceinline__ float axis_of(const Rows& rows, int64_t item, int n, int axis) {
     return static_cast<const float*>(rows.data)[item * rows.stride_b + n * rows.stride_n + axis * rows.stride_c];
 }
 
-// Sums over other rows of weight * position for up to kAxes axes, in shared memory.
+// How positions of two neighbouring columns along an axis are read, other rows from `start` on; 0 of those not there.
+__device__ __forceinline__ auto neighbours(const SoftTerm* terms, const Rows& positions, int64_t item, int start,
+                                           int axis) {
+    return [=, &positions](int column) {
+        Pair value{};
+        STTM_UNROLL
+        for (int e = 0; e < 2; ++e) {
+            if (terms[column + e].real) value.value[e] = axis_of(positions, item, start + column + e, axis);
+        }
+        return value;
+    };
+}
+
+// The terms of two neighbouring columns.
+struct SoftTerms {
+    SoftTerm of[2];
+};
+
+// Sums over other rows of weight * position for up to kAxes axes, those of slice `part`, in shared memory.
+template <typename Panel>
 struct Moments {
-    static constexpr int own = 64;
-    float* sums;  // (2 column warps, own rows, kAxes)
+    static constexpr int FLOATS = kAxes * Panel::COLUMN_WARPS * Panel::OWN;
+    float* sums;
     int first, count;
 
-    __device__ __forceinline__ Moments(float* sums, const Rows& positions, int P, int slice)
-        : sums(sums), first(slice * kAxes), count(positions.data == nullptr ? 0 : min(kAxes, P - first)) {
-        for (int i = threadIdx.x; i < 2 * own * kAxes; i += kSoftThreads) sums[i] = 0;
-    }
+    __device__ __forceinline__ Moments(float* sums, const Rows& positions, int P, int part)
+        : sums(sums), first(part * kAxes), count(positions.data == nullptr ? 0 : min(kAxes, P - first)) {}
 
-    template <typename Tiles>
-    __device__ __forceinline__ void add(const Tiles& tiles, const float (&weight)[1][4][4], const Rows& positions,
-                                        int64_t item, int start, const SoftTerm* terms) {
+    __device__ __forceinline__ float* of(int axis) const { return sums + axis * Panel::COLUMN_WARPS * Panel::OWN; }
+
+    // By the weights of columns [0, columns) of a tile, other rows from `start` on, to what there was `before`.
+    __device__ __forceinline__ void add(const float (&weight)[2][Panel::NT][4], const Rows& positions, int64_t item,
+                                        int start, int columns, const SoftTerm* terms, bool before) const {
         STTM_NO_UNROLL
         for (int axis = 0; axis < count; ++axis) {
-            float moment[2] = {0, 0};
+            float moment[2][2] = {};
             const int from = anew(start);
-            STTM_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                STTM_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                    const int column = tiles.column(j, e);
-                    if (!terms[column].real) continue;
-                    const float value = axis_of(positions, item, from + column, first + axis);
-                    moment[0] += weight[0][j][e] * value;
-                    moment[1] += weight[0][j][2 + e] * value;
-                }
-            }
-            STTM_UNROLL
-            for (int r = 0; r < 2; ++r) {
-                moment[r] += shuffle_xor(moment[r], 1);
-                moment[r] += shuffle_xor(moment[r], 2);
-                static_assert(Tiles::OWN == own, "one sum for every row");
-                const int row = warp_index() % 2 * own + tiles.row(0, 2 * r);
-                if (lane_index() % 4 == 0) sums[row * kAxes + axis] += moment[r];
-            }
+            Panel::each(columns, neighbours(terms, positions, item, from, first + axis),
+                        [&](int i, int j, int r, int, int, const Pair& value) {
+                            STTM_UNROLL
+                            for (int e = 0; e < 2; ++e) moment[i][r] += weight[i][j][2 * r + e] * value.value[e];
+                        });
+            Panel::add_up(of(axis), moment, before);
         }
     }
 
     // Calls store(row, axis, sum), after a barrier.
     template <typename Store>
-    __device__ __forceinline__ void finish(int rows, const Store& store) {
+    __device__ __forceinline__ void finish(int rows, const Store& store) const {
         for (int i = threadIdx.x; i < rows * count; i += kSoftThreads) {
             const int row = i / count, axis = i % count;
-            store(row, first + axis, sums[row * kAxes + axis] + sums[(own + row) * kAxes + axis]);
+            store(row, first + axis, Panel::sum_of(of(axis), row));
         }
     }
 };
+
+// Sums become means.
+template <int COUNT>
+__device__ __forceinline__ void mean_of(float (&sums)[COUNT], float mass) {
+    STTM_UNROLL
+    for (int e = 0; e < COUNT; ++e) sums[e] = mass == 0 ? 0.0f : sums[e] / mass;
+}
 
 __host__ __device__ inline Metric metric_of(const Rows& rows) {
     return {rows.data, 1, rows.stride_b, 0, rows.stride_n, rows.stride_c};
@@ -119,8 +134,17 @@ SoftFeatures soft_features(const SoftMergeInputs& a, const Rows& grad_y) {
             features_of<T>(metric_of(grad_y), a.C)};
 }
 
-inline Grid soft_grid(const SoftMergeInputs& a, int rows, int tile, int slices) {
-    return {times(int64_t(a.B) * ceil_div(rows, tile), slices)};
+// Where there are fewer blocks than kSoftFewBlocks, up to kSoftMostShares share the slices of a tile.
+constexpr int kSoftFewBlocks = 64, kSoftMostShares = 4;
+
+// How many blocks share the slices of a tile and the axes of positions.
+inline int soft_shares(int64_t blocks, int slices, int P) {
+    return max(shares(blocks, slices, kSoftFewBlocks, kSoftMostShares), ceil_div(P, kAxes));
+}
+
+// Of the panel of a block whose span has `spans.rows` of `count` other rows.
+inline int soft_width(DType dtype, const Spans& spans, int count) {
+    return min(min(spans.rows, span_panel(dtype)), ceil_div(count, 16) * 16);
 }
 
 }  // namespace sttm

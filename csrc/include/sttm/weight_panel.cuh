@@ -14,7 +14,7 @@ struct RowPieces {
     static constexpr int PER_ROW = COLUMNS / Vec<T>::size, STEP = THREADS / PER_ROW, COUNT = ROWS / STEP;
     static_assert(COUNT * STEP == ROWS && STEP * PER_ROW == THREADS, "threads share the pieces evenly");
 
-    const T* from[COUNT];
+    int64_t at = 0;      // of the first row, from rows.data on
     unsigned there = 0;  // a bit for every row
     bool vectors;
 
@@ -22,11 +22,10 @@ struct RowPieces {
     __device__ __forceinline__ RowPieces(const Rows& rows, const Features& f, int first)
         : vectors(f.vectors && f.heads == 1 && f.D % Vec<T>::size == 0) {
         if (!vectors) return;
+        const int row = first + static_cast<int>(threadIdx.x) / PER_ROW;
+        at = row * rows.stride;
         STTM_UNROLL
-        for (int s = 0; s < COUNT; ++s) {
-            from[s] = rows(first + static_cast<int>(threadIdx.x) / PER_ROW + s * STEP);
-            there |= unsigned(from[s] != nullptr) << s;
-        }
+        for (int s = 0; s < COUNT; ++s) there |= unsigned(rows(row + s * STEP) != nullptr) << s;
     }
 
     // Features from `start` on; what is not there is 0.
@@ -42,7 +41,7 @@ struct RowPieces {
         T* const to = tile + thread / PER_ROW * pitch + thread % PER_ROW * Vec<T>::size;
         STTM_UNROLL
         for (int s = 0; s < COUNT; ++s) {
-            if (copied >> s & 1) copy_async(to + s * STEP * pitch, from[s] + d, 16);
+            if (copied >> s & 1) copy_async(to + s * STEP * pitch, rows.data + (at + s * STEP * rows.stride + d), 16);
         }
         if (copied == (1u << COUNT) - 1) return;
         STTM_UNROLL
@@ -99,15 +98,26 @@ struct RowSquares {
     }
 };
 
-// out[own row] = sum over other rows of weight[own row, other row] * values[other row], for OWN own rows and SLICE
+// Of two neighbouring columns.
+struct alignas(8) Pair {
+    float value[2];
+};
+
+struct NoSquares {
+    template <int UNROLL, typename T>
+    __device__ __forceinline__ void add(const T*, int, int, int, int) {}
+    __device__ __forceinline__ void store(float*, int, int, Similarity) const {}
+};
+
+// out[own row] = sum over other rows of weight[own row, other row] * values[other row], for ROWS own rows and SLICE
 // features at a time, by eight warps of 32 own rows each.
 //
 // Weights keep the exponents of float32, as a softmax over many rows falls below the range of float16: they are
 // bfloat16 beside bfloat16 values and float32, multiplied in TF32, beside float16 ones.
-template <typename T, bool EXACT, int OWN>
+template <typename T, bool EXACT, int ROWS>
 struct WeightPanel {
     using Weight = std::conditional_t<std::is_same<T, __nv_bfloat16>::value, __nv_bfloat16, float>;
-    static constexpr int THREADS = 256, OTHER = 128, SLICE = 128;
+    static constexpr int THREADS = 256, OWN = ROWS, OTHER = 128, SLICE = 128;
     static constexpr int COLUMN_WARPS = 256 / OWN, NT = 16 / COLUMN_WARPS;
     static constexpr int PAIR = 16 * COLUMN_WARPS;  // warps take turns, so that all have work where columns are few
     static constexpr int CHUNK = 128 / sizeof(T);   // features of rows, or rows of values, at a time
@@ -154,6 +164,59 @@ struct WeightPanel {
         return thread / kWarpSize % COLUMN_WARPS * 16 + fragment_column<PAIR>(thread % kWarpSize, j, e);
     }
 
+    // Goes through the elements of a product that a thread holds, of `count` columns rounded up to a multiple of 16,
+    // pair by pair of neighbours in a row: use(i, j, r, row, column, what of_columns(column) says) for elements e = 2 r
+    // and 2 r + 1.
+    template <typename OfColumns, typename Use>
+    static __device__ __forceinline__ void each(int count, const OfColumns& of_columns, const Use& use) {
+        const int thread = anew(threadIdx.x);
+        STTM_UNROLL
+        for (int j = 0; j < NT; ++j) {
+            if (column_warp() * 16 + j / 2 * PAIR >= count) continue;
+            const int column = WeightPanel::column(j, 0, thread);
+            const auto columns = of_columns(column);
+            STTM_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                STTM_UNROLL
+                for (int r = 0; r < 2; ++r) use(i, j, r, row(i, 2 * r, thread), column, columns);
+            }
+        }
+    }
+
+    // <own row, other row> become similarities.
+    __device__ __forceinline__ void to_similarities(float (&dot)[2][NT][4], int count, Similarity kind,
+                                                    float inverse_temperature) const {
+        const auto to = [&](auto kind_of) {
+            constexpr Similarity kKind = decltype(kind_of)::value;
+            float own[2][2];
+            of_own_rows([&](int i, int r, int row) { own[i][r] = kKind == Similarity::dot ? 1 : own_term[row]; });
+            const auto others = [&](int column) {
+                return kKind == Similarity::dot ? Pair{1, 1} : Pair{other_term[column], other_term[column + 1]};
+            };
+            each(count, others, [&](int i, int j, int r, int, int, const Pair& other) {
+                STTM_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                    float& S = dot[i][j][2 * r + e];
+                    S = similarity_of(S, own[i][r], other.value[e], inverse_temperature, kKind);
+                }
+            });
+        };
+        if (kind == Similarity::cosine) return to(std::integral_constant<Similarity, Similarity::cosine>());
+        if (kind == Similarity::dot) return to(std::integral_constant<Similarity, Similarity::dot>());
+        to(std::integral_constant<Similarity, Similarity::l2>());
+    }
+
+    // use(i, r, row) for the four own rows of which a thread holds elements, e = 2 r and 2 r + 1.
+    template <typename Use>
+    static __device__ __forceinline__ void of_own_rows(const Use& use) {
+        const int thread = anew(threadIdx.x);
+        STTM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            STTM_UNROLL
+            for (int r = 0; r < 2; ++r) use(i, r, row(i, 2 * r, thread));
+        }
+    }
+
     // Calls step(unroll, depth) for a product over `left` or CHUNK, whichever is less, rounded up to a multiple of 16;
     // a whole chunk is written out where registers allow it.
     template <typename Step>
@@ -165,15 +228,15 @@ struct WeightPanel {
         }
     }
 
-    // dot = <own row, other row> for `count` of OTHER other rows from `start` on, and the terms of both; `meanwhile`
-    // runs once after the first barrier. Begins when nobody uses the tiles any more, ends with a barrier.
-    template <typename OwnRows, typename OtherRows, typename Meanwhile>
+    // dot = <own row, other row> for `count` of OTHER other rows from `start` on, and the terms of both if TERMS;
+    // `meanwhile` runs once after the first barrier. Begins when nobody uses the tiles any more, ends with a barrier.
+    template <bool TERMS = true, typename OwnRows, typename OtherRows, typename Meanwhile>
     __device__ __forceinline__ void multiply(float (&dot)[2][NT][4], const OwnRows& own, const Features& own_f,
                                              int first, const OtherRows& other, const Features& other_f, int start,
                                              int count, Similarity kind, const Meanwhile& meanwhile) {
-        const RowPieces<T, THREADS, OWN, CHUNK> own_pieces(own, own_f, first);
+        const RowPieces<T, THREADS, OWN, CHUNK> own_pieces(own, own_f, anew(first));
         const RowPieces<T, THREADS, OTHER, CHUNK> other_pieces(other, other_f, start);
-        RowSquares<T, OWN + OTHER> squares;
+        std::conditional_t<TERMS, RowSquares<T, OWN + OTHER>, NoSquares> squares;
         const int D = own_f.D, end = OWN + (count + 15) / 16 * 16;
         clear(dot);
         STTM_NO_UNROLL
@@ -200,7 +263,7 @@ struct WeightPanel {
             with_depth(step, D - d);
         }
         if (kind != Similarity::dot) squares.store(own_term, known, end, kind);
-        known = OWN;
+        if (TERMS) known = OWN;
         __syncthreads();
     }
 
@@ -212,28 +275,35 @@ struct WeightPanel {
     template <typename Gradient>
     __device__ __forceinline__ void pull_back(const float (&dot)[2][NT][4], int at, int count, Similarity kind,
                                               bool before, const Gradient& dS) {
-        const int thread = anew(threadIdx.x);
         float along[2][2] = {};
-        STTM_UNROLL
-        for (int j = 0; j < NT; ++j) {
-            if (column_warp() * 16 + j / 2 * PAIR >= count) continue;
+        const bool cosine = kind == Similarity::cosine;
+        const auto others = [&](int column) { return Pair{other_term[column], other_term[column + 1]}; };
+        each(count, others, [&](int i, int j, int r, int row, int column, const Pair& other) {
+            Pair weight;
             STTM_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                STTM_UNROLL
-                for (int e = 0; e < 4; ++e) {
-                    const int row = WeightPanel::row(i, e, thread), column = WeightPanel::column(j, e, thread);
-                    float weight = dS(i, j, e, row, column);
-                    if (kind == Similarity::cosine) weight *= other_term[column];
-                    weight = weigh(row, at + column, weight);
-                    if (weight != 0) along[i][e / 2] += kind == Similarity::cosine ? weight * dot[i][j][e] : weight;
-                }
+            for (int e = 0; e < 2; ++e) {
+                weight.value[e] = dS(i, j, 2 * r + e, row, column + e);
+                if (cosine) weight.value[e] *= other.value[e];
             }
-        }
+            weight = weigh(row, at + column, weight);
+            STTM_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                const float taken = weight.value[e];
+                if (taken != 0) along[i][r] += cosine ? taken * dot[i][j][2 * r + e] : taken;
+            }
+        });
+        add_up(sums, along, before);
+    }
+
+    // Adds what every thread has of its four own rows, in elements e = 0 and e = 2, to `sums`, COLUMN_WARPS * OWN
+    // floats, or sets them if there was nothing `before`; the sum of a row is that of its COLUMN_WARPS.
+    static __device__ __forceinline__ void add_up(float* sums, const float (&values)[2][2], bool before) {
+        const int thread = anew(threadIdx.x);
         STTM_UNROLL
         for (int i = 0; i < 2; ++i) {
             STTM_UNROLL
             for (int r = 0; r < 2; ++r) {
-                float value = along[i][r];
+                float value = values[i][r];
                 value += shuffle_xor(value, 1);
                 value += shuffle_xor(value, 2);
                 float& sum = sums[column_warp() * OWN + row(i, 2 * r, thread)];
@@ -241,13 +311,34 @@ struct WeightPanel {
             }
         }
     }
+    static __device__ __forceinline__ float sum_of(const float* sums, int row) {
+        float sum = sums[row];
+        for (int warp = 1; warp < COLUMN_WARPS; ++warp) sum += sums[warp * OWN + row];
+        return sum;
+    }
 
-    // Sets a weight; returns what a product will take it for.
-    __device__ __forceinline__ float weigh(int row, int column, float weight) {
-        if (std::is_same<T, float>::value ? !EXACT : !std::is_same<Weight, T>::value) weight = round_to_tf32(weight);
-        const Weight rounded = from_float<Weight>(weight);
-        weights[row * pitch_of(width) + column] = rounded;
-        return to_float(rounded);
+    // Sets the weights of `column` and its neighbour; returns what a product will take them for.
+    __device__ __forceinline__ Pair weigh(int row, int column, Pair weight) {
+        Weight* const to = weights + row * pitch_of(width) + column;
+#ifndef STTM_HOST
+        if constexpr (std::is_same<Weight, __nv_bfloat16>::value) {
+            const __nv_bfloat162 rounded = __floats2bfloat162_rn(weight.value[0], weight.value[1]);
+            *reinterpret_cast<__nv_bfloat162*>(to) = rounded;
+            return Pair{__low2float(rounded), __high2float(rounded)};
+        } else
+#endif
+        {
+            STTM_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                float value = weight.value[e];
+                if (std::is_same<T, float>::value ? !EXACT : !std::is_same<Weight, T>::value)
+                    value = round_to_tf32(value);
+                const Weight rounded = from_float<Weight>(value);
+                to[e] = rounded;
+                weight.value[e] = to_float(rounded);
+            }
+            return weight;
+        }
     }
 
     // Features from `part` on of `count` other rows, from `first` on, by the weights of the panel, added to `out` if
@@ -278,26 +369,21 @@ struct WeightPanel {
             with_depth(step, count - at);
         }
         __syncthreads();
-        const int thread = anew(threadIdx.x);
-        STTM_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            STTM_UNROLL
-            for (int j = 0; j < NT; ++j) {
-                STTM_UNROLL
-                for (int e = 0; e < 4; ++e) {
-                    float& sum = out[row(i, e, thread) * OUT_PITCH + column(j, e, thread)];
-                    sum = before ? sum + acc[i][j][e] : acc[i][j][e];
-                }
-            }
-        }
+        each(
+            SLICE, [](int) { return 0; },
+            [&](int i, int j, int r, int row, int column, int) {
+                float* const to = out + row * OUT_PITCH + column;
+                Pair sum{acc[i][j][2 * r], acc[i][j][2 * r + 1]};
+                if (before) sum.value[0] += to[0], sum.value[1] += to[1];
+                *reinterpret_cast<Pair*>(to) = sum;
+            });
     }
 
-    // Adds up what all warps have of `sums`, which are there after the next barrier.
-    __device__ __forceinline__ void reduce_sums() {
+    // sums[row] becomes the sum of a row, after the next barrier.
+    static __device__ __forceinline__ void reduce(float* sums) {
         __syncthreads();
         const int own_row = static_cast<int>(threadIdx.x);
-        if (own_row >= OWN) return;
-        for (int warp = 1; warp < COLUMN_WARPS; ++warp) sums[own_row] += sums[warp * OWN + own_row];
+        if (own_row < OWN) sums[own_row] = sum_of(sums, own_row);
     }
 
     // Calls store(row, column, values) for 16 bytes' worth of `out` at a time, neighbours side by side; rows below
@@ -312,38 +398,88 @@ struct WeightPanel {
             if (own_row >= rows || first >= columns) continue;
             float value[kSize];
             STTM_UNROLL
-            for (int e = 0; e < kSize; ++e) value[e] = out[own_row * OUT_PITCH + first + e];
+            for (int e = 0; e < kSize; e += 4) {
+                const Vec<float> v = Vec<float>::load(out + own_row * OUT_PITCH + first + e);
+                STTM_UNROLL
+                for (int i = 0; i < 4; ++i) value[e + i] = v.value[i];
+            }
             store(own_row, first, value);
         }
         __syncthreads();
     }
 
-    // grad (items, heads, num_own, D) of the own rows from `first` on and features from `part` on; 0 for rows that are
-    // not there. Every head has the same share of the gradient of their mean.
+    // Goes through the slices of the features of `count` other rows: make(from, end, part) sets the weights of rows
+    // [from, end), done(part, fresh) uses `out`. Weights are made once, or for every slice if the panel has no room for
+    // all of them; `fresh` says so. `parts` blocks share the slices, and this one is number `mine`; one that has none
+    // is called once, with `part` beyond the features.
+    template <typename Rows, typename Make, typename Done>
+    __device__ __forceinline__ void for_each_slice(const Rows& rows, const Features& f, int count, int mine, int parts,
+                                                   const Make& make, const Done& done) {
+        int part = mine * SLICE;
+        do {
+            const bool fresh = part < parts * SLICE || width < count;
+            int from = 0;
+            do {
+                const int end = min(count - from, width) + from;
+                if (fresh) make(from, end, part);
+                add(rows, f, from, end - from, part, from > 0);
+                from = end;
+            } while (from < count);
+            done(part, fresh);
+            part += parts * SLICE;
+        } while (part < f.D);
+    }
+
+    // The same of a span [begin, end) of other rows, which may be of several panels: done(part) has `out` of every
+    // panel.
+    template <typename Rows, typename Make, typename Done>
+    __device__ __forceinline__ void for_each_panel(const Rows& rows, const Features& f, int begin, int end, int mine,
+                                                   int parts, const Make& make, const Done& done) {
+        int from = begin;
+        do {
+            const int until = min(end - from, width) + from;
+            make(from, until, 0);
+            STTM_NO_UNROLL
+            for (int part = mine * SLICE; part < f.D; part += parts * SLICE) {
+                add(rows, f, from, until - from, part, false);
+                done(part, from > begin);
+            }
+            from = until;
+        } while (from < end);
+    }
+
+    // grad (items, heads, num_own, D) of the own rows from `first` on and features from `part` on.
     template <typename Rows>
     __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const Rows& own, int num_own,
                                                    const Features& f, int first, int part, Similarity kind) {
         finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-            const int d = part + column;
-            const T* features = own(first + row);
-            const float inverse = kind == Similarity::cosine ? own_term[row] : 1.0f;
-            const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
-            const float scale = kind == Similarity::l2 ? 2.0f : inverse;
-            const float off = kind == Similarity::l2 || normalised ? sums[row] * inverse * inverse : 0.0f;
-            if (features != nullptr && kind != Similarity::dot) {
-                const Vec<T> v = sttm::features(features, f, d);
-                STTM_UNROLL
-                for (int e = 0; e < Vec<T>::size; ++e) value[e] = (value[e] - off * to_float(v.value[e])) * scale;
-            } else if (features == nullptr) {
-                STTM_UNROLL
-                for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
-            }
-            T* to = grad + (item * f.heads * num_own + first + row) * f.D + d;
-            for (int h = 0; h < f.heads; ++h) {
-                store_features(to + h * int64_t(num_own) * f.D, value, f.D - d, 1.0f / f.heads);
-            }
+            sttm::store_gradient(grad, item, own(first + row), num_own, f, first + row, part + column, value,
+                                 own_term[row], sums[row], kind);
         });
     }
 };
+
+// Where there are fewer blocks than `few`, up to `most` of them share the slices of a tile, each with weights of its
+// own.
+inline int shares(int64_t blocks, int slices, int few, int most) {
+    return blocks == 0 || blocks >= few ? 1 : min(min(slices, most), few / static_cast<int>(blocks));
+}
+
+// Calls run(rows, width) for tiles of `rows` own rows, 64, or 32 if the weights of all `num_other` rows fit shared
+// memory only then; `width` are those of a panel. kernel_of(rows) is what will be launched.
+template <typename T, bool EXACT, typename KernelOf, typename Run>
+cudaError_t with_panel(int num_other, const KernelOf& kernel_of, const Run& run) {
+    constexpr int kMostWidth = 1 << 15;  // beyond what any shared memory holds
+    const int whole = ceil_div(min(num_other, kMostWidth), 16) * 16;
+    const auto fits = [&](auto rows) {
+        const size_t bytes = WeightPanel<T, EXACT, decltype(rows)::value>::bytes(whole, true);
+        return num_other <= whole && can_have_shared_memory(kernel_of(rows), bytes) == cudaSuccess;
+    };
+    using Rows64 = std::integral_constant<int, 64>;
+    using Rows32 = std::integral_constant<int, 32>;
+    if (fits(Rows64())) return run(Rows64(), whole);
+    if (fits(Rows32())) return run(Rows32(), whole);
+    return run(Rows64(), WeightPanel<T, EXACT, 64>::OTHER);
+}
 
 }  // namespace sttm
