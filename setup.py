@@ -47,6 +47,8 @@ CPU_FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DSTTM_CPU"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
+GCC_FLAGS = ("-fira-loop-pressure",)
+"""Without it GCC keeps sums of the products of AVX-512 on the stack, and what is not of the loop in registers."""
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -205,7 +207,9 @@ def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
     import pybind11
 
     include = [CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    compile_ = [*compiler, *CPU_FLAGS, *(f"-I{path}" for path in include)]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    own = GCC_FLAGS if "Free Software Foundation" in version else ()
+    compile_ = [*compiler, *CPU_FLAGS, *own, *(f"-I{path}" for path in include)]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     once = {build / BINDINGS, *(CSRC / "cpu" / f"{name}.cpp" for name in ("launch", "pool"))}
     sets = INSTRUCTION_SETS.get(platform.machine().replace("AMD64", "x86_64"), {"baseline": ()})

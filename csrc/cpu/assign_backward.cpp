@@ -28,18 +28,24 @@ Given given(const AssignBackwardArguments& a, int64_t b, int start, const Panel&
     return found;
 }
 
-// dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n).
+// dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n). All S first: what exp keeps in registers would take those of
+// the product.
 void make_gradient(const AssignBackwardArguments& a, const Meta& meta, int64_t b, const Panel& panel, const Given& in,
                    float* dS) {
     for (int block = 0; block < meta.num_blocks; ++block) {
         Floats S[kRows][kVectors];
         similarities(a, meta, b, block, panel, S);
-        for (int r = 0; r < kRows; ++r)
-            for (int v = 0; v < kVectors; ++v) {
-                const Floats h = load(in.h + v * kWidth), share = exp(S[r][v] - load(in.lse + v * kWidth));
-                store(dS + (int64_t(block) * kRows + r) * kPanel + v * kWidth, h == 0.0f ? Floats{} : h * share);
-            }
+        STTM_UNROLL
+        for (int r = 0; r < kRows; ++r) STTM_UNROLL
+        for (int v = 0; v < kVectors; ++v)
+            store(dS + (int64_t(block) * kRows + r) * kPanel + v * kWidth, S[r][v]);
     }
+    for (int64_t k = 0; k < meta.num_rows(); ++k)
+        for (int v = 0; v < kVectors; ++v) {
+            float* const at = dS + k * kPanel + v * kWidth;
+            const Floats h = load(in.h + v * kWidth), share = exp(load(at) - load(in.lse + v * kWidth));
+            store(at, h == 0.0f ? Floats{} : h * share);
+        }
     for (int i = 0; i < kPanel; ++i)
         if (in.k[i] >= 0) dS[int64_t(in.k[i]) * kPanel + i] += in.g[i];
 }
