@@ -64,8 +64,9 @@ def to_onnx(program: torch.export.ExportedProgram, **options: Any) -> torch.onnx
 
 def _sort_in_onnx(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
     """TopK of ONNX puts the lower index first where values are equal."""
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     count = op.Reshape(op.Gather(op.Shape(self), dim), op.Constant(value_ints=[1]))
     return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
 
