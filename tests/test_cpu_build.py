@@ -51,6 +51,20 @@ def test_the_ninja_file_compiles_every_kernel_for_every_instruction_set(plan, tm
     assert text.count(f": once {tmp_path}/build/{plan.BINDINGS}\n") == 1
 
 
+COMPILERS = [
+    pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"there is no {name} here"))
+    for name in ("clang++", "aarch64-linux-gnu-g++")
+]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("source", [*VERBS, ROOT / "csrc" / "cpu" / "launch.cpp"], ids=lambda path: path.stem)
+def test_other_compilers_take_the_sources(plan, compiler, source):
+    flags = [*plan.CPU_FLAGS, f"-I{ROOT}/csrc/include", "-DSTTM_ISA=baseline", "-fsyntax-only"]
+    done = subprocess.run([compiler, *flags, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_build_that_must_succeed_fails_with_one_message(tmp_path):
     done = build(tmp_path, STTM_BUILD_CUDA="0", STTM_BUILD_CPU="1", CXX="/bin/false")
     assert done.returncode != 0

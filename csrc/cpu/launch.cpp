@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "pool.hpp"
 #include "sttm/arguments.hpp"
@@ -23,10 +26,10 @@
 
 // Best first: its name, and whether this CPU can run it.
 #if defined(__x86_64__) && !defined(STTM_BASELINE_ONLY)
-#define STTM_ISAS(DO)                                                                                           \
-    DO(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                    \
-    DO(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) \
+#define STTM_ISAS(DO)                                                                        \
+    DO(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&    \
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) \
+    DO(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())  \
     DO(baseline, true)
 #else
 #define STTM_ISAS(DO) DO(baseline, true)
@@ -46,6 +49,14 @@ namespace cpu {
 STTM_ISAS(STTM_DECLARE_ALL)
 
 namespace {
+
+#if defined(__x86_64__) && !defined(STTM_BASELINE_ONLY)
+// Not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 struct Kernels {
     const char* isa;

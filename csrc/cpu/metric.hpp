@@ -70,8 +70,8 @@ STTM_INLINE void transpose(Floats (&rows)[kWidth]) {
     for (int i = 0; i < kWidth; ++i) {
         if (i & h) continue;
         const Floats a = rows[i], b = rows[i + h];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + h] = __builtin_shuffle(a, b, high);
+        rows[i] = shuffle(a, b, low);
+        rows[i + h] = shuffle(a, b, high);
     }
     if constexpr (h > 1) transpose<h / 2>(rows);
 }

@@ -12,7 +12,11 @@
 #include "pool.hpp"
 #include "sttm/arguments.hpp"
 
+#if defined(__clang__)
+#define STTM_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define STTM_UNROLL _Pragma("GCC unroll 64")
+#endif
 // For what takes vectors by reference, which stay in registers where it is compiled into its caller.
 #define STTM_INLINE inline __attribute__((always_inline))
 
@@ -70,6 +74,18 @@ inline Vector load_bits(const void* from) {
     Vector to;
     __builtin_memcpy(&to, from, sizeof to);
     return to;
+}
+
+// Lane j of the result is element index[j] of a and b one after the other; the index is known when this is compiled.
+STTM_INLINE Floats shuffle(Floats a, Floats b, Ints index) {
+#if defined(__clang__)
+    Floats to;
+    STTM_UNROLL
+    for (int j = 0; j < kWidth; ++j) to[j] = index[j] < kWidth ? a[index[j]] : b[index[j] - kWidth];
+    return to;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
 }
 
 inline Floats load(const float* from) { return load_bits<Floats>(from); }
