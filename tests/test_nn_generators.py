@@ -166,7 +166,7 @@ def test_learned_is_one_cross_attention():
     q = make_tokens(2, 10, 6, torch.float64)
     size = torch.rand(2, 10, dtype=torch.float64).round() * 3
     size[:, 0] = 1
-    logits = learned.look_for(learned.queries) @ q.mT / math.sqrt(6)
+    logits = learned.queries @ learned.look_for.weight.T @ q.mT / math.sqrt(6)
     expected = learned.queries + (logits + size.log()[:, None]).softmax(-1) @ q
     assert_within_budget("meta", learned(q, 2, 5, 4, size), expected, expected, 60)
 
