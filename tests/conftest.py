@@ -61,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: minutes; begun first, so that no process waits for it at the end")
     config.addinivalue_line("markers", "table: every cell of a large table, of which a run may take a share")
     config.addinivalue_line("markers", "unpoisoned: runs with torch.empty as it is, for tests that trace")
     if dispatch.interpreting() and importlib.util.find_spec("triton") is not None:
@@ -80,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here = [item for item in items if torch.cuda.is_available() or not item.get_closest_marker("gpu")]
     chosen = set(_chosen(here, config.getoption("--one-in"), config.getoption("--tables-one-in")))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+    items[:] = sorted((item for item in items if item in chosen), key=lambda item: not item.get_closest_marker("long"))
 
 
 def _chosen(items: list[pytest.Item], one_in: int, of_tables: int) -> Iterator[pytest.Item]:

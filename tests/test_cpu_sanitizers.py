@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 SUITES = sorted(str(p) for p in HERE.glob("kernels/test_*.py") if not p.name.endswith("_only.py"))
 
 
+@pytest.mark.long
 def test_the_suites_of_the_verbs(plan, monkeypatch):
     """On the module of the baseline alone."""
     compiler, reason = plan.cpu_decision()

@@ -24,6 +24,7 @@ SUITES = [*KERNELS, HERE / "test_cuda_arrays.py"]
 ORDERS = ("forward", "reverse", "shuffle:1", "shuffle:2")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half", [0, 1])
 def test_suites(half):
     """Builds the module once, then runs half of the files of tests in a process that loads the sanitizers first."""
