@@ -129,15 +129,9 @@ class Pool(nn.Module):
         self.impl = impl
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         return _pooled(q, rows, columns, num_meta, size, cells, mask, self.impl)
 
@@ -157,15 +151,9 @@ class KMeans(nn.Module):
         self.impl = impl
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         meta = _pooled(q, rows, columns, num_meta, size, cells, mask, self.impl)
         for _ in range(self.rounds):
@@ -189,15 +177,9 @@ class _Chosen(nn.Module):
         self.impl = impl
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         tokens = self.choose(q.detach(), num_meta, _constant(size), self.similarity, self.impl)
         return _stand_in(_take(q, tokens), None if mask is None else mask.gather(1, tokens))
@@ -326,15 +308,9 @@ class TopK(nn.Module):
         self.impl = impl
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         # As an assignment to one meta token, <v, q_n> has the bits of a sum that does not depend on the batch.
         score = assign(q, self.saliency.weight.to(q.dtype), "dot", weight="uniform", impl=self.impl).score
@@ -370,15 +346,9 @@ class Learned(nn.Module):
         self.impl = impl
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         queries = F.interpolate(self.queries.T[None], size=num_meta, mode="linear")[0].T
         wanted = F.linear(queries, self.look_for.weight).to(q.dtype)
@@ -453,15 +423,9 @@ class DPCKNN(nn.Module):
         self.neighbours = neighbours
 
     def forward(
-        self,
-        q: Tensor,
-        rows: int,
-        columns: int,
-        num_meta: int,
-        size: Tensor | None = None,
-        cells: str = "square",
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
         tokens = _density_peaks(q.detach(), num_meta, self.neighbours, _constant(size))
         return _stand_in(_take(q, tokens), None if mask is None else mask.gather(1, tokens))
