@@ -47,7 +47,7 @@ case $what in
   fast) tests tests/kernels ;;
   triton)
     TRITON_INTERPRET=1 tests tests/kernels
-    tests tests/test_triton_compile.py
+    tests tests/test_triton_compile.py tests/test_triton_combinations.py
     ;;
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
   models) tests tests/test_how_models_are_run.py ;;
