@@ -2,6 +2,7 @@
 
 from sttm_kernels.functional import assign, assign_merge, compose, match, merge, soft_merge, unmerge
 from sttm_kernels.integrations import apply, remove, restore, trace
+from sttm_kernels.nn.compression import compress
 from sttm_kernels.nn.sttm import STTM
 from sttm_kernels.plan import MergedTokens, MergePlan
 
@@ -15,6 +16,7 @@ __all__ = [
     "assign",
     "assign_merge",
     "compose",
+    "compress",
     "match",
     "merge",
     "remove",

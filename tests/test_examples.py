@@ -1,4 +1,5 @@
-"""The training example, in two processes that talk by gloo: a run that is stopped goes on as if it had not been."""
+"""The training example, in two processes that talk by gloo: a run that is stopped goes on as if it had not been. And
+the shorter prompt of a video-language model."""
 
 import os
 import socket
@@ -10,6 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+import sttm_kernels as sttm
+from sttm_kernels.testing import assert_equal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RANKS = 2
@@ -45,3 +49,38 @@ def free_ports(count):
 def test_training_goes_on_where_it_was_stopped(tmp_path, how):
     pytest.importorskip("transformers")
     mp.spawn(on_rank, (tmp_path, how, free_ports(3)), nprocs=RANKS)
+
+
+@pytest.fixture
+def shorter_prompt(monkeypatch):
+    pytest.importorskip("transformers", minversion="5")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import shorter_prompt
+
+    return shorter_prompt
+
+
+@pytest.mark.unpoisoned  # models initialise their weights in torch.empty
+@pytest.mark.parametrize("method", ["sttm", "uniform"])
+def test_a_prompt_gets_shorter_and_keeps_its_positions(shorter_prompt, method, capsys):
+    shorter_prompt.main(["--keep", "1.0", "--method", method])
+    whole, same = capsys.readouterr().out.splitlines()
+    assert whole.removeprefix("whole") == same.removeprefix("shorter")
+    shorter_prompt.main(["--keep", "0.25", "--method", method])
+    assert "shorter: 24 tokens" in capsys.readouterr().out
+
+    model = shorter_prompt.small()
+    inputs = shorter_prompt.prompt(model, (4, 8, 8))
+    fewer, whole = (shorter_prompt.shortened(model, inputs, keep, method) for keep in (0.75, 1.0))
+    t, h, w = fewer["position_ids"][:, 0, 4:52].unbind()
+    assert ((16 * t + h) * 16 + w).diff().min() >= 0
+    text = torch.cat((torch.arange(4), torch.arange(68, 72)))
+    kept = torch.cat((torch.arange(4), torch.arange(52, 56)))
+    assert_equal("positions of text", fewer["position_ids"][..., kept], whole["position_ids"][..., text])
+
+    tower = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    clip = sttm.compress(tower, [(4, 4, 4)], 0.75, method)
+    alone = (clip.size == 1).nonzero().flatten()
+    own = torch.stack([(clip.plan.index[0] == group).int().argmax() for group in alone])
+    assert_equal("positions", fewer["position_ids"][..., 4 + alone], whole["position_ids"][..., 4 + own])
+    assert len(alone) > 0

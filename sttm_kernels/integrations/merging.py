@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sttm_kernels.functional import compose, match, merge, unmerge
 from sttm_kernels.integrations.amounts import Amount, Toward, described, merges, of_tokens
+from sttm_kernels.nn.sttm import nearest_place
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.torch_private import exporting, in_backward
 
@@ -704,7 +705,8 @@ def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State
     if sttm is not None:
         out, plan = sttm(x, grid, state.size, state.positions, metric=keys, return_plan=True)
         if step.rotary:
-            ids = _nearest_place(out.positions[:, prefix:], state.first_grid)
+            assert state.first_grid is not None
+            ids = nearest_place(out.positions[:, prefix:], state.first_grid)
         new = replace(state, grid=sttm.output_grid(grid), positions=out.positions)
     else:
         plan = find_pairs(keys, step, prefix, grid if step.window else None)
@@ -724,13 +726,6 @@ def _places(plan: MergePlan, ids: Tensor | None, prefix: int) -> Tensor:
     places = ids.new_zeros((group.shape[0], plan.num_groups - prefix)).scatter(1, group, ids)
     odd = slice(1 - prefix % 2, None, 2)
     return places.scatter(1, group[:, odd], ids[:, odd])
-
-
-def _nearest_place(positions: Tensor, grid: Grid | None) -> Tensor:
-    """The token of the grid nearest to each of the positions `(B, K, 3)`."""
-    assert grid is not None
-    t, y, x = positions[..., :3].detach().round().long().unbind(-1)
-    return (t * grid[1] + y) * grid[2] + x
 
 
 def rows(table: Tensor, ids: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ Grid = tuple[int, int, int]
 Keep = float | int | None
 
 
-def _keep(name: str, keep: Keep) -> Keep:
+def checked_keep(name: str, keep: Keep) -> Keep:
     """Checked, as a number of Python."""
     if keep is None:
         return None
@@ -31,7 +31,7 @@ def _keep(name: str, keep: Keep) -> Keep:
     return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
 
 
-def _count(name: str, keep: Keep, tokens: int) -> int:
+def kept_count(name: str, keep: Keep, tokens: int) -> int:
     """The number of meta tokens that `keep` means for so many tokens."""
     assert keep is not None
     if isinstance(keep, float):
@@ -45,6 +45,12 @@ def grid_positions(grid: Grid, num_prefix: int, dtype: torch.dtype, device: torc
     """`(num_prefix + T * H * W, 3)`: (t, y, x) in frames, patch rows and patch columns; 0 for prefix tokens."""
     axes = [torch.arange(extent, dtype=dtype, device=device) for extent in grid]
     return F.pad(torch.cartesian_prod(*axes), (0, 0, num_prefix, 0))
+
+
+def nearest_place(positions: Tensor, grid: Grid) -> Tensor:
+    """int64 `(B, K)`: the token of the grid nearest to each of the positions `(B, K, 3 or more)`, (t, y, x) first."""
+    t, y, x = positions[..., :3].detach().round().long().unbind(-1)
+    return (t * grid[1] + y) * grid[2] + x
 
 
 class _Tokens(NamedTuple):
@@ -139,8 +145,8 @@ class STTM(nn.Module):
         if temporal_window is not None:
             temporal_window = validate.integer("temporal_window", temporal_window, 1)
         self.dim = dim
-        self.spatial_keep = _keep("spatial_keep", spatial_keep)
-        self.temporal_keep = _keep("temporal_keep", temporal_keep)
+        self.spatial_keep = checked_keep("spatial_keep", spatial_keep)
+        self.temporal_keep = checked_keep("temporal_keep", temporal_keep)
         self.num_prefix = validate.integer("num_prefix", num_prefix, 0)
         self.similarity = similarity
         self.temperature = temperature
@@ -159,10 +165,10 @@ class STTM(nn.Module):
         """
         frames, height, width = validate.extents("grid", grid, 3, "(T, H, W)")
         if self.spatial_keep is not None:
-            height, width = 1, _count("spatial_keep", self.spatial_keep, height * width)
+            height, width = 1, kept_count("spatial_keep", self.spatial_keep, height * width)
         if self.temporal_keep is not None:
             window = self._window(frames)
-            width = _count("temporal_keep", self.temporal_keep, window * height * width)
+            width = kept_count("temporal_keep", self.temporal_keep, window * height * width)
             frames, height = frames // window, 1
         return frames, height, width
 
@@ -225,13 +231,13 @@ class STTM(nn.Module):
             here = _Tokens(x[:, prefix:], q, size_here, positions[:, prefix:], mask_here)
             plans = []
             if self.spatial_meta is not None:
-                num_meta = _count("spatial_keep", self.spatial_keep, height * width)
+                num_meta = kept_count("spatial_keep", self.spatial_keep, height * width)
                 here, plan = self._stage(self.spatial_meta, here, frames, (height, width), num_meta, "square")
                 plans.append(plan)
                 height, width = 1, num_meta
             if self.temporal_meta is not None:
                 window = self._window(frames)
-                num_meta = _count("temporal_keep", self.temporal_keep, window * height * width)
+                num_meta = kept_count("temporal_keep", self.temporal_keep, window * height * width)
                 shape = (window, height * width)
                 here, plan = self._stage(self.temporal_meta, here, frames // window, shape, num_meta, "tall")
                 plans.append(plan)
