@@ -67,9 +67,10 @@ def test_a_moving_object_stays_one_token_and_its_second_moment_shows_the_motion(
     # t = 0, 1, 2 and x = 0, 2, 4: E tt = 5/3, E tx = 10/3, E xx = 20/3
     raw = torch.tensor([1, 0, 2, 5 / 3, 0, 10 / 3, 0, 0, 20 / 3], dtype=torch.float64)
     assert_within_budget("positions", out.positions[0, blue], raw, raw.float(), 3)
-    central = torch.tensor([1, 0, 2, 2 / 3, 0, 4 / 3, 0, 0, 8 / 3])
-    expected = BLUE.double() + module.motion.weight.double() @ central.double()
-    assert_within_budget("x", out.x[0, blue], expected, BLUE + module.motion.weight @ central, 18)
+    # so var t = 2/3, cov tx = 4/3, var x = 8/3: 12 var + 1 is 9 and 33
+    seen = torch.tensor([1, 0, 2, math.log(3), 0, math.log(33) / 2, 0, 16 / (3 * 33**0.5), 0], dtype=torch.float64)
+    expected = BLUE.double() + module.motion.weight.double() @ seen
+    assert_within_budget("x", out.x[0, blue], expected, BLUE + module.motion.weight @ seen.float(), 18)
 
 
 def test_the_stages_are_assign_and_merge():
@@ -270,19 +271,20 @@ def test_motion_starts_at_zero():
 
 @pytest.mark.parametrize("second_moment", [False, True])
 def test_motion_is_the_linear_aggregation_of_positions(second_moment):
-    """W p_k, worked out as the aggregation of W p_n; prefix tokens have none."""
+    """W p_k, worked out as the aggregation of W p_n, and extents and correlations beside; prefix tokens have none."""
     x, grid = make_tokens(2, 61, 8, torch.float64), (4, 3, 5)
     module = build(8, num_prefix=1, weight="uniform", second_moment=second_moment).double()
     out, plan = module(x, grid, return_plan=True)
     still = sttm.merge(x, plan)
     p = grid_positions(grid, 1, torch.float64, x.device).expand(2, -1, -1)
-    of_tokens = p
+    expected = still.x + sttm.merge(p @ module.motion.weight[:, :3].T, plan).x
     if second_moment:
-        mean = sttm.unmerge(sttm.merge(p, plan).x, plan)
-        apart = (p - mean)[..., :, None] * (p - mean)[..., None, :]
-        of_tokens = torch.cat((p, apart[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]), -1)
-    aggregated = sttm.merge(of_tokens @ module.motion.weight.T, plan).x
-    expected = still.x + aggregated
+        apart = p - sttm.unmerge(sttm.merge(p, plan).x, plan)
+        covariance = sttm.merge((apart[..., :, None] * apart[..., None, :]).flatten(2), plan).x.unflatten(2, (3, 3))
+        extent = (12 * covariance.diagonal(dim1=2, dim2=3) + 1).sqrt()
+        correlation = 12 * covariance / (extent[..., :, None] * extent[..., None, :])
+        seen = torch.cat((extent.log(), correlation[..., [0, 0, 1], [1, 2, 2]]), -1)
+        expected = expected + seen @ module.motion.weight[:, 3:].T
     expected[:, 0] = x[:, 0]
     assert_within_budget("x", out.x, expected, expected, 61 * 9)
     assert not torch.equal(out.x, still.x)

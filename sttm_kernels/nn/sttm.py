@@ -64,6 +64,16 @@ class _Tokens(NamedTuple):
     mask: Tensor | None
 
 
+def _spread(variances: Tensor, covariances: Tensor) -> Tensor:
+    """Central second moments `(..., 3)` of (tt, yy, xx) and (ty, tx, yx) on one scale, each about 1 wide: how many
+    times as far as a token a group extends along each axis, as a logarithm, and correlations. A token, a cell of 1
+    frame by 1 patch by 1 patch, has the variance 1 / 12 itself, so that nothing is divided by 0 and a lone token has 0
+    in all."""
+    extent = (12 * variances.clamp_min(0) + 1).log() / 2  # rounding may leave less than 0
+    t, y, x = extent.unbind(-1)
+    return torch.cat((extent, 12 * covariances * torch.stack((-t - y, -t - x, -y - x), -1).exp()), -1)
+
+
 def _products(p: Tensor) -> Tensor:
     """(tt, ty, tx, yy, yx, xx) of (t, y, x)."""
     t, y, x = p.unbind(-1)
@@ -105,7 +115,10 @@ class STTM(nn.Module):
             the weights of tokens alone: not with `weight="uniform"`, nor from a single meta token.
         temporal_window: how many frames the temporal stage looks at together; None is the whole clip.
         second_moment: also aggregate the products (tt, ty, tx, yy, yx, xx) of positions, so that the motion features
-            see how far a group spreads and moves: W then takes the 3 means and the 6 central second moments.
+            see how far a group spreads and which way it moves. Beside the 3 means, W then takes the logarithms of the
+            group's extents in t, y and x, log(12 var + 1) / 2, 0 for a single token, and the correlations ty, tx and yx
+            of cells of 1 frame by 1 patch by 1 patch, 12 cov / sqrt((12 var + 1)(12 var' + 1)): all of about one scale,
+            where the moments themselves differ by a factor of 50.
         impl: of the verbs.
         metric_dim: D of the metric features that meta tokens are made from, if `forward` is given others than x.
 
@@ -192,7 +205,8 @@ class STTM(nn.Module):
                 coordinates in the grid, 0 for prefix tokens. Or 9 channels, with the products that an earlier STTM with
                 `second_moment` aggregated.
             metric: `(B, N, D)` or `(B, H, N, D)`, what similarity is measured on, the mean over heads; default x.
-            return_plan: also return the plan that leads from the N tokens to those that come out.
+            return_plan: also return the plan that leads from the N tokens to those that come out: where tokens went,
+                without their weights, so that `merge(x, plan)` takes plain means.
             mask: bool `(B, N)`, True = a real token. The others, frames at the end of a short clip, or rows and columns
                 of small frames, take part in nothing, whatever they hold. Counts of meta tokens are of the whole grid;
                 where they are the same for a clip without its padding (`keep` is a number, or padding fills temporal
@@ -303,7 +317,10 @@ class STTM(nn.Module):
 
     def _motion_input(self, positions: Tensor) -> Tensor:
         mean = positions[..., :3]
-        return torch.cat((mean, positions[..., 3:] - _products(mean)), -1) if self.second_moment else mean
+        if not self.second_moment:
+            return mean
+        tt, ty, tx, yy, yx, xx = (positions[..., 3:] - _products(mean)).unbind(-1)
+        return torch.cat((mean, _spread(torch.stack((tt, yy, xx), -1), torch.stack((ty, tx, yx), -1))), -1)
 
     def _window(self, frames: int) -> int:
         window = frames if self.temporal_window is None else self.temporal_window
