@@ -194,20 +194,28 @@ def naive_density_peaks(q: Tensor, K: int, neighbours: int) -> list[int]:
     return sorted(sorted(range(N), key=lambda i: (-score[i], i))[:K])
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
 @pytest.mark.parametrize("neighbours", [1, 5])
-def test_dpc_knn_is_its_definition(neighbours):
+def test_dpc_knn_is_its_definition(neighbours, similarity):
     q = make_tokens(3, 40, 4, torch.float64)
+    places = 2 * torch.nn.functional.normalize(q, dim=-1) if similarity == "cosine" else q
     for K in (1, 2, 7, 40):
-        meta = DPCKNN(neighbours)(q, 5, 8, K)
-        expected = torch.stack([item[naive_density_peaks(item, K, neighbours)] for item in q])
-        assert_equal("meta", meta, expected)
+        meta = DPCKNN(neighbours, similarity)(q, 5, 8, K)
+        chosen = [naive_density_peaks(item, K, neighbours) for item in places]
+        assert_equal("meta", meta, torch.stack([item[tokens] for item, tokens in zip(q, chosen, strict=True)]))
+
+
+def test_dpc_knn_by_cosine_knows_no_scale():
+    q = make_tokens(2, 40, 8)
+    assert_equal("meta", DPCKNN()(64 * q, 5, 8, 9), 64 * DPCKNN()(q, 5, 8, 9))
+    assert not torch.equal(DPCKNN(similarity="l2")(64 * q, 5, 8, 9), 64 * DPCKNN(similarity="l2")(q, 5, 8, 9))
 
 
 def test_dpc_knn_finds_one_peak_per_cluster_in_chunks_and_far_apart():
     cluster = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     centres = torch.tensor([0.0, 100.0, -300.0])
     q = torch.cat([cluster * 3 + centre for centre in centres])[None]
-    meta = DPCKNN()(q, 20, 30, 3)
+    meta = DPCKNN(similarity="l2")(q, 20, 30, 3)
     assert_equal("cluster", (meta.mean(-1).sort(1).values / 100).round(), torch.tensor([[-3.0, 0.0, 1.0]]))
 
 

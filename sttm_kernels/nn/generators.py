@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sttm_kernels import validate
 from sttm_kernels.functional import assign, merge, soft_merge
 from sttm_kernels.plan import MergePlan
-from sttm_kernels.reference import acc_dtype
+from sttm_kernels.reference import NORM_FLOOR, acc_dtype
 
 CELLS = ("square", "tall")
 
@@ -415,23 +415,33 @@ class DPCKNN(nn.Module):
     the K tokens of highest density * separation are taken, ties to the lowest token index. Scores are compared as
     logarithms, so that far-apart tokens do not all have density 0. A token of size 0 is nobody's neighbour and taken
     only when no other is left. O(N) memory, O(N^2 D) time. No parameters; the choice is not differentiable.
+
+    The density has a scale: multiply q by 10, and it alone decides. TCFormer's tokens come from a LayerNorm, those of a
+    residual stream do not. So with `similarity="cosine"` all rows are brought to |q_n|^2 = D first, which makes
+    d^2 = 2 - 2 cos; with any other, q is taken as it is.
     """
 
-    def __init__(self, neighbours: int = 5) -> None:
+    def __init__(self, neighbours: int = 5, similarity: str = "cosine") -> None:
         super().__init__()
         validate.integer("neighbours", neighbours, 1)
+        validate.one_of("similarity", similarity, validate.SIMILARITIES)
         self.neighbours = neighbours
+        self.similarity = similarity
 
     def forward(
         self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square",
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         _check(q, rows, columns, num_meta, size)
-        tokens = _density_peaks(q.detach(), num_meta, self.neighbours, _constant(size))
+        places = q.detach().to(acc_dtype(q.dtype))
+        if self.similarity == "cosine":
+            norm = torch.linalg.vector_norm(places, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+            places = places * (math.sqrt(q.shape[-1]) / norm)
+        tokens = _density_peaks(places, num_meta, self.neighbours, _constant(size))
         return _stand_in(_take(q, tokens), None if mask is None else mask.gather(1, tokens))
 
     def extra_repr(self) -> str:
-        return f"neighbours={self.neighbours}"
+        return f"neighbours={self.neighbours}, similarity={self.similarity!r}"
 
 
 GENERATORS: dict[str, Callable[[int, str, str], nn.Module]] = {
@@ -441,7 +451,7 @@ GENERATORS: dict[str, Callable[[int, str, str], nn.Module]] = {
     "farthest": lambda dim, similarity, impl: FarthestPoint(similarity, impl),
     "topk": lambda dim, similarity, impl: TopK(dim, impl),
     "learned": lambda dim, similarity, impl: Learned(dim, impl=impl),
-    "dpc_knn": lambda dim, similarity, impl: DPCKNN(),
+    "dpc_knn": lambda dim, similarity, impl: DPCKNN(similarity=similarity),
 }
 
 
