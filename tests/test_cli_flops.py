@@ -4,7 +4,9 @@ import pytest
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from sttm_kernels.bench import shares
+from sttm_kernels.bench.models import Encoder
 from sttm_kernels.cli import main
+from sttm_kernels.nn.flops import flops
 
 D, MLP, DEPTH = 48, 96, 6
 SMALL = {
@@ -43,6 +45,21 @@ def test_operations_by_hand_and_near_the_share():
         counted += feed_forward(n)
     assert abs(counted / plain.operations - 0.7) < 0.03
     assert tome.operations == pytest.approx(counted, rel=0.002)  # what is left is copied back to all tokens for free
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "shape", "tokens"),
+    [
+        ("VJEPA2Model", {"crop_size": 64, "frames_per_clip": 8, "mlp_ratio": MLP / D}, (8, 3, 64, 64), N),
+        ("SiglipVisionModel", {"patch_size": 16, "image_size": 64, "intermediate_size": MLP}, (3, 64, 64), 16),
+    ],
+)
+def test_one_block_more_costs_a_block_by_hand(kind, options, shape, tokens):
+    def operations(depth: int) -> int:
+        sizes = {"hidden_size": D, "num_attention_heads": 4, "num_hidden_layers": depth}
+        return flops(Encoder(shares._transformers(kind, shape, **sizes, **options).build().eval()), (1, *shape))
+
+    assert operations(3) - operations(2) == attention(tokens) + feed_forward(tokens)
 
 
 def test_a_model_that_is_refused_says_why(monkeypatch, capsys):
