@@ -120,7 +120,7 @@ def test_a_row_is_measured_once_and_again_to_the_bit(tmp_path, capsys, monkeypat
 
 
 def test_applied_rows_take_the_trained_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "SCANNED", 32)
+    monkeypatch.setattr(train, "EVALUATED", 32)
     command = ["evidence", "--setting", "applied", "--percent", "38", "--steps", "1", "--out", str(tmp_path)]
     assert main([*command, "--only", "sttm", "tome"]) == 0
     assert [key.contender for key in rows.read(tmp_path / rows.FILE)] == ["tome", "sttm"]
@@ -156,9 +156,8 @@ def test_differences_are_paired():
 
 def test_settings_are_chosen_on_other_clips(tmp_path, monkeypatch):
     splits, evaluate = [], train.evaluate
-    monkeypatch.setattr(
-        train, "evaluate", lambda network, split, _: splits.append(split) or evaluate(network, split, 16)
-    )
+    monkeypatch.setattr(train, "EVALUATED", 16)
+    monkeypatch.setattr(train, "evaluate", lambda network, split: splits.append(split) or evaluate(network, split))
     command = ["evidence", "--steps", "1", "--out", str(tmp_path), "--only", "unmerged"]
     assert main([*command, "--choose"]) == 0
     assert not (tmp_path / rows.FILE).exists()

@@ -17,10 +17,10 @@ from sttm_kernels.nn import VideoTransformer
 
 PATCH = 4
 DIM, DEPTH, HEADS, MLP_RATIO = 64, 4, 4, 2
-STEM_CHANNELS = 16
+STEM_CHANNELS = 32
 FREQUENCIES, BANDWIDTH = 64, 2.0
 """How many Fourier frequencies of (t, y, x) positions have, and their standard deviation in cycles per clip."""
-LOCATE, RECOGNISE, RECOGNISE_AGAIN, FOLLOW = 0.5, 1.0, 1.0, 0.5
+LOCATE, RECOGNISE, RECOGNISE_AGAIN, FOLLOW = 0.5, 1.0, 1.0, 0.2
 """Weights of the auxiliary losses, token by token: where the digit is, and which it is, behind block 1; which it is,
 and how it moves, at the end."""
 
@@ -97,10 +97,14 @@ class Network(nn.Module):
             in_channels=2, stem=Stem(dim), position_embedding=JointPositions(dim, frames, SIZE // PATCH),
             class_token=False, merge_place=merge_place,
         )  # fmt: skip
+        # A standard deviation of 0.02, that of wide Transformers, makes layers of this width learn digits much later.
+        for layer in self.backbone.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
         self.last = nn.Sequential(nn.Linear(dim, dim), nn.GELU())
         self.attention = nn.Linear(dim, 1)
         self.digit = nn.Linear(dim, DIGITS)
-        self.motion = nn.Linear(dim, len(MOTIONS))
+        self.motion = nn.Linear(2 * dim, len(MOTIONS))
         self.early = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1 + DIGITS))
         self.late = nn.Linear(dim, DIGITS + len(MOTIONS))
 
@@ -132,7 +136,7 @@ class Network(nn.Module):
         looked_at = (self.attention(x)[..., 0] + size.log()).softmax(-1)
         share = size / size.sum(1, keepdim=True)
         pooled = torch.stack((looked_at, share), 1) @ x
-        return Answers(self.digit(pooled[:, 0]), self.motion(pooled[:, 1]), auxiliary)
+        return Answers(self.digit(pooled[:, 0]), self.motion(pooled.flatten(1)), auxiliary)
 
     def _of_tokens(self, where: Tensor) -> Tensor:
         """How much of each token is the digit's, from `(B, T, S, S)`: `(B, N, 1)`, up to 1 for the most covered."""

@@ -21,8 +21,8 @@ BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
 WARM_UP = 100
 CLEAR = 0.3
 """The first part of training, in which clutter grows from none to all."""
-EVALUATED = 4096
-"""Clips that a row is measured on, unless it says otherwise."""
+EVALUATED = 2048
+"""Clips that a row is measured on."""
 
 Log = Callable[[str], None]
 
@@ -78,12 +78,12 @@ class Right:
 
 
 @torch.inference_mode()
-def evaluate(network: Network, split: str = "report", count: int = EVALUATED, batch: int = 64) -> Right:
-    """On `count` clips, the same for every network; what a network draws at random follows from the clips too."""
+def evaluate(network: Network, split: str = "report", batch: int = 64) -> Right:
+    """On EVALUATED clips, the same for every network; what a network draws at random follows from the clips too."""
     network.eval()
     digit, motion = [], []
-    for index in range(0, count, batch):
-        seen = clips.draw(split, 0, index, min(batch, count - index))
+    for index in range(0, EVALUATED, batch):
+        seen = clips.draw(split, 0, index, min(batch, EVALUATED - index))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(index)
             answers = network(seen.pixels)
