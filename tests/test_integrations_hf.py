@@ -765,6 +765,61 @@ def test_padding_counts_for_nothing(family, implementation, prop_attn):
     assert not torch.equal(classes(changed), before)
 
 
+AMOUNTS: list[dict[str, Any]] = [{"r": 4}, {"r": [0, 1000, 2]}, {"r": 0.25}, {"keep": 15}, {"r": 3, "protect": (2, 9)}]
+
+
+@pytest.mark.parametrize("told", AMOUNTS, ids=str)
+@pytest.mark.parametrize("family", [vit, deit, dinov2, vivit])
+def test_an_item_with_padding_is_as_if_alone(family, told):
+    """Its layers give every real token what they give without the padding, whatever that holds."""
+    model = build(family, torch.float64)
+    if "attention_mask" not in inspect.signature(model.base_model.forward).parameters:
+        pytest.skip("this version of the model takes no attention_mask")
+    layers = layers_of(sttm.apply(model, **told))
+    x = torch.randn(2, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lengths = (24, 17)
+    mask = (torch.arange(24) < torch.tensor(lengths)[:, None])[:, None, None].expand(-1, -1, 24, -1)
+
+    def through(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in layers:
+            tokens = layer(tokens, **({} if mask is None else {"attention_mask": mask}))
+            tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        return tokens
+
+    with torch.no_grad():
+        together = through(x, mask)
+        for number, length in enumerate(lengths):
+            close("alone", together[number, :length], through(x[number : number + 1, :length])[0])
+        x[1, 17:] *= 1e3
+        assert_equal("whatever padding holds", through(x, mask), together)
+
+
+def test_padding_has_no_place_of_its_own():
+    from sttm_kernels.integrations.merging import _places
+
+    keys = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(11) < torch.tensor([11, 8])[:, None]
+    places = [_places(sttm.match(keys, 3, 1, mask=mask), None, 1), _places(sttm.match(keys[1:, :8], 3, 1), None, 1)]
+    assert_equal("as if alone", places[0][1, :4], places[1][0])
+
+
+def test_padding_takes_no_part_in_sttm():
+    model, clip = build(vivit), pixels(vivit)
+    if "attention_mask" not in inspect.signature(model.base_model.forward).parameters:
+        pytest.skip("this version of the model takes no attention_mask")
+    mask = torch.ones(2, 19, dtype=torch.long)
+    padding = torch.tensor([7, 8, 9, 16, 17, 18])  # the lowest row of both frames
+    mask[1, padding] = 0
+    sttm.apply(model, method="sttm", layers=(0, 1), spatial_keep=4, temporal_keep=3, trace=True)
+    before = body_of(model)(clip, attention_mask=mask).last_hidden_state
+    spatial, temporal = sttm.trace(model)[0], sttm.trace(model)[1]
+    assert (spatial.index[1, padding] == -1).all()
+    assert spatial.size.sum(1).tolist() == temporal.size.sum(1).tolist() == [19, 13]
+    assert (spatial.size > 0).all()  # the rows that are real are cut up
+    clip[1, ..., -8:, :] += 3
+    assert_equal("whatever padding holds", body_of(model)(clip, attention_mask=mask).last_hidden_state, before)
+
+
 def test_an_image_of_another_size_is_as_if_alone():
     """SigLIP 2 takes images of several sizes, the smaller ones padded."""
     config = transformers.Siglip2VisionConfig(**WIDTH, patch_size=4, num_patches=36)
@@ -780,9 +835,10 @@ def test_an_image_of_another_size_is_as_if_alone():
     with torch.no_grad():
         before = both()
         assert_equal("r = 0", both().pooler_output, before.pooler_output)
-        sttm.apply(model, r=[5, 3], trace=True)
+        sttm.apply(model, r=[15, 8], trace=True)  # of the smaller one 12 and 6 can merge
         together = both()
         assert sttm.trace(model)[-1].size.sum(1).tolist() == [36, 24]
+        assert (sttm.trace(model)[-1].index[1] == -1).tolist() == [False] * 24 + [True] * 12
         assert not torch.equal(together.pooler_output, before.pooler_output)
         alone = model(patches[1:, :24], pixel_attention_mask=mask[1:, :24], spatial_shapes=shapes[1:])
     close("tokens", together.last_hidden_state[1, :24], alone.last_hidden_state[0])

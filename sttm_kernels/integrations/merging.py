@@ -640,8 +640,8 @@ def _start(x: Tensor, counts: Tensor | None, state: State) -> State:
     if counts is None:
         return state
     token = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    index = token.expand(x.shape[0], -1).contiguous()
-    return replace(state, size=counts.expand(x.shape[:2]).float(), index=index, padded=True)
+    size = counts.expand(x.shape[:2]).float()
+    return replace(state, size=size, index=torch.where(size > 0, token, -1), padded=True)
 
 
 def _counts(step: Step, state: State) -> Tensor | None:
@@ -672,14 +672,22 @@ def _all_heads(layer: MergingLayer, keys: Tensor | None) -> Tensor:
     return total / step.heads
 
 
-def find_pairs(metric: Tensor, step: Step, prefix: int, grid: Grid | None = None) -> MergePlan:
-    """`match` of what may merge in a layer, as many as it is told."""
+def find_pairs(
+    metric: Tensor, step: Step, prefix: int, grid: Grid | None = None, mask: Tensor | None = None
+) -> MergePlan:
+    """`match` of what may merge in a layer, as many as it is told; of those of each item that `mask` calls real."""
     fixed = prefix + len(step.protect)
-    r = of_tokens(step.r, metric.shape[-2] - fixed)
+    each = mask is not None and not isinstance(step.r, int)
+    # A number is the same for all items, to which `match` adds what they have; else they are counted.
+    tokens = mask.sum(1).tolist() if mask is not None and each else [metric.shape[-2]]
+    amounts = [of_tokens(step.r, max(count - fixed, 0)) for count in tokens]
+    r = amounts if each else amounts[0]
     if step.begun:  # then the protected tokens are behind the prefix already
-        plan = match(metric, r, fixed, grid=grid, window=step.window)
+        plan = match(metric, r, fixed, grid=grid, window=step.window, mask=mask)
     else:
-        plan = match(metric, r, prefix, grid=grid, window=step.window, protect=step.protect or None)
+        plan = match(metric, r, prefix, grid=grid, window=step.window, protect=step.protect or None, mask=mask)
+    if each:
+        plan = MergePlan(plan.index, max(1, 1 + int(plan.index.max())))
     if isinstance(step.r, Toward) and step.r.layers == 1 and plan.num_groups > fixed + step.r.keep:
         raise RuntimeError(
             f"keep must be within reach of the merging layers, layer {step.layer} must leave "
@@ -699,17 +707,15 @@ def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State
             f"the grid of the tokens of layer {step.layer} is not known: it travels with what the embeddings return, "
             "and some of the tokens were left out or something replaced that tensor"
         )
-    if state.padded:
-        assert state.size is not None
-        keys = keys.masked_fill((state.size == 0)[:, None, :, None], 0)  # like nothing: padding tells nothing
+    mask = None if not state.padded or state.size is None else state.size > 0
     if sttm is not None:
-        out, plan = sttm(x, grid, state.size, state.positions, metric=keys, return_plan=True)
+        out, plan = sttm(x, grid, state.size, state.positions, metric=keys, return_plan=True, mask=mask)
         if step.rotary:
             assert state.first_grid is not None
             ids = nearest_place(out.positions[:, prefix:], state.first_grid)
         new = replace(state, grid=sttm.output_grid(grid), positions=out.positions)
     else:
-        plan = find_pairs(keys, step, prefix, grid if step.window else None)
+        plan = find_pairs(keys, step, prefix, grid if step.window else None, mask)
         out = merge(x, plan, state.size)
         if step.rotary:
             ids = _places(plan, state.ids, prefix)
@@ -719,13 +725,15 @@ def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State
 
 
 def _places(plan: MergePlan, ids: Tensor | None, prefix: int) -> Tensor:
-    """The place of every group: that of the token others merged into, of odd position in the sequence."""
-    group = plan.index[:, prefix:].long() - prefix
+    """The place of every group: that of the token others merged into, of odd position in the sequence; 0 of an empty
+    one."""
+    groups = plan.num_groups - prefix
+    group = torch.where(plan.index < 0, groups, plan.index - prefix)[:, prefix:].long()
     if ids is None:
         ids = torch.arange(group.shape[1], device=group.device).expand_as(group)
-    places = ids.new_zeros((group.shape[0], plan.num_groups - prefix)).scatter(1, group, ids)
+    places = ids.new_zeros((group.shape[0], groups + 1)).scatter(1, group, ids)  # the last is that of padding
     odd = slice(1 - prefix % 2, None, 2)
-    return places.scatter(1, group[:, odd], ids[:, odd])
+    return places.scatter(1, group[:, odd], ids[:, odd])[:, :groups]
 
 
 def rows(table: Tensor, ids: Tensor) -> Tensor:
