@@ -6,6 +6,10 @@ same bits in every run and whatever else is in the batch; `impl="torch"` and "re
 same number of threads, and on GPUs leave products to cuBLAS, whose choice of kernel may depend on the batch. Nothing
 synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
 
+Packed sequences are tokens `(T, C)`, those of all S sequences one after another, and `lengths`, how many each has: a
+list, or an integer tensor `(S,)` on the CPU. Every sequence gets the bits that it has alone, whatever else is packed
+beside it. The results have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`.
+
 Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
 batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come
 back as the inputs are sharded.
@@ -27,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sttm_kernels import dispatch, ops, reference, torch_private, validate
+from sttm_kernels import dispatch, ops, packed, reference, torch_private, validate
 from sttm_kernels import partition as _partition
 from sttm_kernels.plan import MatchBounds, MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
@@ -104,6 +108,9 @@ def _check_plan(name: str, plan: MergePlan) -> None:
     if plan.offsets is not None:
         _check_int32(f"{name}.offsets", plan.offsets)
         validate.beside(f"{name}.offsets", plan.offsets, "(B, K + 1)", (B, K + 1), f"{name}.index", index)
+    if plan.lengths is not None:
+        validate.lengths(f"{name}.lengths", plan.lengths, N)
+        validate.lengths(f"{name}.merged_lengths", plan.merged_lengths, K)
 
 
 def _check_int32(name: str, value: Tensor) -> None:
@@ -120,6 +127,8 @@ def assign(
     weight: str = "softmax",
     mask: Tensor | None = None,
     impl: str = "auto",
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> MergePlan:
     """Assigns every token to its most similar meta token.
 
@@ -133,6 +142,8 @@ def assign(
         weight: "softmax" gives every token the probability of its meta token, exp(score - lse); "uniform" gives 1.
         mask: bool `(B, N)`, True = a real token. The others get index -1 and take part in nothing.
         impl: see the module.
+        lengths: of S packed sequences how many of the T tokens each has; then q is `(T, D)` or `(H, T, D)`, and meta
+            `(S, K, D)` or `(K, D)`: the K meta tokens of sequence s are groups s K to (s + 1) K. Not with `mask`.
 
     Returns:
         A `MergePlan` with `index`, `num_groups` = K and `score`, and with "softmax" also `lse` and `weight`.
@@ -141,6 +152,9 @@ def assign(
     Source: token-to-meta-token similarity of the Spatial-temporal Token Merger (Feng et al., doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if lengths is not None:
+        q, lengths = packed.checked("q", q, lengths, mask, packed.QUERIES, 2, 3)
+        return packed.assign(lambda q, m: assign(q, m, similarity, temperature, weight, impl=impl), q, meta, lengths)
     shape = validate.features("q", q, QUERIES, 3, 4)
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
@@ -163,6 +177,7 @@ def match(
     protect: Tensor | Iterable[int] | None = None,
     mask: Tensor | None = None,
     threshold: float | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> MergePlan:
     """Bipartite soft matching: every src token finds its most similar dst token, the best r src merge into theirs.
 
@@ -195,6 +210,12 @@ def match(
             In each item r is clamped by its own real tokens, so that an item with padding at its end has the groups
             that it has without it. A cell of "random2d" that drew padding has a real token as its dst, if it has any.
         threshold: a src merges only if its cosine similarity to its dst is above it.
+        lengths: of packed sequences how many of the T tokens each has; then `metric` is `(T, D)` or `(H, T, D)`, and
+            each sequence is matched as if it were alone. r is one number for all, or one for each, or as a float the
+            share of the tokens behind the prefix; every sequence begins with num_prefix tokens; `partition` is a name
+            or a bool tensor `(T,)`; `grid` is one for all sequences or a list of one for each; `protect` counts from
+            the first token of all. With a `threshold` the groups of each sequence are counted on the device, which
+            the host waits for, once. Inside `torch.compile` give a list. Not with `mask`.
 
     Returns:
         A `MergePlan` with `index`, `num_groups` = N - r, `score`, `order` and `offsets`; its weights are uniform.
@@ -204,12 +225,17 @@ def match(
         `mask` it is what padding at the end needs: N - r, or more if a partition of your own or `protect` leave few
         tokens without any dst. If another mask leaves more groups than that, those beyond the last join it. With a
         `mask` there are no `order` and `offsets`.
+        Of packed sequences: one row of T tokens, with `lengths` and `merged_lengths`, and no empty groups.
 
     Differentiable: nothing.
     Source: Token Merging (Bolya et al., arXiv 2210.09461); "random2d" Token Merging for Stable Diffusion
     (Bolya and Hoffman, arXiv 2303.17604).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if lengths is not None:
+        metric, lengths = packed.checked("metric", metric, lengths, mask, packed.QUERIES, 2, 3)
+        one = partial(match, window=window, impl=impl, cell=cell, generator=generator)
+        return packed.match(one, metric, r, num_prefix, partition, grid, protect, lengths, threshold)
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
     each = None if type(r) is int else validate.amounts("r", r, B)
@@ -376,7 +402,7 @@ def merge(
     size'_k = sum size_n.
 
     Args:
-        x: `(B, N, C)`.
+        x: `(B, N, C)`; or `(T, C)` with a plan of packed sequences, `size` then `(T,)` and the results without batch.
         plan: of these tokens, from `assign`, `match` or `compose`.
         size: `(B, N)`, how many tokens stand behind each; default ones. Not negative.
         positions: `(B, N, P)` or `(N, P)`, any unit, for instance (t, y, x) in frames and patches.
@@ -395,6 +421,9 @@ def merge(
     Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if packed.without_batch(x, plan):
+        rows = packed.row("x", x, "(T, C)", 2), plan, None if size is None else packed.column("size", size)
+        return packed.unbatched(merge(*rows, positions, reduce, fill, impl))
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     _check_plan("plan", plan)
     validate.beside("plan.index", plan.index, "(B, N)", (B, N), "x", x)
@@ -402,11 +431,11 @@ def merge(
     validate.one_of("reduce", reduce, validate.REDUCTIONS)
     fill = _check_fill(fill, x, plan.num_groups)
     if impl == "reference":
-        return reference.merge(x, plan, size, positions, reduce, fill)
+        return dataclasses.replace(reference.merge(x, plan, size, positions, reduce, fill), lengths=plan.merged_lengths)
     if plan.weight is not None and plan.weight.dtype != acc_dtype(x.dtype):
         plan = dataclasses.replace(plan, weight=plan.weight.to(acc_dtype(x.dtype)))
     out = ops.merge(x, plan, size, positions, reduce, fill, impl)
-    return MergedTokens(out.x, out.size, out.positions)
+    return MergedTokens(out.x, out.size, out.positions, plan.merged_lengths)
 
 
 def assign_merge(
@@ -421,6 +450,8 @@ def assign_merge(
     positions: Tensor | None = None,
     fill: Tensor | None = None,
     impl: str = "auto",
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> tuple[MergedTokens, MergePlan]:
     """`assign` and then `merge` by "mean" along its plan, in one launch where an implementation can.
 
@@ -431,6 +462,7 @@ def assign_merge(
         similarity, temperature, weight, mask: as in `assign`.
         size, positions, fill: as in `merge`.
         impl: see the module.
+        lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`, fill `(S, K, C)` or `(K, C)`.
 
     Returns:
         What `merge` returns and the plan that `assign` returns.
@@ -439,6 +471,15 @@ def assign_merge(
     Source: the spatial stage of the Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if lengths is not None:
+        x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+
+        def one(
+            x: Tensor, q: Tensor | None, meta: Tensor, size: Any, positions: Any, fill: Any
+        ) -> tuple[MergedTokens, MergePlan]:
+            return assign_merge(x, q, meta, similarity, temperature, weight, None, size, positions, fill, impl)
+
+        return packed.assign_merge(one, x, q, meta, size, positions, fill, lengths)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
     metric, shape = (x, (B, N, C)) if q is None else (q, check_rows("q", q, x, (B, N)))
     meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
@@ -468,17 +509,19 @@ def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
     """Copies every group back to its tokens; a token of index -1 gets 0.
 
     Args:
-        x: `(B, K, C)`, K = plan.num_groups.
+        x: `(B, K, C)`, K = plan.num_groups; or `(K, C)` with a plan of packed sequences.
         plan: the plan that led to the K groups.
         impl: see the module.
 
     Returns:
-        `(B, N, C)` in x's dtype.
+        `(B, N, C)` in x's dtype; `(T, C)` of `(K, C)`.
 
     Differentiable with respect to x, any number of times: its backward is a `merge` by "sum".
     Source: Token Merging for Stable Diffusion (arXiv 2303.17604).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if packed.without_batch(x, plan):
+        return unmerge(packed.row("x", x, "(K, C)", 2), plan, impl)[0]
     C = validate.features("x", x, "(B, K, C)", 3)[2]
     _check_plan("plan", plan)
     validate.shape("x", x, "(B, K, C)", (plan.index.shape[0], plan.num_groups, C))
@@ -493,7 +536,7 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
 
     Args:
         plan1: `(B, N)` tokens to K1 groups.
-        plan2: `(B, K1)` groups to K2 groups.
+        plan2: `(B, K1)` groups to K2 groups; of packed sequences if plan1 is, with the lengths that plan1 leads to.
         impl: see the module.
 
     Returns:
@@ -507,9 +550,12 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
     _check_plan("plan2", plan2)
     rows = plan1.index.shape[0], plan1.num_groups
     validate.beside("plan2.index", plan2.index, "(B, K1)", rows, "plan1.index", plan1.index)
-    if impl == "reference":
-        return reference.compose(plan1, plan2)
-    return ops.compose(plan1, plan2, impl)
+    if plan1.merged_lengths != plan2.lengths:
+        raise ValueError(f"plan2.lengths must be plan1.merged_lengths, {plan1.merged_lengths}, got {plan2.lengths}")
+    found = reference.compose(plan1, plan2) if impl == "reference" else ops.compose(plan1, plan2, impl)
+    if plan1.lengths is None:
+        return found
+    return dataclasses.replace(found, lengths=plan1.lengths, merged_lengths=plan2.merged_lengths)
 
 
 def soft_merge(
@@ -523,6 +569,8 @@ def soft_merge(
     positions: Tensor | None = None,
     mask: Tensor | None = None,
     impl: str = "auto",
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
 ) -> MergedTokens:
     """Merges every token into every meta token by its softmax weight, never materialising the N x K weights.
 
@@ -539,6 +587,7 @@ def soft_merge(
         positions: `(B, N, P)` or `(N, P)`.
         mask: bool `(B, N)`, True = a real token. The others take part in nothing.
         impl: see the module.
+        lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`.
 
     Returns:
         `MergedTokens(x (B, K, C) in x's dtype, size (B, K) = sum_n size_n A[n, k], positions (B, K, P) or None)`; a
@@ -549,6 +598,13 @@ def soft_merge(
     Source: the soft reading of the Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
+    if lengths is not None:
+        x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+
+        def one(x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any) -> MergedTokens:
+            return soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, None, impl)
+
+        return packed.soft_merge(one, x, q, meta, size, positions, lengths)
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     shape = check_rows("q", q, x, (B, N))
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)

@@ -30,6 +30,10 @@ class MergePlan:
             when every token has a group; a shortcut for `merge`, which believes it: a plan whose index you change must
             leave out order and offsets, `MergePlan(index, num_groups)`.
         offsets: int32 `(B, K + 1)` or None. Group k of item b is `order[b, offsets[b, k] : offsets[b, k + 1]]`.
+        lengths: of packed sequences how many tokens each has, or None. Such a plan has B = 1: the T tokens of all
+            sequences are its N, and their groups, numbered through from one sequence to the next, its K. `merge`,
+            `unmerge` and `compose` take it as any other, and features without the batch, `(T, C)`.
+        merged_lengths: with `lengths`, how many groups each sequence has.
 
     Registered as a pytree, so a plan passes through `torch.compile`, `torch.export` and activation checkpointing, and
     as safe for `torch.load`.
@@ -42,6 +46,8 @@ class MergePlan:
     weight: Tensor | None = None
     order: Tensor | None = None
     offsets: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    merged_lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,15 @@ class MergedTokens:
         size: float32 `(B, K)` (float64 for float64 tokens), how many tokens stand behind each merged one.
         positions: float32 `(B, K, P)` (float64 for float64 tokens), the weighted mean position of each group in the
             units of the positions given, or None if none were.
+        lengths: of packed sequences how many of the K merged tokens each has, or None.
 
-    Registered as a pytree.
+    Of tokens `(T, C)` of packed sequences none of them has a batch: `(K, C)`, `(K,)`, `(K, P)`. Registered as a pytree.
     """
 
     x: Tensor
     size: Tensor
     positions: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 for _cls in (MergePlan, MergedTokens):

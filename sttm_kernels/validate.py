@@ -109,8 +109,9 @@ def integer(name: str, value: Any, least: int) -> int:
     return value
 
 
-def amounts(name: str, value: Any, count: int) -> tuple[int, ...] | None:
-    """One number for each of `count` items, from a sequence or a tensor; None for what is neither."""
+def amounts(name: str, value: Any, count: int | None, items: str = "B") -> tuple[int, ...] | None:
+    """One number for each item, of which there are `count` if that is known, from a sequence or a tensor; None for what
+    is neither."""
     if isinstance(value, Tensor) and value.dim() > 0:
         if value.device.type != "cpu":
             raise ValueError(
@@ -119,13 +120,29 @@ def amounts(name: str, value: Any, count: int) -> tuple[int, ...] | None:
             )
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {value.dtype}")
-        shape(name, value, "(B,)", (count,))
+        if count is None:
+            dims(name, value, f"({items},)", 1, batched=1)
+        else:
+            shape(name, value, f"({items},)", (count,))
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
         return None
-    if len(value) != count:
-        raise ValueError(f"{name} must have B = {count} numbers, one for each item, got {len(value)}")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name} must have {items} = {count} numbers, one for each item, got {len(value)}")
     return tuple(integer(f"every number of {name}", each, 0) for each in value)
+
+
+def lengths(name: str, value: Any, total: int) -> tuple[int, ...]:
+    """The tokens of each sequence, which are `total` together."""
+    found = amounts(name, value, None, "S")
+    if found is None:
+        raise TypeError(f"{name} must be a sequence of ints or an integer tensor (S,), got {type(value).__name__}")
+    if not found or sum(found) != total:
+        text = found if len(found) <= 8 else f"{len(found)} numbers"
+        raise ValueError(
+            f"{name} must be the tokens of each sequence, {total} together, got {text}, {sum(found)} together"
+        )
+    return found
 
 
 def finite(name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Wrong arguments: the exact type of the error, and a message that names the argument."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -35,6 +36,10 @@ def at_random(**geometry):
     return sttm.match(Q, 2, partition="random2d", grid=GRID, **geometry)
 
 
+def packed(lengths, r=1, metric=Q[0], **more):
+    return sttm.match(metric, r, lengths=lengths, **more)
+
+
 TABLE = [
     # assign
     (lambda: sttm.assign([1.0], META), TypeError, r"q must be a torch\.Tensor, got list"),
@@ -66,6 +71,55 @@ TABLE = [
     (lambda: sttm.assign(Q, META, mask=[True]), TypeError, r"mask must be a torch\.Tensor, got list"),
     (lambda: sttm.assign(Q, META, mask=MASK[0]), ValueError, r"mask must have shape \(B, N\) = \(2, 12\), got \(12\)"),
     (lambda: sttm.assign(Q, META, mask=elsewhere(MASK)), ValueError, r"mask must be on the device of q, cpu"),
+    # packed sequences
+    (lambda: packed([5, 6]), ValueError, r"lengths must be the tokens of each sequence, 12 together, got \(5, 6\), 11"),
+    (lambda: packed([13, -1]), ValueError, r"every number of lengths must be at least 0, got -1"),
+    (lambda: packed([]), ValueError, r"lengths must be the tokens of each sequence, 12 together, got \(\), 0"),
+    (lambda: packed(12), TypeError, r"lengths must be a sequence of ints or an integer tensor \(S,\), got int"),
+    (lambda: packed([12.0]), TypeError, r"every number of lengths must be an int, got float"),
+    (lambda: packed(torch.tensor([12.0])), TypeError, r"lengths must be integers, got torch\.float32"),
+    (lambda: packed(torch.tensor([[12]])), ValueError, r"lengths must have shape \(S,\), got \(1, 1\)"),
+    (
+        lambda: packed(elsewhere(torch.tensor([12]))),
+        ValueError,
+        r"lengths must be on the CPU, .*, got a tensor on meta",
+    ),
+    (lambda: packed([12], mask=MASK[0]), ValueError, r"mask must be None with lengths"),
+    (lambda: packed([12, 0], num_prefix=1), ValueError, r"num_prefix must be at most .* every sequence, got 1 for 0"),
+    (lambda: packed([5, 7], r=[1]), ValueError, r"r must have S = 2 numbers, one for each item, got 1"),
+    (lambda: packed([5, 7], r=1.5), ValueError, r"r must be in \[0, 1\] as a share .*, got 1\.5"),
+    (lambda: packed([5, 7], partition=MASK), ValueError, r"partition must have shape \(T,\) = \(12\), got \(2, 12\)"),
+    (
+        lambda: packed([4, 8], partition="frames", grid=[GRID]),
+        ValueError,
+        r"grid must be .* each of the S = 2 sequences",
+    ),
+    (
+        lambda: sttm.assign(Q[0], META[:1], lengths=[5, 7]),
+        ValueError,
+        r"meta must have S = 2 items, .*, got \(1, 3, 4\)",
+    ),
+    (
+        lambda: sttm.soft_merge(X[0], Q[0, :5], META, lengths=[5, 7]),
+        ValueError,
+        r"q must have the T = 12 tokens of x, got 5",
+    ),
+    (lambda: sttm.unmerge(X[0], packed([5, 7])), ValueError, r"x must have shape \(B, K, C\) = \(1, 10, 5\), got"),
+    (
+        lambda: sttm.merge(X[0], packed([5, 7]), size=X[:, :, 0]),
+        ValueError,
+        r"size must have shape \(T,\), got \(2, 12\)",
+    ),
+    (
+        lambda: sttm.compose(packed([5, 7]), sttm.match(Q[0, :10], 1, lengths=[5, 5])),
+        ValueError,
+        r"plan2\.lengths must be plan1\.merged_lengths, \(4, 6\), got \(5, 5\)",
+    ),
+    (
+        lambda: sttm.merge(X[0], dataclasses.replace(packed([5, 7]), lengths=(5, 8))),
+        ValueError,
+        r"plan\.lengths must be the tokens of each sequence, 12 together",
+    ),
     # match
     (lambda: sttm.match("keys", 2), TypeError, r"metric must be a torch\.Tensor, got str"),
     (lambda: sttm.match(Q.to_sparse(), 2), TypeError, r"metric must be a dense tensor, .*, got torch\.sparse_coo"),

@@ -80,7 +80,7 @@ ROOMS = {
     "reference": ("reference",),
     "impl": ("impl",),
     "ops": ("operator", "ops"),
-    "functional": ("functional",),
+    "functional": ("packed", "functional"),
     "nn": ("nn",),
     "demo": ("demo",),
     "top": ("testing", "checks", "verify", "integrations", "compat", "export", "bench", "evidence", "__init__"),

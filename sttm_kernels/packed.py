@@ -1,0 +1,216 @@
+"""Packed sequences: the tokens of all of them in one row, without padding, and how many each has.
+
+A plan over them is a plan of one item whose groups are numbered through from one sequence to the next. So what follows
+a plan (`merge`, `unmerge`, `compose`, their derivatives) knows nothing of sequences; finding one does. The verbs here
+take `one`, the verb for the sequences one after another, with all that is the same for every sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sttm_kernels import validate
+from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels.reference import acc_dtype
+
+QUERIES = "(T, D) or (H, T, D)"
+Lengths = tuple[int, ...]
+
+
+def row(name: str, features: Any, layout: str, *counts: int) -> Tensor:
+    """Features of T tokens with a batch of one."""
+    validate.features(name, features, layout, *counts)
+    return features[None]
+
+
+def column(name: str, values: Any) -> Tensor:
+    """Numbers of T tokens with a batch of one."""
+    validate.tensor(name, values)
+    validate.dims(name, values, "(T,)", 1, batched=1)
+    return values[None]
+
+
+def without_batch(x: Any, plan: Any) -> bool:
+    """Whether x is `(T, C)` of packed sequences."""
+    return isinstance(plan, MergePlan) and plan.lengths is not None and isinstance(x, Tensor) and x.dim() == 2
+
+
+def unbatched(merged: MergedTokens) -> MergedTokens:
+    positions = None if merged.positions is None else merged.positions[0]
+    return MergedTokens(merged.x[0], merged.size[0], positions, merged.lengths)
+
+
+def checked(name: str, features: Any, lengths: Any, mask: Any, layout: str, *counts: int) -> tuple[Tensor, Lengths]:
+    """Features of packed tokens with a batch of one, and their lengths."""
+    if mask is not None:
+        raise ValueError("mask must be None with lengths: packed tokens are all real")
+    features = row(name, features, layout, *counts)
+    return features, validate.lengths("lengths", lengths, features.shape[-2])
+
+
+def starts(lengths: Sequence[int]) -> Lengths:
+    """Where each sequence begins, and where the last one ends."""
+    return tuple(accumulate(lengths, initial=0))
+
+
+def split(values: Tensor | None, lengths: Lengths, dim: int) -> Sequence[Any]:
+    """The values of each sequence, None of None."""
+    return (None,) * len(lengths) if values is None else values.split(lengths, dim)
+
+
+def items(name: str, values: Tensor | None, lengths: Lengths) -> Sequence[Any]:
+    """Of each sequence: (1, K, ...) of values (S, K, ...), or what is alike for all, (K, ...) or None."""
+    S = len(lengths)
+    if values is None or values.dim() == 2:
+        return (values,) * S
+    if values.shape[0] != S:
+        shape = validate.shape_text(values.shape)
+        raise ValueError(f"{name} must have S = {S} items, one for each sequence, got {shape}")
+    return values.split(1)
+
+
+def merges(r: Any, lengths: Lengths, num_prefix: int) -> Lengths:
+    """How many tokens each sequence is to merge away, before it is clamped."""
+    short = [n for n in lengths if n < num_prefix]
+    if short:
+        raise ValueError(f"num_prefix must be at most the tokens of every sequence, got {num_prefix} for {short[0]}")
+    if isinstance(r, float):
+        if not 0 <= r <= 1:
+            raise ValueError(f"r must be in [0, 1] as a share of the tokens behind the prefix, got {r}")
+        return tuple(int(r * (n - num_prefix)) for n in lengths)
+    each = None if type(r) is int else validate.amounts("r", r, len(lengths), "S")
+    return (validate.integer("r", r, 0),) * len(lengths) if each is None else each
+
+
+def grids(grid: Any, lengths: Lengths) -> Sequence[Any]:
+    """The grid of each sequence, from one for all or from one each."""
+    if grid is None or (isinstance(grid, (tuple, list)) and grid and isinstance(grid[0], (int, torch.SymInt))):
+        return (grid,) * len(lengths)
+    if not isinstance(grid, Sequence) or len(grid) != len(lengths):
+        raise ValueError(f"grid must be (T, H, W), or one for each of the S = {len(lengths)} sequences, got {grid!r}")
+    return grid
+
+
+def joined(plans: dict[int, MergePlan], lengths: Lengths, every: int = 0, threshold: bool = False) -> MergePlan:
+    """The plan of all sequences from those, by number, of the ones that have tokens; others have `every` groups.
+
+    With a `threshold` the groups of each sequence are counted where they are, and read.
+    """
+    merged = [plans[s].num_groups if s in plans else every for s in range(len(lengths))]
+    if threshold:
+        counts = torch.stack([plan.index.max() for plan in plans.values()]).tolist()
+        for s, last in zip(plans, counts, strict=True):
+            merged[s] = last + 1
+    first, begin = starts(merged), starts(lengths)
+    index = torch.cat([plan.index + first[s] for s, plan in plans.items()], 1)
+
+    def in_row(part: str) -> Tensor | None:
+        values = [getattr(plan, part) for plan in plans.values()]
+        return None if any(value is None for value in values) else torch.cat(values, 1)
+
+    order, offsets = in_row("order"), None
+    if order is not None:
+        order += torch.cat([index.new_full((1, lengths[s]), begin[s]) for s in plans], 1)
+        each = [(s, plan.offsets) for s, plan in plans.items() if plan.offsets is not None]
+        at = [offsets[:, : merged[s]] + begin[s] for s, offsets in each]
+        offsets = torch.cat([*at, index.new_full((1, 1), begin[-1])], 1)
+    weights = in_row("score"), in_row("lse"), in_row("weight")
+    return MergePlan(index, first[-1], *weights, order, offsets, lengths, tuple(merged))
+
+
+def match(
+    one: Callable[..., MergePlan], metric: Tensor, r: Any, num_prefix: int, partition: str | Tensor, grid: Any,
+    protect: Any, lengths: Lengths, threshold: float | None,
+) -> MergePlan:  # fmt: skip
+    T = metric.shape[-2]
+    num_prefix = validate.integer("num_prefix", num_prefix, 0)
+    amounts, geometry = merges(r, lengths, num_prefix), grids(grid, lengths)
+    validate.partition(partition)
+    if isinstance(partition, Tensor):
+        validate.shape("partition", partition, "(T,)", (T,))
+    parts = partition.split(lengths) if isinstance(partition, Tensor) else (partition,) * len(lengths)
+    protected = [] if protect is None else validate.tokens("protect", protect, T)
+    start = starts(lengths)
+    plans: dict[int, MergePlan] = {}
+    for s, own in enumerate(metric.split(lengths, -2)):
+        stay = [n - start[s] for n in protected if start[s] <= n < start[s + 1]] or None
+        if lengths[s] > 0:
+            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], protect=stay, threshold=threshold)
+    return joined(plans, lengths, threshold=threshold is not None)
+
+
+def assign(one: Callable[..., MergePlan], q: Tensor, meta: Tensor, lengths: Lengths) -> MergePlan:
+    validate.features("meta", meta, "(S, K, D) or (K, D)", 2, 3)
+    pairs = zip(q.split(lengths, -2), items("meta", meta, lengths), strict=True)
+    plans = {s: one(*pair) for s, pair in enumerate(pairs) if lengths[s] > 0}
+    return joined(plans, lengths, meta.shape[-2])
+
+
+def assign_merge(
+    one: Callable[..., tuple[MergedTokens, MergePlan]], x: Tensor, q: Tensor | None, meta: Tensor, size: Any,
+    positions: Any, fill: Any, lengths: Lengths,
+) -> tuple[MergedTokens, MergePlan]:  # fmt: skip
+    given = _of_each(x, q, meta, size, positions, lengths)
+    if fill is not None:
+        validate.features("fill", fill, "(S, K, C) or (K, C)", 2, 3)
+    merged, plans = [], {}
+    for s, (own, own_fill) in enumerate(zip(given, items("fill", fill, lengths), strict=True)):
+        if lengths[s] > 0:
+            out, plans[s] = one(*own, own_fill)
+            merged.append(out)
+        else:
+            merged.append(_nothing(x, meta.shape[-2], positions, own_fill))
+    plan = joined(plans, lengths, meta.shape[-2])
+    return _in_row(merged), plan
+
+
+def soft_merge(
+    one: Callable[..., MergedTokens], x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any, lengths: Lengths
+) -> MergedTokens:
+    given = _of_each(x, q, meta, size, positions, lengths)
+    nothing = _nothing(x, meta.shape[-2], positions, None)
+    return _in_row([one(*own) if lengths[s] > 0 else nothing for s, own in enumerate(given)])
+
+
+def _of_each(
+    x: Tensor, q: Tensor | None, meta: Tensor, size: Any, positions: Any, lengths: Lengths
+) -> list[tuple[Any, ...]]:
+    """x, q, meta, size and positions of every sequence; x has a batch of one."""
+    T = x.shape[1]
+    if q is not None:
+        q = row("q", q, QUERIES, 2, 3)
+        if q.shape[-2] != T:
+            raise ValueError(f"q must have the T = {T} tokens of x, got {q.shape[-2]}")
+    validate.features("meta", meta, "(S, K, D) or (K, D)", 2, 3)
+    size = None if size is None else column("size", size)
+    if size is not None:
+        validate.shape("size", size[0], "(T,)", (T,))
+    if positions is not None:
+        validate.tensor("positions", positions)
+        validate.shape("positions", positions, "(T, P)", (T, *positions.shape[1:]))
+        validate.dims("positions", positions, "(T, P)", 2, batched=1)
+    parts = x.split(lengths, 1), split(q, lengths, -2), items("meta", meta, lengths)
+    return list(zip(*parts, split(size, lengths, 1), split(positions, lengths, 0), strict=True))
+
+
+def _nothing(x: Tensor, groups: int, positions: Any, fill: Tensor | None) -> MergedTokens:
+    """What a sequence without tokens merges to."""
+    size = x.new_zeros((1, groups), dtype=acc_dtype(x.dtype))
+    y = x.new_zeros((1, groups, x.shape[2])) if fill is None else fill.expand(1, groups, -1)
+    return MergedTokens(y, size, None if positions is None else size.new_zeros((1, groups, positions.shape[1])))
+
+
+def _in_row(merged: list[MergedTokens]) -> MergedTokens:
+    """Merged tokens of all sequences, without a batch."""
+    x, size, positions = (
+        None if getattr(merged[0], part) is None else torch.cat([getattr(each, part)[0] for each in merged])
+        for part in ("x", "size", "positions")
+    )
+    assert x is not None
+    assert size is not None
+    return MergedTokens(x, size, positions, tuple(each.x.shape[1] for each in merged))

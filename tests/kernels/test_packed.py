@@ -1,0 +1,197 @@
+"""Packed sequences: each has the bits that it has alone, forward and backward, whatever is packed beside it."""
+
+import pytest
+import torch
+from cases import SMALL, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sttm_kernels as sttm
+from sttm_kernels import functional
+from sttm_kernels.testing import DTYPES, assert_equal, make_tokens
+from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
+
+
+class Call:
+    """A verb and what follows it, on packed sequences or, if `lengths` is None, on one alone."""
+
+    def __init__(self, verb, impl, lengths=None, **how):
+        self.verb, self.how, self.reduce = verb, how, how.pop("reduce", "mean")
+        self.packed = lengths is not None
+        self.options = {"impl": impl, "lengths": lengths} if self.packed else {"impl": impl}
+        self.groups = self.tokens = None  # of each sequence
+
+    def __call__(self, x, q, meta=None, size=None, positions=None):
+        if not self.packed:
+            x, q, size = (None if value is None else value[None] for value in (x, q, size))
+        out, plan = getattr(self, self.verb)(x, q, meta, size=size, positions=positions)
+        found = {f"group {name}": getattr(out, name) for name in ("x", "size", "positions")}
+        if not self.packed:
+            found = {name: None if value is None else value[0] for name, value in found.items()}
+        if plan is not None:
+            self.groups = plan.merged_lengths if self.packed else (plan.num_groups,)
+            found |= {name: getattr(plan, name)[0] for name in ("index", "order") if getattr(plan, name) is not None}
+            names = [name for name in ("score", "lse", "weight") if getattr(plan, name) is not None]
+            found |= {f"token {name}": getattr(plan, name)[0] for name in names}
+            full = sttm.unmerge(out.x, plan, impl=self.options["impl"])
+            found["token back"] = full if self.packed else full[0]
+            if self.packed:
+                assert out.lengths == plan.merged_lengths
+                assert sum(out.lengths) == len(out.x)
+                again = sttm.match(out.x.detach(), 1, lengths=out.lengths, impl=self.options["impl"])
+                both = sttm.compose(plan, again, impl=self.options["impl"])
+                assert (both.lengths, both.merged_lengths) == (plan.lengths, again.merged_lengths)
+                assert torch.equal(both.index, again.index.gather(1, plan.index.long()))
+        elif self.packed:
+            self.groups = out.lengths
+        return {name: value for name, value in found.items() if value is not None}
+
+    def match(self, x, q, _, **rows):
+        plan = sttm.match(q, **self.how, **self.options)
+        return sttm.merge(x, plan, **rows, reduce=self.reduce, impl=self.options["impl"]), plan
+
+    def assign(self, x, q, meta, **rows):
+        plan = sttm.assign(q, meta, **self.how, **self.options)
+        return sttm.merge(x, plan, **rows, reduce=self.reduce, impl=self.options["impl"]), plan
+
+    def assign_merge(self, x, q, meta, **rows):
+        return functional.assign_merge(x, q, meta, **self.how, **self.options, **rows)
+
+    def soft_merge(self, x, q, meta, **rows):
+        return sttm.soft_merge(x, q, meta, **self.how, **self.options, **rows), None
+
+
+def inputs_of(T, S, K, D, heads, dtype, rows, seed):
+    """Of T tokens and S sequences; without meta tokens if K is 0."""
+    q = make_tokens(1, T, D * max(heads, 1), dtype, seed=seed)[0]
+    given = {"x": make_tokens(1, T, 5, dtype, seed=seed + 1)[0]}
+    given["q"] = q if not heads else q.view(T, heads, D).transpose(0, 1)
+    if K:
+        given["meta"] = make_tokens(S, K, D, dtype, seed=seed + 2)
+    if rows:
+        draw = torch.Generator().manual_seed(seed + 3)
+        given["size"] = torch.randint(0, 4, (T,), generator=draw).float()
+        given["positions"] = torch.rand((T, 3), generator=draw)
+    return given
+
+
+def as_each_alone(backend, verb, lengths, given, each=lambda s: {}, **how):
+    """Outputs and gradients of a packed call are those of every sequence alone, with the options `each(s)` of its own.
+
+    So are those of `how`, of which r may be a list.
+    """
+    given = {name: value.to(backend.device) for name, value in given.items()}
+    packed = Call(verb, backend.impl, lengths, **how)
+    found = run(packed, given)
+    groups = iter(torch.tensor([0, *packed.groups]).cumsum(0).tolist())
+    first, start = next(groups), 0
+    for s, n in enumerate(lengths):
+        last = next(groups)
+        rows, mine = slice(start, start + n), slice(first, last)
+        if n == 0:
+            assert not any(bool(found[f"group {name}"][mine].any()) for name in ("x", "size"))
+            first = last
+            continue
+        own = {"x": given["x"][rows], "q": given["q"][..., rows, :]}
+        own |= {name: given[name][rows] for name in ("size", "positions") if name in given}
+        own |= {"meta": given["meta"][s : s + 1]} if "meta" in given else {}
+        alone = Call(verb, backend.impl, **{**how, **each(s)})
+        expected = run(alone, own)
+        if how.get("threshold") is not None:  # which leaves empty groups of one alone
+            expected = {k: v[: last - first] if k.startswith("group") else v for k, v in expected.items()}
+        for name, value in expected.items():
+            here = found[name]
+            if name == "gradient of meta":
+                here = here[s : s + 1]
+            elif name == "gradient of q":
+                here = here[..., rows, :]
+            elif name in ("index", "order"):
+                here = here[rows] - (first if name == "index" else start)
+            else:
+                here = here[mine] if name.startswith("group") else here[rows]
+            assert_equal(f"{name} of sequence {s}", here, value)
+        first, start = last, start + n
+    assert first == (0 if not packed.groups else sum(packed.groups))
+
+
+@st.composite
+def batches(draw, verb):
+    """(lengths, inputs, options, options of each sequence) of one verb."""
+    longest = 24 if SMALL else 70
+    lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=3 if SMALL else 6).filter(any))
+    num_prefix = draw(st.integers(0, min(2, min(lengths))))
+    how, each = {}, None
+    if verb == "match":
+        how["num_prefix"] = num_prefix
+        how["r"] = draw(st.one_of(st.integers(0, 40), st.floats(0, 1), st.tuples(*[st.integers(0, 40)] * len(lengths))))
+        how["threshold"] = draw(st.sampled_from([None, None, -0.2, 0.1]))
+        how["reduce"] = draw(st.sampled_from(REDUCTIONS))
+        r, shares = how["r"], isinstance(how["r"], float)
+        each = [
+            int(r * (n - num_prefix)) if shares else r[s] if isinstance(r, tuple) else r for s, n in enumerate(lengths)
+        ]
+    else:
+        how["similarity"] = draw(st.sampled_from(SIMILARITIES))
+        how["temperature"] = draw(st.sampled_from([1.0, 0.3]))
+        if verb == "soft_merge":
+            how["normalize"] = draw(st.sampled_from(NORMALIZATIONS))
+        else:
+            how["weight"] = draw(st.sampled_from(WEIGHTS))
+    K = 0 if verb == "match" else draw(st.integers(1, 9))
+    D, heads, rows = draw(st.integers(1, 20)), draw(st.sampled_from([0, 0, 2])), draw(st.booleans())
+    given = inputs_of(
+        sum(lengths), len(lengths), K, D, heads, draw(st.sampled_from(DTYPES[:3])), rows, draw(st.integers(0, 99))
+    )
+    return lengths, given, how, (lambda s: {}) if each is None else (lambda s: {"r": each[s]})
+
+
+VERBS = ("match", "assign", "assign_merge", "soft_merge")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb):
+    @settings(max_examples=2 if SMALL else 10, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(batches(verb))
+    def check(batch):
+        lengths, given, how, each = batch
+        as_each_alone(backend, verb, lengths, given, each, **how)
+
+    check()
+
+
+GRIDS = [(2, 3, 4), (3, 2, 2), (1, 4, 2)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"partition": "frames"},
+        {"window": (2, 2, 2)},
+        {"partition": "frames", "window": (2, 2, 2), "protect": True},
+        {"partition": "random2d"},
+        {"protect": True},
+        {"partition": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_grids_partitions_and_protected_tokens_are_of_each_sequence(backend, options):
+    lengths = [1 + t * h * w for t, h, w in GRIDS]
+    start, T = [0, 25, 38], sum(lengths)
+    protect = [2, 3, 27, 40] if options.get("protect") else None
+    partition = torch.arange(T) % 3 == 1 if options.get("partition") is True else options.get("partition", "alternate")
+    draw = torch.Generator()
+
+    def each(s):
+        mine = range(start[s], start[s] + lengths[s])
+        part = partition[mine.start : mine.stop] if isinstance(partition, torch.Tensor) else partition
+        stay = None if protect is None else [n - mine.start for n in protect if n in mine]
+        if s == 0:
+            draw.manual_seed(4)
+        return {"grid": GRIDS[s], "partition": part, "protect": stay or None}
+
+    how = {"num_prefix": 1, "r": 5, "window": options.get("window"), "generator": draw.manual_seed(4)}
+    given = inputs_of(T, 3, 0, 8, 0, torch.float32, True, 0)
+    as_each_alone(
+        backend, "match", lengths, given, each, grid=GRIDS, partition=partition, protect=protect, **how
+    )  # fmt: skip
