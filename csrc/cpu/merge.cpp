@@ -10,6 +10,8 @@ constexpr int kAhead = 2;                // groups whose rows are fetched before
 constexpr int kPrefetched = 4;           // rows of such a group
 constexpr int64_t kElements = 16 << 10;  // of y that a task makes
 constexpr int kFewGroups = 16;           // with fewer of them, their channels are spread over tasks
+constexpr int kManyTokens = 16;          // to a group on average: a large x is then read from front to back
+constexpr int64_t kSums = 32 << 10;      // floats that stay in a cache meanwhile
 
 struct Totals {
     float mass, size;
@@ -57,6 +59,14 @@ void prefetch(const T* row, int64_t count) {
         __builtin_prefetch(at);
 }
 
+template <Reduce kReduce>
+STTM_INLINE void add(Floats& sum, Floats value, float w) {
+    if (kReduce == Reduce::max)
+        sum = sum > value || sum != sum ? sum : value;  // a NaN stays
+    else
+        sum += w * value;
+}
+
 // Of one group, channels [c, c + kBlock) or up to C.
 template <class T, Reduce kReduce>
 void reduce_block(const MergeArguments& a, int64_t b, const Members& m, const Totals& t, int c, T* y, bool streamed) {
@@ -66,12 +76,6 @@ void reduce_block(const MergeArguments& a, int64_t b, const Members& m, const To
     Floats sum[8];
     STTM_UNROLL
     for (int v = 0; v < 8; ++v) sum[v] = kReduce == Reduce::max ? splat(-kInfinity) : Floats{};
-    const auto add = [&](Floats& s, Floats value, float w) {
-        if (kReduce == Reduce::max)
-            s = s > value || s != s ? s : value;  // a NaN stays
-        else
-            s += w * value;
-    };
     for (int i = m.begin; i < m.end; ++i) {
         const int32_t n = m.order[i];
         if (!is_token(n, a.N)) continue;
@@ -79,12 +83,13 @@ void reduce_block(const MergeArguments& a, int64_t b, const Members& m, const To
         const T* const row = x + n * a.x.stride_n;
         if (left >= kBlock && a.x.stride_c == 1) {
             STTM_UNROLL
-            for (int v = 0; v < 8; ++v) add(sum[v], load(row + v * kWidth), w);
+            for (int v = 0; v < 8; ++v) add<kReduce>(sum[v], load(row + v * kWidth), w);
         } else {
             STTM_UNROLL
             for (int v = 0; v < 8; ++v)
                 if (v * kWidth < left)
-                    add(sum[v], load_up_to(row + v * kWidth * a.x.stride_c, left - v * kWidth, a.x.stride_c), w);
+                    add<kReduce>(sum[v], load_up_to(row + v * kWidth * a.x.stride_c, left - v * kWidth, a.x.stride_c),
+                                 w);
         }
     }
     STTM_UNROLL
@@ -98,9 +103,10 @@ void reduce_block(const MergeArguments& a, int64_t b, const Members& m, const To
     }
 }
 
-// Channels [c0, c1) of group k of item b.
+// Channels [c0, c1) of group k of item b, unless `sums` is null of their sums.
 template <class T, Reduce kReduce>
-void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1, bool streamed) {
+void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1, bool streamed,
+                 const float* sums = nullptr) {
     const Members m = members(a.order, a.offsets, a.N, a.K, b, k);
     const Totals t = totals(a, b, m);
     const int64_t g = b * a.K + k;
@@ -120,20 +126,71 @@ void merge_group(const MergeArguments& a, int64_t b, int k, int c0, int c1, bool
                      false);
     } else if (is_copy) {
         copy_row(x + t.first * a.x.stride_n + c0 * a.x.stride_c, a.x.stride_c, y + c0, c1 - c0, streamed);
+    } else if (sums != nullptr) {
+        for (int c = c0; c < c1; c += kWidth)
+            store_up_to(y + c, load(sums + c - c0) * (kReduce == Reduce::mean ? t.scale() : 1), c1 - c);
     } else {
         for (int c = c0; c < c1; c += kBlock) reduce_block<T, kReduce>(a, b, m, t, c, y + c, streamed);
     }
-    if (k + kAhead < a.K && a.x.stride_c == 1) {
+    if (sums == nullptr && k + kAhead < a.K && a.x.stride_c == 1) {
         const Members next = members(a.order, a.offsets, a.N, a.K, b, k + kAhead);
         for (int i = next.begin; i < min(next.end, next.begin + kPrefetched); ++i)
             if (is_token(next.order[i], a.N)) prefetch(x + next.order[i] * a.x.stride_n + c0, c1 - c0);
     }
 }
 
+// Channels [c0, c1) of every group of item b, the tokens in their order. Scratch: the group of each token and what
+// its weight is multiplied by, and the sums (K, width).
+template <class T, Reduce kReduce>
+void merge_in_order(const MergeArguments& a, int64_t b, int c0, int c1, int width, int32_t* group, float* factor,
+                    float* sums) {
+    for (int n = 0; n < a.N; ++n) group[n] = -1;
+    for (int k = 0; k < a.K; ++k) {
+        const Members m = members(a.order, a.offsets, a.N, a.K, b, k);
+        const float up = kReduce == Reduce::mean ? totals(a, b, m).up() : 1;
+        for (int i = m.begin; i < m.end; ++i) {
+            const int32_t n = m.order[i];
+            if (!is_token(n, a.N)) continue;
+            group[n] = k;
+            factor[n] = weight_at(a, b * a.N + n) * up;
+        }
+    }
+    const Floats none = kReduce == Reduce::max ? splat(-kInfinity) : Floats{};
+    for (int64_t i = 0; i < int64_t(a.K) * width; i += kWidth) store(sums + i, none);
+    const T* row = static_cast<const T*>(a.x.data) + b * a.x.stride_b + c0 * a.x.stride_c;
+    for (int n = 0; n < a.N; ++n, row += a.x.stride_n) {
+        if (group[n] < 0) continue;
+        float* const to = sums + int64_t(group[n]) * width;
+        for (int c = 0; c < c1 - c0; c += kWidth) {
+            Floats sum = load(to + c);
+            add<kReduce>(sum, load_up_to(row + c * a.x.stride_c, c1 - c0 - c, a.x.stride_c), factor[n]);
+            store(to + c, sum);
+        }
+    }
+    for (int k = 0; k < a.K; ++k) merge_group<T, kReduce>(a, b, k, c0, c1, false, sums + int64_t(k) * width);
+}
+
 template <class T, Reduce kReduce>
 void merge_groups(const MergeArguments& a, Stream stream) {
     const int64_t groups = int64_t(a.B) * a.K;
     const int threads = threads_for(stream, int64_t(a.B) * (a.N + a.K) * a.C * sizeof(T));
+    const bool large = int64_t(a.B) * a.N * a.C * static_cast<int64_t>(sizeof(T)) >= kLarge;
+    const bool many = int64_t(a.K) * kManyTokens <= a.N && int64_t(a.K) * kBlock <= kSums;
+    if (kReduce != Reduce::first && large && many) {
+        const int64_t busy = ceil_div(a.C, max<int64_t>(1, threads / max(a.B, 1)));
+        const int64_t most = max<int64_t>(1, min(kSums / max(a.K, 1), busy) / kBlock) * kBlock;
+        const int width = static_cast<int>(min(most, ceil_div(a.C, kWidth) * kWidth));
+        const int64_t blocks = ceil_div(a.C, width);
+        int32_t* const group = take<int32_t>(int64_t(threads) * a.N);
+        float* const factor = take<float>(int64_t(threads) * a.N);
+        float* const sums = take<float>(int64_t(threads) * a.K * width);
+        parallel_for(a.B * blocks, threads, [&](int64_t task, int slot) {
+            const int c = static_cast<int>(task % blocks) * width;
+            merge_in_order<T, kReduce>(a, task / blocks, c, min(a.C, c + width), width, group + int64_t(slot) * a.N,
+                                       factor + int64_t(slot) * a.N, sums + int64_t(slot) * a.K * width);
+        });
+        return;
+    }
     if (groups < kFewGroups && a.C > kBlock) {
         const int64_t blocks = ceil_div(a.C, kBlock);
         parallel_for(groups * blocks, threads, [&](int64_t task, int) {

@@ -12,7 +12,10 @@ constexpr float kNormFloor = 1e-6f;
 // down the rows reads what is consecutive. The last strip is padded.
 inline int64_t columns_of(int64_t D) { return ceil_div(D, kPanel) * kPanel; }
 // Where feature d of row i of `count` is.
-inline int64_t in_strip(int64_t count, int64_t i, int64_t d) { return (d / kPanel * count + i) * kPanel + d % kPanel; }
+inline int64_t in_strip(int64_t count, int64_t i, int64_t d) {
+    const uint64_t column = static_cast<uint64_t>(d);  // whose quotient is a shift
+    return (static_cast<int64_t>(column / kPanel) * count + i) * kPanel + static_cast<int64_t>(column % kPanel);
+}
 
 // A block: kRows tokens, feature d of token r at block[d kRows + r].
 inline int64_t block_size(int64_t D) { return D * kRows; }
@@ -47,10 +50,16 @@ STTM_INLINE void product_of(int64_t rows, Floats (&acc)[kRows][kVectors], int64_
         product<kRows, kStepD, kStepR>(acc, depth, a, b, step_b);
 }
 
-// Features [d, d + kWidth) or up to D of token n, averaged over heads.
+// A token's features, null for zeros.
 template <class T>
-inline Floats features(const Metric& m, int64_t b, int64_t n, int d, int D) {
-    const T* const at = static_cast<const T*>(m.data) + b * m.stride_b + n * m.stride_n + d * m.stride_d;
+inline const T* features_of(const Metric& m, int64_t b, int64_t n) {
+    return n < 0 ? nullptr : static_cast<const T*>(m.data) + b * m.stride_b + n * m.stride_n;
+}
+// Features [d, d + kWidth) or up to D of a token, averaged over heads.
+template <class T>
+Floats features(const Metric& m, const T* token, int d, int D) {
+    if (token == nullptr || d >= D) return Floats{};
+    const T* const at = token + d * m.stride_d;
     Floats sum = load_up_to(at, D - d, m.stride_d);
     if (m.heads == 1) return sum;
     for (int h = 1; h < m.heads; ++h) sum += load_up_to(at + h * m.stride_h, D - d, m.stride_d);
@@ -91,14 +100,18 @@ template <class T, class F>
 void pack_panel(const Metric& m, int64_t b, int D, float* panel, const F& token, float* rows = nullptr,
                 int64_t count = 0) {
     const int64_t columns = columns_of(D);
+    const bool dense = m.heads == 1 && m.stride_d == 1;
     for (int v = 0; v < kVectors; ++v) {
-        int64_t tokens[kWidth];
-        for (int i = 0; i < kWidth; ++i) tokens[i] = token(v * kWidth + i);
+        const T* tokens[kWidth];
+        for (int i = 0; i < kWidth; ++i) tokens[i] = features_of<T>(m, b, token(v * kWidth + i));
         for (int d = 0; d < (rows == nullptr ? D : columns); d += kWidth) {
             Floats part[kWidth];
-            STTM_UNROLL
-            for (int i = 0; i < kWidth; ++i)
-                part[i] = tokens[i] < 0 || d >= D ? Floats{} : features<T>(m, b, tokens[i], d, D);
+            if (dense && d + kWidth <= D) {
+                STTM_UNROLL
+                for (int i = 0; i < kWidth; ++i) part[i] = tokens[i] == nullptr ? Floats{} : load(tokens[i] + d);
+            } else {
+                for (int i = 0; i < kWidth; ++i) part[i] = features(m, tokens[i], d, D);
+            }
             if (rows != nullptr) {
                 STTM_UNROLL
                 for (int i = 0; i < kWidth; ++i) store(rows + in_strip(count, v * kWidth + i, d), part[i]);
@@ -154,10 +167,11 @@ template <class T, class F>
 void pack_block(const Metric& m, int64_t b, int D, bool unit, float* block, float* rows, int64_t count, const F& token,
                 float* inverse = nullptr, float* square = nullptr) {
     for (int r = 0; r < kRows; ++r) {
-        const int64_t n = token(r);
+        const T* const from = features_of<T>(m, b, token(r));
+        const bool dense = from != nullptr && m.heads == 1 && m.stride_d == 1;
         Floats sum{};
         for (int d = 0; d < columns_of(D); d += kWidth) {
-            const Floats x = n < 0 || d >= D ? Floats{} : features<T>(m, b, n, d, D);
+            const Floats x = dense && d + kWidth <= D ? load(from + d) : features(m, from, d, D);
             sum += x * x;
             store(rows + in_strip(count, r, d), x);
         }
