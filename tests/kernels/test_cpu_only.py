@@ -54,6 +54,26 @@ def test_the_number_of_threads_changes_no_bit(verb, dtype, threads):
                 assert_equal(f"{name} with {count} threads", value, expected[name])
 
 
+@each("reduce", ("mean", "sum", "max"))
+@each("dtype", (torch.float32, torch.bfloat16))
+def test_a_large_x_of_few_groups_has_the_bits_of_a_small_one(reduce, dtype, threads):
+    """It is read from front to back, a small one by groups: here a hundred of its channels at a time."""
+    B, N, C, K = 9 if dtype == torch.bfloat16 else 5, 700, 803, 41
+    x, size, fill = make_tokens(B, N, C).to(dtype), make_tokens(B, N, 1)[..., 0].abs(), make_tokens(B, K, C).to(dtype)
+    index = torch.randint(-1, K, (B, N), dtype=torch.int32)
+    index[index == 3] = -1
+    index[:, 5] = 7
+    index[0, 9] = 3
+    x[0, 11, 13] = torch.nan
+    plan = sttm.MergePlan(index, K, weight=make_tokens(B, N, 1)[..., 0])
+    threads(2)
+    merged = sttm.merge(x, plan, size, reduce=reduce, fill=fill, impl="cpu").x
+    for c in range(0, C, 100):
+        part = slice(c, c + 100)
+        few = sttm.merge(x[..., part], plan, size, reduce=reduce, fill=fill[..., part].contiguous(), impl="cpu").x
+        assert_equal(f"channels from {c} on", merged[..., part], few)
+
+
 def _match_merge(metric, x):
     plan = sttm.match(metric, metric.shape[1] // 3, impl="cpu")
     return plan.index, sttm.merge(x, plan, impl="cpu").x
