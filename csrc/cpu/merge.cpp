@@ -11,6 +11,7 @@ constexpr int kPrefetched = 4;           // rows of such a group
 constexpr int64_t kElements = 16 << 10;  // of y that a task makes
 constexpr int kFewGroups = 16;           // with fewer of them, their channels are spread over tasks
 constexpr int kManyTokens = 16;          // to a group on average: a large x is then read from front to back
+constexpr int64_t kFar = 2 << 20;        // bytes of a large x
 constexpr int64_t kSums = 32 << 10;      // floats that stay in a cache meanwhile
 
 struct Totals {
@@ -158,14 +159,19 @@ void merge_in_order(const MergeArguments& a, int64_t b, int c0, int c1, int widt
     const Floats none = kReduce == Reduce::max ? splat(-kInfinity) : Floats{};
     for (int64_t i = 0; i < int64_t(a.K) * width; i += kWidth) store(sums + i, none);
     const T* row = static_cast<const T*>(a.x.data) + b * a.x.stride_b + c0 * a.x.stride_c;
+    const int whole = a.x.stride_c == 1 ? (c1 - c0) / (4 * kWidth) * (4 * kWidth) : 0;
     for (int n = 0; n < a.N; ++n, row += a.x.stride_n) {
         if (group[n] < 0) continue;
         float* const to = sums + int64_t(group[n]) * width;
-        for (int c = 0; c < c1 - c0; c += kWidth) {
+        const auto add_to = [&](int c, Floats value) {
             Floats sum = load(to + c);
-            add<kReduce>(sum, load_up_to(row + c * a.x.stride_c, c1 - c0 - c, a.x.stride_c), factor[n]);
+            add<kReduce>(sum, value, factor[n]);
             store(to + c, sum);
-        }
+        };
+        int c = 0;
+        for (; c < whole; c += 4 * kWidth) STTM_UNROLL
+        for (int v = 0; v < 4; ++v) add_to(c + v * kWidth, load(row + c + v * kWidth));
+        for (; c < c1 - c0; c += kWidth) add_to(c, load_up_to(row + c * a.x.stride_c, c1 - c0 - c, a.x.stride_c));
     }
     for (int k = 0; k < a.K; ++k) merge_group<T, kReduce>(a, b, k, c0, c1, false, sums + int64_t(k) * width);
 }
@@ -174,7 +180,7 @@ template <class T, Reduce kReduce>
 void merge_groups(const MergeArguments& a, Stream stream) {
     const int64_t groups = int64_t(a.B) * a.K;
     const int threads = threads_for(stream, int64_t(a.B) * (a.N + a.K) * a.C * sizeof(T));
-    const bool large = int64_t(a.B) * a.N * a.C * static_cast<int64_t>(sizeof(T)) >= kLarge;
+    const bool large = int64_t(a.B) * a.N * a.C * static_cast<int64_t>(sizeof(T)) >= kFar;
     const bool many = int64_t(a.K) * kManyTokens <= a.N && int64_t(a.K) * kBlock <= kSums;
     if (kReduce != Reduce::first && large && many) {
         const int64_t busy = ceil_div(a.C, max<int64_t>(1, threads / max(a.B, 1)));

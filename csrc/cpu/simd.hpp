@@ -161,14 +161,13 @@ inline void store_up_to(T* to, Floats value, int64_t count) {
     else
         store_some(to, value, static_cast<int>(count));
 }
-constexpr int64_t kLarge = 8 << 20;  // bytes, more than caches keep
-
 // Whether a result is better written past the caches, by `stream`: it is large, but not so large that its memory comes
 // fresh from the system, zeroed through the caches; and its rows, which are dense, are made of whole aligned vectors.
 template <class T>
 inline bool is_streamed(const T* to, int64_t rows, int64_t columns) {
+    constexpr int64_t kStreamed = 8 << 20;
     const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(T));
-    return bytes >= kLarge && bytes < kFresh && columns % kWidth == 0 &&
+    return bytes >= kStreamed && bytes < kFresh && columns % kWidth == 0 &&
            reinterpret_cast<uintptr_t>(to) % (sizeof(T) * kWidth) == 0;
 }
 
