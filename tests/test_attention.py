@@ -179,3 +179,50 @@ def test_auto_on_gpus(monkeypatch, version, capability, dtype, head_dim, expecte
 def test_on_a_gpu(method, head_dim):
     q, k, v, size = (t.cuda() for t in inputs(torch.bfloat16, N=300, D=head_dim))
     assert_is_formula(method, proportional_attention(q, k, v, size, method=method), q, k, v, size)
+
+
+@methods
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths"),
+    [([7, 3, 7, 1], None), ([7, 3, 0, 7], [5, 4, 2, 9]), ([4, 4, 4], None), ([1], [6])],
+    ids=str,
+)
+def test_packed_sequences_attend_as_each_alone(method, lengths, key_lengths):
+    generator = torch.Generator().manual_seed(0)
+    keys = lengths if key_lengths is None else key_lengths
+    q, k, v = (torch.randn(3, sum(n), 8, generator=generator) for n in (lengths, keys, keys))
+    size = torch.randint(1, 9, (sum(keys),), generator=generator).float()
+    given = [q, k, v] if method == "flex" else [each.requires_grad_() for each in (q, k, v)]
+    told = {"method": method, "scale": 0.3}
+    out = proportional_attention(*given, size, **told, lengths=torch.tensor(lengths), key_lengths=key_lengths)
+    assert out.shape == (3, sum(lengths), 8)
+    parts = [q.split(lengths, 1), k.split(keys, 1), v.split(keys, 1), size.split(keys)]
+    alone = [
+        proportional_attention(*(each[None] for each in part), **told)[0]
+        for part in zip(*parts, strict=True)
+        if part[0].numel()
+    ]
+    assert_equal("packed", out, torch.cat(alone, 1))
+    if method != "flex":
+        weights = torch.randn(out.shape, generator=generator)
+        expected = torch.autograd.grad((torch.cat(alone, 1) * weights).sum(), given)
+        for name, grad, own in zip("qkv", torch.autograd.grad((out * weights).sum(), given), expected, strict=True):
+            assert_equal(f"gradient of {name}", grad, own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": [3, 3]}, "lengths must be the tokens of each sequence, 7 together"),
+        ({"key_lengths": [7]}, "key_lengths must have one number for each of 2 sequences, got 1"),
+        ({"key_lengths": [7, 0]}, "key_lengths must be at least 1 where there are queries"),
+        ({"lengths": None, "key_lengths": [7]}, "key_lengths must be None without lengths"),
+        ({"size": torch.ones(3)}, "size must have shape"),
+        ({"k": torch.ones(1, 3, 7, 8)}, "k must have shape"),
+    ],
+    ids=str,
+)
+def test_packed_sequences_that_do_not_fit_are_refused(change, message):
+    given = {name: torch.ones(3, 7, 8) for name in "qkv"} | {"size": torch.ones(7), "lengths": [4, 3]}
+    with pytest.raises(ValueError, match=message):
+        proportional_attention(**(given | change))

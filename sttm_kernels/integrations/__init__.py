@@ -76,11 +76,13 @@ def apply(
     Args:
         model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) or Eva (EVA02, rotary ViTs, DINOv3); or
             ViT, DeiT, VideoMAE, ViViT, V-JEPA 2, TimeSformer, DINOv2 (with registers), DINOv3 or the vision model of
-            CLIP, SigLIP, SigLIP 2 or InternVL of transformers, with or without a head.
+            CLIP, SigLIP, SigLIP 2, InternVL, Qwen2.5-VL or Qwen3-VL of transformers, with or without a head; or of the
+            last three, or LLaVA-OneVision, the whole video-language model.
         r: for "tome", the tokens to merge away in each layer, or a list with one number per layer, filled up with 0;
             clamped in each layer to half of what can merge, which `trace` shows. A float between 0 and 0.5 is a share
             of the tokens that are there, prefix and protected ones aside, rounded down. In TimeSformer's divided
-            attention r and `keep` are of places: each of them is a token in every frame.
+            attention r and `keep` are of places: each of them is a token in every frame. In Qwen2.5-VL and Qwen3-VL
+            they are of each window, or of each frame.
         schedule: of a single whole r over the layers: "constant"; "rising", from 0 to 2 r; "falling", from 2 r to 0; or
             a number between -1 (falling) and 1 (rising).
         method: "tome"; or "sttm", a `sttm_kernels.STTM` at one layer for its spatial stage and at another for its
@@ -201,6 +203,8 @@ def _wanted(
         with torch.inference_mode(False):  # parameters are to be trained, wherever they were made
             stages = _stages(parts, layers, sttm)
     wanted = Wanted(amounts, stages, protected, prop_attn, window, keep, flops, by_intent)
+    if protected and "protect" in parts.refused:
+        raise ValueError(f"protect must be left out for {type(model).__name__}: {parts.refused['protect']}")
     _check_grid(type(model).__name__, parts, method, window, wanted.merging, flops)
     return wanted
 
@@ -224,10 +228,13 @@ def _put_in(model: nn.Module, parts: Anatomy, wanted: Wanted, record: Record | N
     if wanted.window is not None or stages:
         for part in parts.gridded:
             swap(*part)
+    for part in parts.swaps:
+        swap(*part)
     if parts.mixin is not None:
         swap(model, parts.mixin)
     for holder in holders(model, parts.layers):
-        swap(holder, HoldsLayers)
+        if not isinstance(holder, HoldsLayers):
+            swap(holder, HoldsLayers)
     if wanted.by_intent:
         budget.fit(model, plain, parts, wanted.keep, wanted.flops)
 
@@ -451,7 +458,9 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         _become(layer, replace(tried[kind], layer=number))
         return
     trial = layer if kind is None else selfcheck.with_numbers(layer)
-    x = selfcheck.random_tokens(trial, parts.num_tokens, parts.dim)
+    x = tokens = selfcheck.random_tokens(trial, parts.num_tokens, parts.dim)
+    if parts.families[0].packed:
+        x = tokens.flatten(0, 1)
     parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     takes = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     arguments = dict.fromkeys([each.name for each in takes if each.default is each.empty])
@@ -482,7 +491,11 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         remove(trial)
     else:
         raise ValueError(f"model must be of a known kind: {what} without merging does not give what it gave before")
-    if check_counts and prop_attn != "off" and not selfcheck.counts_work(trial, step, x, arguments, parts.unit or 1):
+    if (
+        check_counts
+        and prop_attn != "off"
+        and not selfcheck.counts_work(trial, step, tokens, arguments, parts.unit or 1)
+    ):
         raise ValueError(f"model must take token counts into its attention: {what} takes no heed of them")
     if kind is not None:
         tried[kind] = step

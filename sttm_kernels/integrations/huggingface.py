@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from sttm_kernels.functional import compose, merge
+from sttm_kernels.integrations import qwen
 from sttm_kernels.integrations.merging import (
     STATE,
     THREAD,
@@ -41,6 +42,7 @@ from sttm_kernels.integrations.merging import (
     runs_again,
     told_to,
     unwrapped,
+    with_padding,
 )
 from sttm_kernels.nn.attention import proportional_attention
 from sttm_kernels.plan import MergePlan
@@ -222,7 +224,12 @@ def _branch(layer: Layer, number: int, x: Tensor) -> Tensor:
     return x
 
 
-INTERFACE = Family(_parts, _heads, _attend, _feed, counts=_valid)
+def _start(x: Tensor, arguments: dict[str, Any], state: State) -> State:
+    valid = _valid(arguments)
+    return state if valid is None else with_padding(x, valid, state)
+
+
+INTERFACE = Family(_parts, _heads, _attend, _feed, start=_start)
 
 
 # TimeSformer, which has an attention of its own
@@ -404,6 +411,11 @@ KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 """What is special about each `config.model_type`, as arguments of `Anatomy`."""
 
+QWEN = ("qwen2_5_vl", "qwen2_5_vl_vision", "qwen3_vl", "qwen3_vl_vision")
+"""Kinds of vision models of packed tokens, and of the video-language models that hold them: `qwen` knows both."""
+TOWERS = ("llava_onevision", "internvl")
+"""Kinds of video-language models whose `vision_tower` is one of `KINDS`."""
+
 LAYERS = ("layers", "layer", "encoder.layers", "encoder.layer")
 EMBEDDINGS = ("embeddings", "encoder.embeddings")
 BETWEEN = ("pre_layrnorm",)
@@ -435,8 +447,12 @@ def anatomy(model: Layer) -> Anatomy | None:
     if kind is None:
         return None
     name, config = type(model).__name__, model.config
+    if kind in QWEN:
+        return _packed(model)
+    if kind in TOWERS:
+        return _inside(model)
     if kind not in KINDS:
-        message = f"model must be one of {tuple(KINDS)} of transformers, got {name} of {kind!r}"
+        message = f"model must be one of {(*KINDS, *QWEN, *TOWERS)} of transformers, got {name} of {kind!r}"
         inside = next((path for path, module in model.named_modules() if path and _kind(module) in KINDS), None)
         raise ValueError(message + (f"; inside of it, model.{inside} is one: apply to that" if inside else ""))
     if kind == "videomae" and hasattr(model, "decoder"):
@@ -466,3 +482,31 @@ def anatomy(model: Layer) -> Anatomy | None:
         "mixin": MergingModel,
     }
     return Anatomy(layers=own_layers(list(layers)), **{**common, **special})
+
+
+def _packed(model: Layer) -> Anatomy:
+    """That of a vision model of `qwen`, alone or inside of a video-language model."""
+    tower = qwen.tower_of(model)
+    if not isinstance(getattr(tower, "blocks", None), nn.ModuleList):
+        raise ValueError(f"model must have a vision model, {type(model).__name__} has none")
+    special = qwen.anatomy(tower)
+    if tower is not model:
+        special["mixin"] = MergingModel
+    return Anatomy(layers=own_layers(list(tower.blocks)), dim=tower.config.hidden_size, **special)
+
+
+def _inside(model: Layer) -> Anatomy:
+    """That of the vision tower of a video-language model."""
+    name, layer = type(model).__name__, getattr(model.config, "vision_feature_layer", -1)
+    if layer != -1:
+        raise ValueError(
+            f"model must have vision_feature_layer=-1, for only the last layer puts tokens back at all places, {name} "
+            f"has {layer}"
+        )
+    body = model if hasattr(model, "vision_tower") else model.model
+    found = anatomy(body.vision_tower)
+    if found is None or found.mixin is None:
+        raise ValueError(
+            f"model must have a vision tower of transformers, {name} has {type(body.vision_tower).__name__}"
+        )
+    return replace(found, example=None, swaps=[*found.swaps, (body.vision_tower, found.mixin, None)])

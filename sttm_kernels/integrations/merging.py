@@ -75,6 +75,7 @@ class State:
         dense: whether every layer's tokens are copied back to all places, for who looks at them between layers.
         tokens: the merged tokens, if the tensor that carries this is their copy back to all places.
         traced: what the layers merged, if it is to be kept.
+        lengths: of tokens that merge in pieces of one row, how many each piece has now.
         applied: the `Step.applied` of the layer that this comes from.
     """
 
@@ -88,6 +89,7 @@ class State:
     dense: bool = False
     tokens: Tensor | None = None
     traced: tuple[LayerTrace, ...] = ()
+    lengths: tuple[int, ...] | None = None
     applied: int | None = None
 
     def of(self, x: Tensor, step: Step) -> State:
@@ -199,14 +201,18 @@ class Told:
         size: `(B, N)` counts, or None before the first merge.
         ids: the places `(B, N - num_prefix)` of rotary positions, or None before the first merge.
         method: of `sttm_kernels.nn.proportional_attention`.
+        lengths: `State.lengths`.
         keys: `(B, H, N, D)`, not rotated.
         rotations: pairs (rotated, not rotated).
     """
 
-    def __init__(self, size: Tensor | None, ids: Tensor | None, method: str) -> None:
+    def __init__(
+        self, size: Tensor | None, ids: Tensor | None, method: str, lengths: tuple[int, ...] | None = None
+    ) -> None:
         self.size = size
         self.ids = ids
         self.method = method
+        self.lengths = lengths
         self.keys: Tensor | None = None
         self.rotations: list[tuple[Tensor, Tensor]] = []
         self.outer: Told | None = None
@@ -216,6 +222,11 @@ class Told:
 
     def __exit__(self, *error: object) -> None:
         THREAD.now.told = self.outer
+
+    @property
+    def size_of_row(self) -> Tensor | None:
+        """The counts of tokens in one row."""
+        return None if self.size is None else self.size.flatten()
 
     def take_keys(self) -> Tensor | None:
         """The keys, which checkpointing is not to keep with this."""
@@ -246,7 +257,8 @@ class Family:
             layer by name; `rest` is what the layer returns after x, if it returns a tuple.
         feed: `(layer, x) -> x`: norm, MLP, residual.
         merge: `(layer, x, keys, step, state) -> (x, State)`, if `merge_tokens` is not it.
-        counts: `(arguments) -> (B, N)` or None: the counts the tokens start with, 0 for padding.
+        start: `(x, arguments, state) -> State`: of tokens of which none has merged, before the first do.
+        packed: whether hidden states are tokens in one row, `(T, C)`; to the functions here they are `(1, T, C)`.
     """
 
     parts: Callable[[Layer, str], list[tuple[nn.Module, type, Any]]]
@@ -254,7 +266,8 @@ class Family:
     attend: Callable[..., tuple[Tensor, tuple[Any, ...]]]
     feed: Callable[[Layer, Tensor], Tensor]
     merge: Callable[..., tuple[Tensor, State]] | None = None
-    counts: Callable[[dict[str, Any]], Tensor | None] | None = None
+    start: Callable[[Tensor, dict[str, Any], State], State] | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,8 +284,9 @@ class Anatomy:
         gridded: what to `swap`, as in `Family.parts`, so that the first layer gets the grid of its tokens.
         unit: of how many tokens each piece is, where they merge in pieces.
         example: the name and shape of one input of the configured size, or None if it is not known.
-        refused: what this model cannot do, as argument name to reason: "method" 'sttm' or "window".
+        refused: what this model cannot do, as argument name to reason: "method" 'sttm', "window" or "protect".
         mixin: of `merging_class` for the model itself.
+        swaps: what else to `swap`, as in `Family.parts`.
     """
 
     layers: Sequence[Layer]
@@ -287,6 +301,7 @@ class Anatomy:
     example: tuple[str, tuple[int, ...]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     mixin: type | None = None
+    swaps: Sequence[tuple[nn.Module, type, Any]] = ()
 
 
 @dataclass
@@ -557,14 +572,15 @@ class MergingLayer(Swapped, nn.Module):
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         tokens = None
         if after.dense and after.index is not None:
-            tokens, x = x, unmerge(x, MergePlan(after.index, x.shape[1]))
+            tokens, x = x, _unmerged(self._sttm, x, after.index)
         _leave(x, replace(after, tokens=tokens))
         return (x, *rest) if isinstance(out, tuple) else x
 
     def forward(self, hidden_states: Tensor, *args: Any, sttm: Passage | None = None, **kwargs: Any) -> Any:
         if "_sttm" not in vars(self):
             raise RuntimeError("remove must not be called before a backward in which checkpointing runs layers again")
-        step, x = self._sttm, hidden_states
+        step = self._sttm
+        x = hidden_states[None] if step.family.packed else hidden_states
         if sttm is None:
             raise RuntimeError(
                 f"layer {step.layer} merges tokens: it must be called, not its forward, and hooks with_kwargs must "
@@ -593,12 +609,12 @@ class MergingLayer(Swapped, nn.Module):
                 "token merging needs activation checkpointing with use_reentrant=False, got use_reentrant=True"
             )
         arguments = {**dict(zip(step.names[: len(args)], args, strict=True)), **kwargs}
-        told = Told(_counts(step, state), state.ids, "auto" if step.method == "off" else step.method)
+        told = Told(_counts(step, state), state.ids, "auto" if step.method == "off" else step.method, state.lengths)
         with told:
             x, rest = step.family.attend(self, x, told, arguments)
         keys = _all_heads(self, told.take_keys())
-        if merging and state.size is None and step.family.counts is not None:
-            state = _start(x, step.family.counts(arguments), state)
+        if merging and state.size is None and step.family.start is not None:
+            state = step.family.start(x, arguments, state)
         if merging:
             before = x.shape[1]
             x, state = (step.family.merge or merge_tokens)(self, x, keys, step, state)
@@ -607,10 +623,11 @@ class MergingLayer(Swapped, nn.Module):
         elif step.record is not None and state.size is not None:
             state = _trace(step, state, 0)
         x = step.family.feed(self, x)
+        x = x[0] if step.family.packed else x
         if not step.last:
             sttm.after = None if state is NOTHING else replace(state, applied=step.applied)
         elif state.index is not None:
-            x = unmerge(x, MergePlan(state.index, x.shape[1]))
+            x = _unmerged(step, x, state.index)
         return (x, *rest) if step.returns_tuple else x
 
     def _restored(self) -> None:
@@ -635,10 +652,15 @@ def _trace(step: Step, state: State, merged: int) -> State:
     return state
 
 
-def _start(x: Tensor, counts: Tensor | None, state: State) -> State:
-    """The state of tokens that none has merged, if some of them are padding."""
-    if counts is None:
-        return state
+def _unmerged(step: Step, x: Tensor, index: Tensor) -> Tensor:
+    """Every token of index `(B, N)`, of hidden states."""
+    if step.family.packed:
+        return unmerge(x[None], MergePlan(index, x.shape[0]))[0]
+    return unmerge(x, MergePlan(index, x.shape[1]))
+
+
+def with_padding(x: Tensor, counts: Tensor, state: State) -> State:
+    """The state of tokens x `(B, N, C)` of which none has merged, of counts `(B or 1, N)`, 0 for padding."""
     token = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
     size = counts.expand(x.shape[:2]).float()
     return replace(state, size=size, index=torch.where(size > 0, token, -1), padded=True)
@@ -688,12 +710,17 @@ def find_pairs(
         plan = match(metric, r, prefix, grid=grid, window=step.window, protect=step.protect or None, mask=mask)
     if each:
         plan = MergePlan(plan.index, max(1, 1 + int(plan.index.max())))
-    if isinstance(step.r, Toward) and step.r.layers == 1 and plan.num_groups > fixed + step.r.keep:
+    must_reach(step, plan.num_groups - fixed)
+    return plan
+
+
+def must_reach(step: Step, left: int) -> None:
+    """`RuntimeError` if a layer left more tokens that may merge than are to be left in the end."""
+    if isinstance(step.r, Toward) and step.r.layers == 1 and left > step.r.keep:
         raise RuntimeError(
             f"keep must be within reach of the merging layers, layer {step.layer} must leave "
-            f"{len(step.protect) + step.r.keep} tokens of this input, got {plan.num_groups - prefix}"
+            f"{len(step.protect) + step.r.keep} tokens of this input, got {len(step.protect) + left}"
         )
-    return plan
 
 
 def merge_tokens(layer: Layer, x: Tensor, keys: Tensor, step: Step, state: State) -> tuple[Tensor, State]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sttm_kernels import validate
+from sttm_kernels import packed, validate
 from sttm_kernels.reference import acc_dtype
 
 METHODS = ("auto", "mask", "augment", "flex", "off")
@@ -23,6 +24,9 @@ def proportional_attention(
     scale: float | None = None,
     method: str = "auto",
     dropout: float = 0.0,
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    key_lengths: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """softmax_m(scale <q_n, k_m> + log size_m) v_m, by PyTorch's fused attention.
 
@@ -42,15 +46,23 @@ def proportional_attention(
             "flex" adds it in float32 inside `flex_attention`, compiled on a GPU; no dropout, and no gradients on a CPU.
             "auto" is `choose_method`. "off" leaves size out, for keys of size 0 too.
         dropout: probability of dropping an attention weight.
+        lengths: of packed sequences how many queries each has, on the host; then q is `(H, M, D)`, k `(H, N, D)`,
+            v `(H, N, Dv)` and size `(N,)`, and each sequence attends within itself. Sequences of the same lengths are
+            one call of the fused attention, so none is padded.
+        key_lengths: how many keys each has, at least 1 where there are queries; default `lengths`.
 
     Returns:
-        `(B, H, M, Dv)` in q's dtype.
+        `(B, H, M, Dv)` in q's dtype; `(H, M, Dv)` of packed sequences.
 
     Differentiable with respect to q, k and v; size is a constant, since a mask that wants a gradient gives up the fused
     paths. Deterministic as `torch.nn.functional.scaled_dot_product_attention` is.
     Errors: `TypeError` for a wrong type, `ValueError` for a wrong shape, device or method.
     Source: Token Merging (Bolya et al., arXiv 2210.09461).
     """
+    if lengths is not None:
+        return _packed(q, k, v, size, scale, method, dropout, lengths, lengths if key_lengths is None else key_lengths)
+    if key_lengths is not None:
+        raise ValueError(f"key_lengths must be None without lengths, got {key_lengths}")
     validate.features("q", q, "(B, H, M, D)", 4)
     validate.one_of("method", method, METHODS)
     if size is None or method == "off":
@@ -70,6 +82,55 @@ def proportional_attention(
     if dropout:
         raise ValueError(f"dropout must be 0 with method 'flex', got {dropout}")
     return _flex(q, k, v, _log(size, q.dtype), scale)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float | None, method: str, dropout: float,
+    lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor,
+) -> Tensor:  # fmt: skip
+    shape, keys = validate.features("q", q, "(H, M, D)", 3), validate.features("k", k, "(H, N, D)", 3)
+    queries, keys_of = (
+        validate.lengths(name, given, extent)
+        for name, given, extent in (("lengths", lengths, shape[1]), ("key_lengths", key_lengths, keys[1]))
+    )
+    validate.features("v", v, "(H, N, Dv)", 3)
+    validate.shape("v", v, "(H, N, Dv)", (shape[0], keys[1], v.shape[2]))
+    if size is not None:
+        validate.beside("size", size, "(N,)", (keys[1],), "k", k)
+    if len(queries) != len(keys_of):
+        raise ValueError(f"key_lengths must have one number for each of {len(queries)} sequences, got {len(keys_of)}")
+    if any(m > 0 and n == 0 for m, n in zip(queries, keys_of, strict=True)):
+        raise ValueError("key_lengths must be at least 1 where there are queries, got 0")
+
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, each in enumerate(zip(queries, keys_of, strict=True)):
+        if each[0] > 0:
+            alike.setdefault(each, []).append(number)
+    results, rows = [], []
+    for (m, n), numbers in alike.items():
+        at, at_keys = _rows(queries, numbers, m, q.device), _rows(keys_of, numbers, n, q.device)
+        own_q, own_k, own_v = (
+            (t if where is None else t.index_select(1, where)).unflatten(1, (len(numbers), -1)).transpose(0, 1)
+            for t, where in ((q, at), (k, at_keys), (v, at_keys))
+        )
+        own_size = size if size is None or at_keys is None else size.index_select(0, at_keys)
+        own_size = None if own_size is None else own_size.view(len(numbers), n)
+        out = proportional_attention(own_q, own_k, own_v, own_size, scale, method, dropout)
+        results.append(out.transpose(0, 1).flatten(1, 2))
+        rows.append(at)
+    if len(results) == 1:
+        return results[0]
+    order = torch.cat([each for each in rows if each is not None])
+    return torch.cat(results, 1).index_select(1, order.argsort())
+
+
+def _rows(lengths: Sequence[int], numbers: Sequence[int], length: int, device: torch.device) -> Tensor | None:
+    """Where the tokens of these sequences, which have this length, are; None if they are all that there are."""
+    if len(numbers) * length == sum(lengths):
+        return None
+    start = packed.starts(lengths)
+    first = torch.tensor([start[number] for number in numbers], device="cpu")
+    return (first[:, None] + torch.arange(length, device="cpu")).flatten().to(device)
 
 
 def choose_method(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
