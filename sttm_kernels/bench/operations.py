@@ -186,8 +186,9 @@ def _tome(work: Workload, run: Callable[..., tuple[Tensor, Tensor]], inputs: Inp
     return size, y
 
 
-def _tomesd(work: Workload, run: Callable[..., tuple[Tensor, Tensor]], lists: Any, inputs: Inputs) -> Any:
-    return run(inputs.metric.mean(1), inputs.x, *lists, work.r)
+def _tomesd(work: Workload, run: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Any:
+    cells = rivals.tomesd_cells(work.options["grid"], torch.Generator(inputs.x.device).manual_seed(0))
+    return run(inputs.metric.mean(1), inputs.x, *cells, work.r)
 
 
 def _with_meta(run: Callable[[Tensor, Tensor], Any], inputs: Inputs) -> Any:
@@ -360,7 +361,7 @@ def operations(
     `compiled` adds rivals under `torch.compile`.
     """
     torch.compiler.reset()  # else the shapes of earlier workloads use up its limit of recompilations
-    found = (_of_assign if work.K else _of_match)(work, impls, device, dtype)
+    found = _of_assign(work, impls, device, dtype) if work.K else _of_match(work, impls, dtype)
     return [
         operation
         for operation in found
@@ -392,7 +393,7 @@ def _group(
         )
 
 
-def _of_match(work: Workload, impls: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
+def _of_match(work: Workload, impls: Sequence[str], dtype: torch.dtype) -> Iterator[Operation]:
     x, y, index, matrix = _extents(work, dtype)
     keys = dtype.itemsize * work.B * work.heads * work.N * work.D
     flops = 2 * work.pairs * work.D
@@ -416,11 +417,9 @@ def _of_match(work: Workload, impls: Sequence[str], device: torch.device, dtype:
 
     if work.unmerge:
         yield from _group("unmerge", impls, partial(partial, _unmerge), check_unmerged, x + y + index, 0)
-        is_dst = _is_dst(work, device)
-        lists = [member.nonzero()[:, -1] for member in (~is_dst, is_dst)]
         function = rivals.tomesd_match_merge_unmerge
-        eager = partial(_tomesd, work, function, lists)
-        compiled = partial(_tomesd, work, torch.compile(function, dynamic=False), lists)
+        eager = partial(_tomesd, work, function)
+        compiled = partial(_tomesd, work, torch.compile(function, dynamic=False))
         tomesd = Rival("tomesd eager", eager, 3 * matrix), Rival("tomesd compiled", compiled, 3 * matrix, exact=False)
         round_trip, check_trip = partial(partial, _there_and_back, work), partial(check_there_and_back, work)
         moved = found + 2 * (x + y) + index

@@ -36,10 +36,21 @@ def tome_match_merge(metric: Tensor, x: Tensor, r: int) -> tuple[Tensor, Tensor]
     return total / size, size
 
 
+def tomesd_cells(grid: tuple[int, int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of src and dst tokens: of each cell of 2 x 2 tokens of a (T, H, W) grid a random one is dst."""
+    T, H, W = grid
+    cells = T, H // 2, W // 2
+    drawn = torch.randint(4, (*cells, 1), generator=generator, device=generator.device)
+    is_dst = torch.zeros(*cells, 4, dtype=torch.int8, device=drawn.device).scatter_(-1, drawn, 1)
+    is_dst = is_dst.view(*cells, 2, 2).transpose(2, 3).flatten()
+    order = is_dst.argsort(stable=True)
+    return order[: -drawn.numel()], order[-drawn.numel() :]
+
+
 def tomesd_match_merge_unmerge(metric: Tensor, x: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Merging and unmerging as Token Merging for Stable Diffusion (arXiv 2303.17604) describes them.
 
-    Like Token Merging, with dst tokens (indices, given) drawn at random, one of each 2 x 2 cell; every token gets the
+    Like Token Merging, with dst tokens (indices) drawn at random, one of each 2 x 2 cell; every token gets the
     mean of its group back. Returns merged tokens (B, N - r, C) and the tokens after unmerging (B, N, C).
     """
     C = x.shape[-1]

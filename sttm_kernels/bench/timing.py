@@ -84,11 +84,11 @@ def time_in_turns(
     """Times single calls, the contenders taking turns, so that their ratios stand when the machine's speed does not.
 
     Each contender is the same work on different inputs, which take turns as well. On a CPU by the clock; on a GPU by
-    events, each call behind a fill of memory during which the host enqueues it: the time is that of the GPU, its caches
-    cold, unless the host takes longer than the fill. About `seconds` are spent on each contender on average, and at
-    least `least` rounds on each.
+    events, each call behind a sum over more memory than the caches keep, during which the host enqueues it: the time is
+    that of the GPU, its caches cold and with nothing in them to be written back, unless the host takes longer. About
+    `seconds` are spent on each contender on average, and at least `least` rounds on each.
     """
-    before = torch.empty(2 * CACHE_BYTES["cuda"], dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    before = torch.zeros(CACHE_BYTES["cuda"] // 2, device=device) if device.type == "cuda" else None
     for calls in contenders.values():
         calls[0]()
     round_seconds = sum(seconds_of(calls[0], device) for calls in contenders.values())
@@ -99,7 +99,7 @@ def time_in_turns(
             call = calls[turn % len(calls)]
             if before is not None:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                before.zero_()
+                before.sum()
                 begin.record()
                 call()
                 end.record()
