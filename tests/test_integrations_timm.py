@@ -77,6 +77,74 @@ def test_nothing_changes_without_merging_and_after_remove(name):
     assert not any("_sttm" in vars(m) or m._forward_hooks for m in model.modules())
 
 
+# Images of several sizes
+
+NAFLEX: dict[str, dict[str, Any]] = {
+    "several registers": {"reg_tokens": 4},
+    "class token": {"class_token": True, "global_pool": "token", "reg_tokens": 0},
+    "attention pooling": {"global_pool": "map", "reg_tokens": 0},
+    "keys masked": {"use_key_only_attn_mask": True},
+    "rope": {"rope_type": "axial"},
+    "rope mixed": {"rope_type": "mixed"},
+}
+naflex = pytest.mark.parametrize("name", NAFLEX)
+
+
+def naflexvit(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 4, "num_classes": 5}
+    model = timm.create_model("naflexvit_base_patch16_gap", **sizes, **NAFLEX[name]).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def of_two_sizes() -> dict[str, Tensor]:
+    """An image of 6 x 6 patches and one of 4 x 5, which 16 of padding follow."""
+    coordinates = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in ((6, 6), (4, 5))]
+    patches = torch.randn(2, 36, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(36) < torch.tensor([36, 20])[:, None]
+    return {
+        "patches": patches,
+        "patch_coord": nn.utils.rnn.pad_sequence(coordinates, batch_first=True),
+        "patch_valid": valid,
+    }
+
+
+@torch.no_grad()
+@naflex
+@pytest.mark.parametrize("told", [{"r": 4}, {"r": [0, 15, 3]}, {"r": 0.25}, {"r": 5, "prop_attn": "augment"}], ids=str)
+def test_images_of_several_sizes_are_as_if_alone(name, told):
+    model, both = naflexvit(name), of_two_sizes()
+    before = model(both)
+    assert_equal("r = 0", sttm.apply(model, r=0)(both), before)
+    sttm.apply(model, **told, trace=True)
+    together = model(both)
+    assert not torch.equal(together, before)
+    sizes = sttm.trace(model)[-1].size
+    assert sizes.sum(1).tolist() == [36 + model.num_prefix_tokens, 20 + model.num_prefix_tokens]
+    for number, count in enumerate((36, 20)):
+        close(
+            "alone", together[number], model({key: each[number : number + 1, :count] for key, each in both.items()})[0]
+        )
+    both["patches"][1, 20:] *= 100
+    assert_equal("whatever padding holds", model(both), together)
+    assert_equal("removed", sttm.remove(model)(both), before)
+
+
+@torch.no_grad()
+@naflex
+def test_an_image_of_one_size_is_the_plain_network(name):
+    model, x = naflexvit(name), image(torch.float64)
+    embedded = model._forward_embeds(x, patch_coord=None, patch_valid=None, attn_mask=None)
+    tables = embedded["rope_embeds"]
+    tables = list(tables) if name == "rope mixed" else [tables] * 3
+    layers = [plain(*each, model.num_prefix_tokens, False) for each in zip(model.blocks, tables, strict=True)]
+    tokens = plain_models.forward(embedded["patches"], layers, [5, 0, 4], model.num_prefix_tokens)
+    close("logits", sttm.apply(model, r=[5, 0, 4])(x), model.forward_head(model.norm(tokens)), 1e-7)
+
+
 # The plain network
 
 
@@ -318,7 +386,8 @@ def test_models_that_are_refused(name, reason):
 
 def test_masks_and_pruning_are_refused():
     model, x = sttm.apply(build("vit"), r=1), image()
-    with pytest.raises(ValueError, match="attn_mask must be None"):
-        model(x, attn_mask=torch.zeros(37, 37))
+    for mask in (torch.zeros(37, 37), torch.ones(1, 1, 37, 37).tril().log(), torch.full((1, 1, 1, 37), 0.5)):
+        with pytest.raises(ValueError, match="attn_mask must"):
+            model(x, attn_mask=mask)
     with pytest.raises(RuntimeError, match=r"remove\(model\) before"):
         model.prune_intermediate_layers(1)

@@ -74,10 +74,10 @@ def apply(
     pooling is exact. Class, distillation and register tokens stay as they are.
 
     Args:
-        model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) or Eva (EVA02, rotary ViTs, DINOv3); or
-            ViT, DeiT, VideoMAE, ViViT, V-JEPA 2, TimeSformer, DINOv2 (with registers), DINOv3 or the vision model of
-            CLIP, SigLIP, SigLIP 2, InternVL, Qwen2.5-VL or Qwen3-VL of transformers, with or without a head; or of the
-            last three, or LLaVA-OneVision, the whole video-language model.
+        model: timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP), Eva (EVA02, rotary ViTs, DINOv3) or
+            NaFlexVit; or ViT, DeiT, VideoMAE, ViViT, V-JEPA 2, TimeSformer, DINOv2 (with registers), DINOv3 or the
+            vision model of CLIP, SigLIP, SigLIP 2, InternVL, Qwen2.5-VL or Qwen3-VL of transformers, with or without a
+            head; or of the last three, or LLaVA-OneVision, the whole video-language model.
         r: for "tome", the tokens to merge away in each layer, or a list with one number per layer, filled up with 0;
             clamped in each layer to half of what can merge, which `trace` shows. A float between 0 and 0.5 is a share
             of the tokens that are there, prefix and protected ones aside, rounded down. In TimeSformer's divided

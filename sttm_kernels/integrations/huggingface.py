@@ -38,6 +38,7 @@ from sttm_kernels.integrations.merging import (
     find_pairs,
     merge_tokens,
     own_layers,
+    real_tokens,
     rows,
     runs_again,
     told_to,
@@ -169,17 +170,11 @@ def _valid(arguments: dict[str, Any]) -> Tensor | None:
     mask = arguments.get("attention_mask")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or (mask.dim() == 4 and mask.shape[1] != 1):
+    if not isinstance(mask, Tensor):
         raise ValueError(
-            "attention_mask must say which tokens are padding, (B, N) or (B, 1, N, N), in a model that merges tokens, "
-            f"got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            f"attention_mask must be a torch.Tensor in a model that merges tokens, got {type(mask).__name__}"
         )
-    valid = mask if mask.dim() == 2 else mask[:, 0, 0]
-    if mask.dim() == 4 and not torch.compiler.is_compiling() and bool((mask != mask[:, :, :1]).any()):
-        raise ValueError("attention_mask must be the same for every query in a model that merges tokens")
-    if valid.dtype == torch.bool:
-        return valid
-    return valid >= 0 if mask.dim() == 4 else valid > 0  # added to the logits, or 1 for a token
+    return mask > 0 if mask.dim() == 2 else real_tokens("attention_mask", mask)
 
 
 def _attend(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:

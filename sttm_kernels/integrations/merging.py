@@ -659,6 +659,26 @@ def _unmerged(step: Step, x: Tensor, index: Tensor) -> Tensor:
     return unmerge(x, MergePlan(index, x.shape[1]))
 
 
+def real_tokens(name: str, mask: Tensor) -> Tensor:
+    """bool `(B or 1, N)`: which tokens an attention mask `(B or 1, 1, N or 1, N)` of a layer leaves; `ValueError` if it
+    does anything but mark padding. What queries that are padding attend to does not matter."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"{name} must say which tokens are padding, bool or floating (B, 1, N, N) or (B, 1, 1, N), in a model that "
+            f"merges tokens, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    real = allowed.any(2)[:, 0]
+    if torch.compiler.is_compiling():
+        return real
+    if mask.is_floating_point() and bool((~allowed & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        raise ValueError(f"{name} must be 0 or the lowest number there is in a model that merges tokens, got another")
+    rows = allowed[:, 0]
+    if rows.shape[1] > 1 and bool(((rows != real[:, None]) & real[..., None]).any()):
+        raise ValueError(f"{name} must be the same for every query in a model that merges tokens")
+    return real
+
+
 def with_padding(x: Tensor, counts: Tensor, state: State) -> State:
     """The state of tokens x `(B, N, C)` of which none has merged, of counts `(B or 1, N)`, 0 for padding."""
     token = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP) and Eva (EVA02, rotary ViTs, DINOv3).
+"""timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2, SigLIP), Eva (EVA02, rotary ViTs, DINOv3) and NaFlexVit.
 
 They are known by their parts, so timm itself is not imported.
 """
@@ -26,9 +26,11 @@ from sttm_kernels.integrations.merging import (
     Told,
     densely,
     own_layers,
+    real_tokens,
     rows,
     told_to,
     unwrapped,
+    with_padding,
 )
 from sttm_kernels.nn.attention import choose_method, proportional_attention, size_bias
 
@@ -77,11 +79,12 @@ def _heads(layer: Layer) -> int:
 
 def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> Tensor:
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    if "attn_mask" in arguments or arguments.pop("is_causal", False):
-        raise ValueError("attn_mask must be None and is_causal False in a model that merges tokens")
+    if arguments.pop("is_causal", False):
+        raise ValueError("is_causal must be False in a model that merges tokens")
     if told.ids is not None and "rope" in arguments:
         arguments["rope"] = rows(arguments["rope"], told.ids)
     if told.size is not None:
+        arguments.pop("attn_mask", None)  # padding has a count of 0
         if not layer.attn.fused_attn:
             told.method = "mask"
         elif told.method == "auto":
@@ -117,8 +120,13 @@ def _feed_post(layer: Layer, x: Tensor) -> Tensor:
     return x + _scaled(layer, 2, layer.norm2(layer.mlp(x)))
 
 
-PRE_NORM = Family(_parts, _heads, _attend_pre, _feed_pre)
-POST_NORM = Family(_parts, _heads, _attend_post, _feed_post)
+def _start(x: Tensor, arguments: dict[str, Any], state: State) -> State:
+    mask = arguments.get("attn_mask")
+    return state if mask is None else with_padding(x, real_tokens("attn_mask", mask), state)
+
+
+PRE_NORM = Family(_parts, _heads, _attend_pre, _feed_pre, start=_start)
+POST_NORM = Family(_parts, _heads, _attend_post, _feed_post, start=_start)
 
 
 class PatchEmbed(Swapped):
@@ -164,11 +172,9 @@ def anatomy(model: Layer) -> Anatomy | None:
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not isinstance(prefix, int) or not len(blocks):
         return None
-    if not hasattr(model, "patch_embed"):
-        raise ValueError(
-            f"model must have one grid of patches for all images of a batch, {type(model).__name__} packs images of "
-            "different sizes and masks what is left over"
-        )
+    patch_embed = getattr(model, "patch_embed", None)
+    if patch_embed is None and not hasattr(model, "_forward_embeds"):
+        raise ValueError(f"model must have a patch_embed, or be a NaFlexVit, {type(model).__name__} is neither")
     layers = own_layers(list(blocks))
     for number, layer in enumerate(layers):
         for path in ("norm1", "attn.k_norm", "drop_path1", "norm2", "mlp", "drop_path2"):
@@ -183,16 +189,16 @@ def anatomy(model: Layer) -> Anatomy | None:
     arguments, tokens = {}, 16
     if rope is not None:
         table = rope.get_embed(shape=(4, 4))
-        if getattr(model, "rope_mixed", False):
+        if getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False):
             table = table[0]
         arguments["rope"] = table[..., :tokens, :]
         tokens = min(tokens, table.shape[-2])
     gridded: list[tuple[nn.Module, type, Any]] = []
-    if hasattr(model.patch_embed, "dynamic_img_pad"):
-        gridded.append((model.patch_embed, PatchEmbed, None))
-    if isinstance(getattr(model, "norm_pre", None), nn.Module):
+    if patch_embed is not None and hasattr(patch_embed, "dynamic_img_pad"):
+        gridded.append((patch_embed, PatchEmbed, None))
+    if patch_embed is not None and isinstance(getattr(model, "norm_pre", None), nn.Module):
         gridded.append((model.norm_pre, Carries, None))
-    image, project = getattr(model.patch_embed, "img_size", None), getattr(model.patch_embed, "proj", None)
+    image, project = getattr(patch_embed, "img_size", None), getattr(patch_embed, "proj", None)
     channels = getattr(project, "in_channels", None)
     return Anatomy(
         layers=layers,
