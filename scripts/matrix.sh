@@ -33,8 +33,8 @@ try() {
   else
     { grep -vE "^($pins)==" constraints.txt | grep -v '^torchvision=='; printf '%s\n' "$@"; } >"$constraints"
   fi
-  "$bin/pip" install --quiet --no-compile --constraint "$constraints" --editable '.[test,hf]' requests &&
-    "$bin/pip" install --quiet --no-compile --constraint "$constraints" --no-deps timm torchvision &&
+  "$bin/python" -m pip install --quiet --no-compile --constraint "$constraints" --editable '.[test,hf]' requests &&
+    "$bin/python" -m pip install --quiet --no-compile --constraint "$constraints" --no-deps timm torchvision &&
     "$bin/python" -m pytest -q $tests
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import ops, reference
+from sttm_kernels.nn.generators import CHOICES
 from sttm_kernels.operator import OPERATORS
 from sttm_kernels.plan import MatchBounds, Merged, MergePlan, Similarity, SoftMerged
 from sttm_kernels.reference import acc_dtype, mean_over_heads, pairwise_similarity
@@ -56,7 +57,8 @@ def to_onnx(program: torch.export.ExportedProgram, **options: Any) -> torch.onnx
     Returns:
         What `torch.onnx.export` returns; its `save(path)` writes the model.
     """
-    table = {torch.ops.aten.sort.stable: _sort_in_onnx, **options.pop("custom_translation_table", {})}
+    table = {torch.ops.aten.sort.stable: _sort_in_onnx, torch.ops.aten._cdist_forward.default: _distances_in_onnx}
+    table |= options.pop("custom_translation_table", {})
     found = torch.onnx.export(decompose(program), (), dynamo=True, custom_translation_table=table, **options)
     assert found is not None
     return found
@@ -71,9 +73,22 @@ def _sort_in_onnx(self: Any, stable: bool = False, dim: int = -1, descending: bo
     return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
 
 
+def _distances_in_onnx(x1: Any, x2: Any, p: float, compute_mode: int | None = None) -> Any:
+    """Euclidean, by their differences: a product would cancel."""
+    import onnxscript
+
+    if p != 2:
+        raise ValueError(f"p of torch.cdist must be 2 in an ONNX model, got {p}")
+    op: Any = onnxscript.opset18
+    axes = [op.Constant(value_ints=[axis]) for axis in (-2, -3, -1)]
+    difference = op.Sub(op.Unsqueeze(x1, axes[0]), op.Unsqueeze(x2, axes[1]))
+    return op.Sqrt(op.ReduceSumSquare(difference, axes[2], keepdims=0))
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The plain form of every operator that has one, for a table of `ExportedProgram.run_decompositions`."""
-    return {OPERATORS[name].overload: _decomposition(name, plain) for name, plain in _PLAIN.items()}
+    verbs = {OPERATORS[name].overload: _decomposition(name, plain) for name, plain in _PLAIN.items()}
+    return verbs | {getattr(torch.ops.sttm_kernels, name).default: choose for name, choose in CHOICES.items()}
 
 
 def _ours(program: torch.export.ExportedProgram) -> list[str]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sttm_kernels import validate
 from sttm_kernels.functional import assign, merge, soft_merge
+from sttm_kernels.operator import NAMESPACE
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.reference import NORM_FLOOR, acc_dtype
 
@@ -165,6 +166,22 @@ class KMeans(nn.Module):
         return f"rounds={self.rounds}, similarity={self.similarity!r}"
 
 
+CHOICES: dict[str, Callable[..., Tensor]] = {}
+"""The operators that choose tokens, and the function that each of them is."""
+
+
+def _operator(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`choose(q, count, ...)` as an operator: a compiler sees one node in place of what may be a round per token.
+
+    It must not modify tensors in place, for it is also the plain form that exported programs are given.
+    """
+    name = choose.__name__.lstrip("_")
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", choose, mutates_args=())
+    operator.register_fake(lambda q, count, *_: q.new_empty((q.shape[0], count), dtype=torch.int64))
+    CHOICES[name] = choose
+    return operator
+
+
 class _Chosen(nn.Module):
     """The tokens that an operator chooses by their similarities."""
 
@@ -188,8 +205,7 @@ class _Chosen(nn.Module):
         return f"similarity={self.similarity!r}"
 
 
-# An operator, so that a compiler sees one node in place of K unrolled rounds.
-@torch.library.custom_op("sttm_kernels::farthest_points", mutates_args=())
+@_operator
 def _farthest_points(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
     def distance(point: Tensor) -> Tensor:
         score = assign(q, point, similarity, weight="uniform", impl=impl).score
@@ -204,16 +220,11 @@ def _farthest_points(q: Tensor, num_points: int, size: Tensor | None, similarity
         if size is not None:
             nearest = nearest.masked_fill(size == 0, lowest)
         point = nearest.masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
-        taken.scatter_(1, point, True)
+        taken = taken.scatter(1, point, True)
         chosen.append(point)
         here = distance(_take(q, point))
         nearest = here if i == 0 else torch.minimum(nearest, here)
     return torch.cat(chosen, 1).sort(1).values
-
-
-@_farthest_points.register_fake
-def _(q: Tensor, num_points: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
-    return q.new_empty((q.shape[0], num_points), dtype=torch.int64)
 
 
 class FarthestPoint(_Chosen):
@@ -226,8 +237,7 @@ class FarthestPoint(_Chosen):
     choose = staticmethod(_farthest_points)
 
 
-# An operator for the same reason as farthest points.
-@torch.library.custom_op("sttm_kernels::distinct_tokens", mutates_args=())
+@_operator
 def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
     B, N, D = q.shape
     first = torch.zeros((B, 1), dtype=torch.int64, device=q.device)
@@ -235,8 +245,11 @@ def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity
         present = size != 0
         first = present.to(torch.int64).argmax(1, keepdim=True)
         # In an absent token's place stands the present one before it, a predecessor of all that follow anyway.
-        token = torch.arange(N, device=q.device).expand(B, -1)
-        q = _take(q, torch.maximum(token.masked_fill(~present, 0).cummax(1).values, first))
+        rank = present.cumsum(1) - 1
+        ranked = first.expand(-1, N + 1).scatter(
+            1, rank.masked_fill(~present, N), torch.arange(N, device=q.device).expand(B, -1)
+        )
+        q = _take(q, ranked.gather(1, rank.clamp_min(0)))
     likeness = torch.full((B, N + 1), -torch.inf, dtype=acc_dtype(q.dtype), device=q.device)
     parts, token, length = q[:, None], torch.arange(N, device=q.device)[None], N
     while length > 1:
@@ -248,19 +261,13 @@ def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity
         earlier, later = parts.flatten(0, 1).unbind(1)
         score = assign(later, earlier, similarity, weight="uniform", impl=impl).score
         assert score is not None
-        looking = token[:, 1].flatten()
-        likeness[:, looking] = torch.maximum(likeness[:, looking], score.view(B, len(looking)))
+        looking = token[:, 1].flatten().expand(B, -1)
+        likeness = likeness.scatter(1, looking, torch.maximum(likeness.gather(1, looking), score.view(looking.shape)))
         parts, token, length = parts.flatten(1, 2), token.flatten(0, 1), half
-    likeness = likeness[:, :N]
-    novelty = -likeness.scatter_(1, first, -torch.inf)
+    novelty = -likeness[:, :N].scatter(1, first, -torch.inf)
     if size is not None:
-        novelty.masked_fill_(size == 0, -torch.inf)
+        novelty = novelty.masked_fill(size == 0, -torch.inf)
     return novelty.argsort(dim=1, descending=True, stable=True)[:, :num_tokens].sort(1).values
-
-
-@_distinct_tokens.register_fake
-def _(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
-    return q.new_empty((q.shape[0], num_tokens), dtype=torch.int64)
 
 
 class Distinct(_Chosen):
@@ -361,9 +368,9 @@ class Learned(nn.Module):
         return f"num_queries={self.queries.shape[0]}"
 
 
-# An operator for the same reason as farthest points. `cdist` without a matrix product gives every pair the same bits
-# whatever is around it, a distance of exactly 0 to itself, and no cancellation.
-@torch.library.custom_op("sttm_kernels::density_peaks", mutates_args=())
+# `cdist` without a matrix product gives every pair the same bits whatever is around it, a distance of exactly 0 to
+# itself, and no cancellation.
+@_operator
 def _density_peaks(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | None) -> Tensor:
     N, D = q.shape[1:]
     q = q.to(acc_dtype(q.dtype))
@@ -383,8 +390,8 @@ def _density_peaks(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | No
 
     density = torch.cat([log_density(rows) for rows in chunks], 1).masked_fill(absent, -torch.inf)
     # A strict order: of equal densities the lower token index is the denser one.
-    rank = torch.empty_like(token).expand_as(density).contiguous()
-    rank.scatter_(1, density.argsort(dim=1, descending=True, stable=True), token.expand_as(density))
+    descending = density.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(descending).scatter(1, descending, token.expand_as(density))
 
     def log_separation(rows: slice) -> Tensor:
         squared = squared_distance(rows)
@@ -400,11 +407,6 @@ def _density_peaks(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | No
 
 _CHUNK = 256
 """Rows of the distance matrix that are in memory at once."""
-
-
-@_density_peaks.register_fake
-def _(q: Tensor, num_peaks: int, neighbours: int, size: Tensor | None) -> Tensor:
-    return q.new_empty((q.shape[0], num_peaks), dtype=torch.int64)
 
 
 class DPCKNN(nn.Module):
