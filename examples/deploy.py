@@ -1,6 +1,7 @@
-"""Saves a merging VideoMAE for processes that do not have this package, runs it in one, and compares.
+"""Saves a merging VideoMAE, runs it in fresh processes, and compares: three forms for processes that do not have this
+package, and one that runs its kernels where it is.
 
-python examples/deploy.py --format pt2 aoti onnx --folder deployed
+python examples/deploy.py --format pt2 aoti onnx kernels --folder deployed
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from clips import arguments, clip, videomae
 import sttm_kernels as sttm
 from sttm_kernels import export
 
+FILES = {"pt2": "plain.pt2", "aoti": "plain_compiled.pt2", "onnx": "model.onnx", "kernels": "kernels_compiled.pt2"}
+WITHOUT = "sys.modules['sttm_kernels'] = None  # as where it is not installed"
+COMPILED = "program = torch._inductor.aoti_load_package(path)"
 LOAD = {
-    "pt2": "program = torch.export.load(path).module()",
-    "aoti": "program = torch._inductor.aoti_load_package(path)",
-    "onnx": "session = onnxruntime.InferenceSession(path)\n"
+    "pt2": f"{WITHOUT}\nprogram = torch.export.load(path).module()",
+    "aoti": f"{WITHOUT}\n{COMPILED}",
+    "onnx": f"{WITHOUT}\nimport onnxruntime\nsession = onnxruntime.InferenceSession(path)\n"
     "program = lambda clip: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: clip.numpy()})[0])",
+    "kernels": f"import sttm_kernels  # its operators\n{COMPILED}",
 }
 ELSEWHERE = """
 import sys
-sys.modules["sttm_kernels"] = None  # as where it is not installed
 import torch
-{imports}
 path, given, results = sys.argv[1:]
 {load}
 with torch.inference_mode():
@@ -44,21 +47,21 @@ class Logits(torch.nn.Module):
         return self.model(clip).logits
 
 
-def save(program: torch.export.ExportedProgram, path: Path) -> None:
-    if path.suffix == ".onnx":
-        export.to_onnx(program).save(path)
-    elif path.name.startswith("aoti"):
-        torch._inductor.aoti_compile_and_package(export.decompose(program), package_path=str(path))
-    else:
+def save(how: str, program: torch.export.ExportedProgram, path: Path) -> None:
+    if how == "pt2":
         torch.export.save(export.decompose(program), path)
+    elif how == "onnx":
+        export.to_onnx(program).save(path)
+    else:
+        compiled = export.decompose(program) if how == "aoti" else program
+        torch._inductor.aoti_compile_and_package(compiled, package_path=str(path))
 
 
 def run_elsewhere(how: str, path: Path, clips: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The results of a fresh process in which this package cannot be imported."""
+    """The results of a fresh process."""
     given, results = path.with_suffix(".clips"), path.with_suffix(".results")
     torch.save(clips, given)
-    program = ELSEWHERE.format(imports="import onnxruntime" if how == "onnx" else "", load=LOAD[how])
-    subprocess.run([sys.executable, "-c", program, path, given, results], check=True)
+    subprocess.run([sys.executable, "-c", ELSEWHERE.format(load=LOAD[how]), path, given, results], check=True)
     return torch.load(results)
 
 
@@ -79,13 +82,13 @@ def main(argv: list[str] | None = None) -> None:
         clips = [frames, torch.cat([frames, frames.flip(1), frames.flip(-1)])]
         expected = [network(each) for each in clips]
     for how in options.format:
-        path = options.folder / ("aoti.pt2" if how == "aoti" else f"program.{how}")
-        save(program, path)
+        path = options.folder / FILES[how]
+        save(how, program, path)
         found = run_elsewhere(how, path, clips)
         for each, result, wanted in zip(clips, found, expected, strict=True):
             torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-4)
             difference, largest = float((result - wanted).abs().max()), float(wanted.abs().max())
-            print(f"{how:<5} {path}: a batch of {len(each)} differs by {difference:.1e} of {largest:.2f}")
+            print(f"{how:<7} {path}: a batch of {len(each)} differs by {difference:.1e} of {largest:.2f}")
 
 
 if __name__ == "__main__":

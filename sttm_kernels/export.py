@@ -33,8 +33,7 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
         equal to rounding; only inference is written out, so it has no gradient formulas of this package.
 
     Raises:
-        ValueError: it holds an operator that has no plain form: those of the generators "farthest", "distinct" and
-            "dpc_knn", and gradients.
+        ValueError: it holds an operator that has no plain form, which gradients are.
     """
     if not _ours(program):
         return program

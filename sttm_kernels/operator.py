@@ -41,6 +41,7 @@ _SCHEMA = {
     "Tensor | None": "Tensor?",
     "int": "SymInt",
     "float": "float",
+    "float | None": "float?",
     "str": "str",
     "Sequence[bool]": "bool[]",
 }

@@ -211,7 +211,7 @@ class MatchIn(NamedTuple):
     r: int
     num_groups: int
     num_prefix: int
-    threshold: float
+    threshold: float | None  # not -inf for none: AOTInductor writes that as JSON that it cannot read
     impl: str
 
 
@@ -232,8 +232,9 @@ def _match_fake(a: MatchIn) -> Sequence[Tensor | None]:
 
 
 def _match_run(run: Any, a: MatchIn) -> MatchOut:
-    bounded = a.mask is not None or a.limit is not None or a.threshold > -math.inf
-    bounds = MatchBounds(a.num_groups, a.mask, a.limit, a.threshold) if bounded else None
+    bounded = a.mask is not None or a.limit is not None or a.threshold is not None
+    threshold = -math.inf if a.threshold is None else a.threshold
+    bounds = MatchBounds(a.num_groups, a.mask, a.limit, threshold) if bounded else None
     plan = run(a.metric, a.r, a.num_prefix, a.src, a.dst, bounds)
     return MatchOut(plan.index, plan.score, plan.order, plan.offsets)
 
@@ -246,7 +247,7 @@ def match(
     bounds: MatchBounds | None = None,
 ) -> MergePlan:  # fmt: skip
     K, mask, limit, threshold = bounds or MatchBounds(metric.shape[-2] - r)
-    a = (metric, src, dst, mask, limit, r, K, num_prefix, threshold, impl)
+    a = (metric, src, dst, mask, limit, r, K, num_prefix, None if threshold == -math.inf else threshold, impl)
     if (run := _match.implementation(a)) is not None:
         return run(metric, r, num_prefix, src, dst, bounds)
     out = _match.listened(a)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import pickle
 from collections.abc import Iterator
 
@@ -48,7 +47,7 @@ SRC, DST = torch.tensor([[[0, 2, 4]]], dtype=torch.int32), torch.tensor([[[1, 3,
 PADDED = torch.tensor([[[0, 2], [4, -1]]], dtype=torch.int32), torch.tensor([[[1, 3], [5, -1]]], dtype=torch.int32)
 OPS = torch.ops.sttm_kernels
 ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL)
-FREE = (-math.inf, IMPL)  # the last arguments of a match without a threshold
+FREE = (None, IMPL)  # the last arguments of a match without a threshold
 MATCHED = OPS.match(bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
 EXTRAS = MASK, leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5)

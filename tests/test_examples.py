@@ -2,6 +2,7 @@
 the shorter prompt of a video-language model."""
 
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -84,3 +85,23 @@ def test_a_prompt_gets_shorter_and_keeps_its_positions(shorter_prompt, method, c
     own = torch.stack([(clip.plan.index[0] == group).int().argmax() for group in alone])
     assert_equal("positions", fewer["position_ids"][..., 4 + alone], whole["position_ids"][..., 4 + own])
     assert len(alone) > 0
+
+
+@pytest.mark.table
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("form", ["pt2", "onnx", "aoti", "kernels"])
+def test_a_merging_videomae_is_the_same_in_a_fresh_process(tmp_path, monkeypatch, form):
+    pytest.importorskip("transformers")
+    if form == "onnx":
+        for needed in ("onnxruntime", "onnxscript"):
+            pytest.importorskip(needed)
+    if form in ("aoti", "kernels") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    import clips
+    import deploy
+
+    small = {"num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    monkeypatch.setattr(clips, "SMALL", {**small, "image_size": 32, "num_frames": 4})
+    deploy.main(["--device", "cpu", "--r", "3", "--format", form, "--folder", str(tmp_path / "deployed")])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 import sttm_kernels as sttm
 from sttm_kernels import checks, dispatch, export, ops
-from sttm_kernels.nn.generators import FarthestPoint
+from sttm_kernels.nn.generators import GENERATORS, make
 from sttm_kernels.operator import OPERATORS
 from sttm_kernels.testing import assert_equal, make_tokens
 
@@ -132,11 +135,42 @@ class Verbs(nn.Module):
         )  # fmt: skip
 
 
+class MetaTokens(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = make(name, 8, "cosine", "auto")
+
+    def forward(self, x: Tensor, size: Tensor) -> Tensor:
+        return self.generator(x, 4, 5, 3, size)
+
+
+def merging_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    small = {"img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "global_pool": "avg"}
+    return sttm.apply(timm.create_model("vit_tiny_patch16_224", num_classes=5, **small), r=9)
+
+
+def tokens(B: int, N: int) -> tuple[Tensor, Tensor]:
+    return make_tokens(B, N, 8, seed=B), torch.arange(1.0, 1 + B * N).view(B, N) % 4
+
+
+NETWORKS = {
+    "verbs": (Verbs, lambda B: tokens(B, 41)),
+    **{name: (partial(MetaTokens, name), lambda B: tokens(B, 20)) for name in GENERATORS},
+    "vit": (merging_vit, lambda B: (torch.randn(B, 3, 24, 24, generator=torch.Generator().manual_seed(B)),)),
+}
+BATCHES = (2, 1, 5)
+"""The first is the example, of at least two: one would be taken for a constant."""
 ELSEWHERE = """
 import sys
-sys.modules["sttm_kernels"] = None
+path = sys.argv[1]
+if "kernels.aoti" in path:
+    import sttm_kernels
+else:
+    sys.modules["sttm_kernels"] = None  # as where it is not installed
 import torch
-path, given, results = sys.argv[1:]
 if path.endswith(".onnx"):
     import onnxruntime
     session = onnxruntime.InferenceSession(path)
@@ -144,36 +178,91 @@ if path.endswith(".onnx"):
     def program(*tensors):
         found = session.run(None, dict(zip(names, (tensor.numpy() for tensor in tensors))))
         return [torch.from_numpy(each) for each in found]
+elif path.endswith(".aoti.pt2"):
+    program = torch._inductor.aoti_load_package(path)
 else:
     program = torch.export.load(path).module()
-torch.save([program(*tensors) for tensors in torch.load(given)], results)
+results = [program(*given) for given in torch.load(path + ".given")]
+torch.save([[each] if isinstance(each, torch.Tensor) else each for each in results], path + ".results")
 """
 
 
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
-def test_written_out_programs_run_in_a_process_without_the_package(kind, tmp_path):
+@cache
+def exported(name: str) -> tuple[torch.export.ExportedProgram, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """A network of any batch, written out; inputs, and what it makes of them."""
+    make_network, draw = NETWORKS[name]
+    network, batches = make_network().eval(), [draw(B) for B in BATCHES]
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(network, batches[0], dynamic_shapes=tuple({0: batch} for _ in batches[0]))
+        results = [network(*given) for given in batches]
+    return export.decompose(program), batches, [each if isinstance(each, tuple) else (each,) for each in results]
+
+
+def assert_same_elsewhere(path: Path, batches: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
+    """A fresh process that loads the program gets the same."""
+    torch.save(batches, f"{path}.given")
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(path)], check=True, timeout=300)
+    for found, wanted in zip(torch.load(f"{path}.results"), expected, strict=True):
+        for got, value in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, value)
+
+
+def check_written_out(name: str, kind: str, folder: Path) -> None:
     if kind == "onnx":
         for needed in ("onnxruntime", "onnxscript"):
             pytest.importorskip(needed)
-    network, path = Verbs().eval(), tmp_path / f"program.{kind}"
-    batches = [(make_tokens(B, 41, 8, seed=B), torch.arange(1.0, 1 + B * 41).view(B, 41) % 3 + 1) for B in (2, 1, 5)]
-    with torch.no_grad():
-        batch = torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(network, batches[0], dynamic_shapes=({0: batch}, {0: batch}))
-        expected = [network(*given) for given in batches]
-        if kind == "pt2":
-            torch.export.save(export.decompose(program), path)
-        else:
-            model = export.to_onnx(program, verbose=False)
-            assert {node.domain for node in model.model.graph} == {""}
-            model.save(path)
-    torch.save(batches, tmp_path / "given")
-    command = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "given"), str(tmp_path / "results")]
-    subprocess.run(command, check=True, timeout=300)
-    for found, wanted in zip(torch.load(tmp_path / "results"), expected, strict=True):
-        for got, value in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, value)
+    program, *given_and_results = exported(name)
+    path = folder / f"{name}.{kind}"
+    if kind == "pt2":
+        torch.export.save(program, path)
+    else:
+        model = export.to_onnx(program, verbose=False)
+        assert {node.domain for node in model.model.graph} == {""}
+        model.save(path)
+    assert_same_elsewhere(path, *given_and_results)
+
+
+KINDS = pytest.mark.parametrize("kind", ["pt2", "onnx"])
+
+
+@pytest.mark.unpoisoned
+@KINDS
+def test_written_out_programs_run_in_a_process_without_the_package(kind, tmp_path):
+    check_written_out("verbs", kind, tmp_path)
+
+
+@pytest.mark.table
+@pytest.mark.unpoisoned
+@KINDS
+@pytest.mark.parametrize("name", ["vit", *GENERATORS])
+def test_written_out_models_and_generators_run_in_a_process_without_the_package(name, kind, tmp_path):
+    """Generators with counts of which some are 0."""
+    check_written_out(name, kind, tmp_path)
+
+
+class There(nn.Module):
+    """To fewer tokens and back, which is what a compiler of C++ has the least to do with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = sttm.match(x, 6, num_prefix=1)
+        return sttm.unmerge(sttm.merge(x, plan).x, plan)
+
+
+@pytest.mark.long
+@pytest.mark.unpoisoned
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["plain", "kernels"])
+def test_programs_compiled_ahead_of_time_run_in_a_fresh_process(kind, tmp_path, monkeypatch):
+    """With the kernels where the package is imported, and without it written out."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    batches, batch = [make_tokens(B, 41, 8, seed=B) for B in BATCHES], torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(There(), (batches[0],), dynamic_shapes=({0: batch},))
+    path = tmp_path / f"{kind}.aoti.pt2"
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled = export.decompose(program) if kind == "plain" else program
+        torch._inductor.aoti_compile_and_package(compiled, package_path=str(path))
+    assert_same_elsewhere(path, [(x,) for x in batches], [(There()(x),) for x in batches])
 
 
 @pytest.mark.unpoisoned
@@ -189,13 +278,18 @@ def test_operators_in_graphs_within_a_graph_are_written_out():
 
 @pytest.mark.unpoisoned
 def test_what_has_no_plain_form_is_named():
-    class Far(nn.Module):
+    class Gradient(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return FarthestPoint()(x, 5, 8, 3)
+            one, index = x[:, :1], torch.zeros(x.shape[:2], dtype=torch.int32)
+            given = OPERATORS["merge_backward"].inputs(
+                *(one, None, None, x, index, 1, None, None, None, one, None, torch.ones(2, 1), None, None),
+                *("mean", [True, False, False, False], "auto"),
+            )
+            return OPERATORS["merge_backward"].overload(*given)[0]
 
-    program = torch.export.export(Far(), (make_tokens(2, 40, 8),))
+    program = torch.export.export(Gradient(), (make_tokens(2, 4, 8),))
     with pytest.raises(
-        ValueError, match=r"must hold operators that have a plain form, got sttm_kernels.farthest_point"
+        ValueError, match=r"must hold operators that have a plain form, got sttm_kernels.merge_backward"
     ):
         export.decompose(program)
 

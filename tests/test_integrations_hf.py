@@ -521,6 +521,17 @@ def test_export(family):
         close("loaded", torch.export.load(file).module()(clip), logits(model, clip), 1e-6)
 
 
+@pytest.mark.parametrize("family", [videomae, vit])
+def test_a_model_of_a_single_layer(family):
+    model, clip = build(family, num_hidden_layers=1), pixels(family)
+    before = logits(model, clip)
+    sttm.apply(model, r=3, trace=True)
+    logits(model, clip)
+    (layer,) = sttm.trace(model)
+    assert layer.size.gt(1).any()
+    assert_equal("removed", logits(sttm.remove(model), clip), before)
+
+
 @families
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
 def test_copies_merge_too_and_on_their_own(family, way):

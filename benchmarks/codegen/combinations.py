@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ SETTINGS = {
     "weight": ("softmax", "uniform"),
     "temperature": (0.5,),
     "num_prefix": (1,),
-    "threshold": (-math.inf, 0.5),
+    "threshold": (None, 0.5),
 }
 Combination = dict[str, Any]
 

@@ -790,9 +790,11 @@ def rows(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def holders(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
-    """The modules that hold all layers of a model, their list and the model itself aside."""
-    lists = (nn.ModuleList, nn.Sequential)
-    parts = [part for part in model.modules() if part is not model and not isinstance(part, lists)]
+    """The modules that hold all layers of a model, their list and the model itself aside; a single layer holds none."""
+    aside = {model, *layers}
+    parts = [
+        part for part in model.modules() if part not in aside and not isinstance(part, nn.ModuleList | nn.Sequential)
+    ]
     return [part for part in parts if set(layers) <= set(part.modules())]
 
 
