@@ -13,7 +13,7 @@ from sttm_kernels.evidence import mergers
 from sttm_kernels.evidence.clips import FRAMES, SIZE
 from sttm_kernels.evidence.network import DEPTH, DIM, HEADS, PATCH, Network
 from sttm_kernels.integrations.amounts import nearest
-from sttm_kernels.nn import STTM
+from sttm_kernels.nn import DPCKNN, STTM
 from sttm_kernels.nn.flops import flops
 
 SIDE = SIZE // PATCH
@@ -172,6 +172,9 @@ VARIANTS: dict[str, Contender] = {
     },
     "sttm-window-4": Contender(
         "STTM, distinct, windows of 4 frames", range(1, 4 * SIDE * SIDE + 1), partial(_sttm, window=4)
+    ),
+    "sttm-dpc_knn-l2": Contender(
+        "STTM, dpc_knn with rows of any norm", _KEEP_OF_WINDOW, partial(_sttm, meta=DPCKNN(similarity="l2"))
     ),
 }
 """Settings of ToMe and STTM that are looked at on the clips for choosing, never on those that are reported."""
