@@ -154,6 +154,20 @@ def test_differences_are_paired():
     assert table.difference(ours[:1], theirs).over_seeds is None
 
 
+@pytest.mark.parametrize(("better", "verdict"), [(0, "missed"), (40, "undecided"), (100, "met")])
+def test_a_goal_is_met_where_the_whole_interval_says_so(better, verdict):
+    """Of 1000 clips ToMe is right about 500, STTM with motion about some more: 1.7 points are asked for."""
+    right = {name: np.arange(1000) < 500 + more for name, more in (("tome", 0), ("sttm-motion", better))}
+    right["sttm-motion"][:15] = False
+    found = {}
+    for name, of in right.items():
+        found[rows.Key(jobs.TRAINED, name, jobs.GOAL, 0, 1)] = {
+            "seed": "0", "clips": "1000", "right": rows.packed(of)
+        }  # fmt: skip
+    (line,) = (line for line in table.verdicts(found, 1) if "ToMe" in line)
+    assert f": {verdict}, {(better - 15) / 10:+.1f} points" in line
+
+
 def test_settings_are_chosen_on_other_clips(tmp_path, monkeypatch):
     splits, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "EVALUATED", 16)
