@@ -89,6 +89,16 @@ def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
 
 
 @cache
+def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether an implementation takes all sequences of a packed batch in one launch; else, one after another."""
+    if impl == "auto":
+        impl = choose(verb, device, dtype)
+    if impl in ("torch", "reference") or why_not(verb, impl, device, dtype) is not None:
+        return False
+    return hasattr(importlib.import_module(_MODULES[impl]), f"{verb}_packed")
+
+
+@cache
 def kernel(name: str, impl: str, device: torch.device | str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function behind the operator `name`, a verb or a verb with `_backward`.
 
@@ -96,7 +106,7 @@ def kernel(name: str, impl: str, device: torch.device | str, dtype: torch.dtype)
         ValueError: `impl` is unknown.
         RuntimeError: `impl` was asked for by name and cannot run; the message says why.
     """
-    verb = name.removesuffix("_backward")
+    verb = name.removesuffix("_backward").removesuffix("_packed")
     if impl == "auto":
         impl = choose(verb, device, dtype)
     reason = why_not(verb, impl, device, dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sttm_kernels import ops, reference
 from sttm_kernels.nn.generators import CHOICES
 from sttm_kernels.operator import OPERATORS
-from sttm_kernels.plan import MatchBounds, Merged, MergePlan, Similarity, SoftMerged
+from sttm_kernels.plan import MatchBounds, Merged, MergePlan, Packed, Similarity, SoftMerged
 from sttm_kernels.reference import acc_dtype, mean_over_heads, pairwise_similarity
 
 
@@ -154,6 +154,43 @@ def _match(
     return MergePlan(index, K, score, order=order, offsets=offsets)
 
 
+def _match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+    """The same of sequences one after another; O(T²) memory, for T tokens of all of them."""
+    metric = mean_over_heads(metric.detach())[0]
+    T, K = metric.shape[0], packed.num_groups
+    start, length, first_group, groups, limit = packed.sequences.long().unbind(1)[:5]
+    token = torch.arange(T, device=metric.device)
+    member = (token >= start[:, None]) & (token < (start + length)[:, None])
+    row = member.int().argmax(0)  # of the table
+    place = token - start[row]
+    is_dst, is_src = (place % 2 == 1) & (place >= num_prefix), (place % 2 == 0) & (place >= num_prefix)
+    may_meet = is_src[:, None] & is_dst & (row[:, None] == row)
+    score, partner = pairwise_similarity(metric, metric, reference.COSINE).masked_fill(~may_meet, -torch.inf).max(-1)
+
+    may_merge = score > packed.threshold if packed.threshold > -torch.inf else score != -torch.inf
+    best_first = score.masked_fill(~may_merge, -torch.inf).argsort(descending=True, stable=True)
+    best_first = best_first[row[best_first].argsort(stable=True)]  # by sequence, then by score
+    before = length.cumsum(0) - length
+    rank = torch.zeros_like(token).scatter(0, best_first, token - before[row[best_first]])
+    merged = may_merge & (rank < limit[row])
+
+    def counted(marked: Tensor) -> Tensor:
+        """How many are marked in the sequence of each token up to it."""
+        count = marked.cumsum(0)
+        return count - torch.nn.functional.pad(count, (1, 0))[start][row]
+
+    unmerged = is_src & ~merged
+    first_dst = num_prefix + (member & unmerged).sum(1)[row]
+    group = torch.where(unmerged, num_prefix + counted(unmerged) - 1, place)
+    group = torch.where(is_dst, first_dst + counted(is_dst) - 1, group)
+    index = first_group[row] + torch.minimum(group, groups[row] - 1)
+    index = torch.where(merged, index[partner], index)
+    order = (index * T + token).sort().values % T
+    offsets = index.new_zeros(K + 1).scatter_add(0, index + 1, torch.ones_like(index)).cumsum(0)
+    index, order, offsets = (t.to(torch.int32)[None] for t in (index, order, offsets))
+    return MergePlan(index, K, score[None], order=order, offsets=offsets)
+
+
 def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Lists of tokens (B, G, M), -1 in place of what `mask` leaves out."""
     if mask is None:
@@ -231,6 +268,7 @@ def _soft_merge(
 _PLAIN: dict[str, Callable[..., Any]] = {
     "assign": reference.assign,
     "match": _match,
+    "match_packed": _match_packed,
     "merge": _merge,
     "assign_merge": _assign_merge,
     "unmerge": reference.unmerge,

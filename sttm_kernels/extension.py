@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
@@ -27,6 +28,7 @@ from sttm_kernels.plan import (
     OfAssign,
     OfMerge,
     OfSoftMerge,
+    Packed,
     PlanGrads,
     Similarity,
     SoftMerged,
@@ -197,6 +199,18 @@ class Verbs:
             mean = metric.new_empty((B, N, D))
         self.run().match(
             metric, _dense(src), _dense(dst), mask, _dense(limit), r, K, num_prefix, threshold, self.tf32(),
+            index, score, order, offsets, scratch, mean, self.stream(metric),
+        )  # fmt: skip
+        return MergePlan(index, K, score, order=order, offsets=offsets)
+
+    def match_packed(self, metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+        T, D, K = metric.shape[-2], metric.shape[-1], packed.num_groups
+        index = metric.new_empty((1, T), dtype=torch.int32)
+        score = metric.new_empty((1, T), dtype=torch.float32)
+        order, offsets, scratch = torch.empty_like(index), index.new_empty((1, K + 1)), index.new_empty(T)
+        mean = metric.new_empty((1, T, D)) if metric.dim() == 4 and self.read_again < math.inf else None
+        self.run().match_packed(
+            metric, _dense(packed.sequences), packed.tiles, K, num_prefix, packed.threshold, self.tf32(),
             index, score, order, offsets, scratch, mean, self.stream(metric),
         )  # fmt: skip
         return MergePlan(index, K, score, order=order, offsets=offsets)

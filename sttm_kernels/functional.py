@@ -8,7 +8,9 @@ synchronises with the host. NaN or infinite features may give a meaningless grou
 
 Packed sequences are tokens `(T, C)`, those of all S sequences one after another, and `lengths`, how many each has: a
 list, or an integer tensor `(S,)` on the CPU. Every sequence gets the bits that it has alone, whatever else is packed
-beside it. The results have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`.
+beside it. The results have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`. `merge`,
+`unmerge`, `compose`, and `match` by "alternate" without a grid and protected tokens, run once for all sequences; plain
+PyTorch's `match` and all else that finds groups run for one after another.
 
 Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
 batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come
@@ -234,8 +236,9 @@ def match(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         metric, lengths = packed.checked("metric", metric, lengths, mask, packed.QUERIES, 2, 3)
-        one = partial(match, window=window, impl=impl, cell=cell, generator=generator)
-        return packed.match(one, metric, r, num_prefix, partition, grid, protect, lengths, threshold)
+        validate.generator(generator)
+        one = partial(match, cell=cell, generator=generator, threshold=threshold)
+        return packed.match(one, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl)
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
     each = None if type(r) is int else validate.amounts("r", r, B)

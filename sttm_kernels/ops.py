@@ -24,6 +24,7 @@ from sttm_kernels.plan import (
     OfAssign,
     OfMerge,
     OfSoftMerge,
+    Packed,
     PlanGrads,
     Similarity,
     SoftMerged,
@@ -253,6 +254,50 @@ def match(
     out = _match.listened(a)
     if mask is not None:
         return MergePlan(out.index, K, out.score)
+    return MergePlan(out.index, K, out.score, order=out.order, offsets=out.offsets)
+
+
+class MatchPackedIn(NamedTuple):
+    metric: Tensor
+    sequences: Tensor
+    num_groups: int
+    num_prefix: int
+    tiles: int
+    pairs: int
+    threshold: float | None
+    impl: str
+
+
+class MatchPackedOut(NamedTuple):
+    index: Tensor  # type: ignore[assignment]
+    score: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def _match_packed_run(run: Any, a: MatchPackedIn) -> MatchPackedOut:
+    least = -math.inf if a.threshold is None else a.threshold
+    plan = run(a.metric, a.num_prefix, Packed(a.num_groups, a.sequences, a.tiles, a.pairs, least))
+    return MatchPackedOut(plan.index, plan.score, plan.order, plan.offsets)
+
+
+def _match_packed_fake(a: MatchPackedIn) -> Sequence[Tensor | None]:
+    index = a.metric.new_empty((1, a.metric.shape[-2]), dtype=torch.int32)
+    score = torch.empty_like(index, dtype=acc_dtype(a.metric.dtype))
+    return index, score, torch.empty_like(index), index.new_empty((1, a.num_groups + 1))
+
+
+_match_packed = Operator(
+    "match_packed", MatchPackedIn, MatchPackedOut, _match_packed_run, _match_packed_fake, unsaved=("metric",)
+)
+
+
+def match_packed(metric: Tensor, num_prefix: int, packed: Packed, impl: str) -> MergePlan:
+    K, sequences, tiles, pairs, threshold = packed
+    a = (metric, sequences, K, num_prefix, tiles, pairs, threshold if threshold > -math.inf else None, impl)
+    if (run := _match_packed.implementation(a)) is not None:
+        return run(metric, num_prefix, packed)
+    out = _match_packed.listened(a)
     return MergePlan(out.index, K, out.score, order=out.order, offsets=out.offsets)
 
 

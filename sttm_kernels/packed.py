@@ -7,19 +7,20 @@ take `one`, the verb for the sequences one after another, with all that is the s
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sttm_kernels import validate
-from sttm_kernels.plan import MergedTokens, MergePlan
+from sttm_kernels import dispatch, ops, sequences, torch_private, validate
+from sttm_kernels.plan import MergedTokens, MergePlan, Packed
 from sttm_kernels.reference import acc_dtype
+from sttm_kernels.sequences import Lengths, joined, starts
 
 QUERIES = "(T, D) or (H, T, D)"
-Lengths = tuple[int, ...]
 
 
 def row(name: str, features: Any, layout: str, *counts: int) -> Tensor:
@@ -51,11 +52,6 @@ def checked(name: str, features: Any, lengths: Any, mask: Any, layout: str, *cou
         raise ValueError("mask must be None with lengths: packed tokens are all real")
     features = row(name, features, layout, *counts)
     return features, validate.lengths("lengths", lengths, features.shape[-2])
-
-
-def starts(lengths: Sequence[int]) -> Lengths:
-    """Where each sequence begins, and where the last one ends."""
-    return tuple(accumulate(lengths, initial=0))
 
 
 def split(values: Tensor | None, lengths: Lengths, dim: int) -> Sequence[Any]:
@@ -96,36 +92,9 @@ def grids(grid: Any, lengths: Lengths) -> Sequence[Any]:
     return grid
 
 
-def joined(plans: dict[int, MergePlan], lengths: Lengths, every: int = 0, threshold: bool = False) -> MergePlan:
-    """The plan of all sequences from those, by number, of the ones that have tokens; others have `every` groups.
-
-    With a `threshold` the groups of each sequence are counted where they are, and read.
-    """
-    merged = [plans[s].num_groups if s in plans else every for s in range(len(lengths))]
-    if threshold:
-        counts = torch.stack([plan.index.max() for plan in plans.values()]).tolist()
-        for s, last in zip(plans, counts, strict=True):
-            merged[s] = last + 1
-    first, begin = starts(merged), starts(lengths)
-    index = torch.cat([plan.index + first[s] for s, plan in plans.items()], 1)
-
-    def in_row(part: str) -> Tensor | None:
-        values = [getattr(plan, part) for plan in plans.values()]
-        return None if any(value is None for value in values) else torch.cat(values, 1)
-
-    order, offsets = in_row("order"), None
-    if order is not None:
-        order += torch.cat([index.new_full((1, lengths[s]), begin[s]) for s in plans], 1)
-        each = [(s, plan.offsets) for s, plan in plans.items() if plan.offsets is not None]
-        at = [offsets[:, : merged[s]] + begin[s] for s, offsets in each]
-        offsets = torch.cat([*at, index.new_full((1, 1), begin[-1])], 1)
-    weights = in_row("score"), in_row("lse"), in_row("weight")
-    return MergePlan(index, first[-1], *weights, order, offsets, lengths, tuple(merged))
-
-
 def match(
     one: Callable[..., MergePlan], metric: Tensor, r: Any, num_prefix: int, partition: str | Tensor, grid: Any,
-    protect: Any, lengths: Lengths, threshold: float | None,
+    window: Any, protect: Any, lengths: Lengths, threshold: float | None, impl: str,
 ) -> MergePlan:  # fmt: skip
     T = metric.shape[-2]
     num_prefix = validate.integer("num_prefix", num_prefix, 0)
@@ -135,13 +104,43 @@ def match(
         validate.shape("partition", partition, "(T,)", (T,))
     parts = partition.split(lengths) if isinstance(partition, Tensor) else (partition,) * len(lengths)
     protected = [] if protect is None else validate.tokens("protect", protect, T)
+    if threshold is not None:
+        validate.finite("threshold", threshold)
+    plain = grid is None and window is None and not protected
+    if plain and isinstance(partition, str) and partition == "alternate" and _at_once(metric, impl):
+        return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl)
     start = starts(lengths)
     plans: dict[int, MergePlan] = {}
     for s, own in enumerate(metric.split(lengths, -2)):
         stay = [n - start[s] for n in protected if start[s] <= n < start[s + 1]] or None
         if lengths[s] > 0:
-            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], protect=stay, threshold=threshold)
+            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], window, impl, protect=stay)
     return joined(plans, lengths, threshold=threshold is not None)
+
+
+def _at_once(metric: Tensor, impl: str) -> bool:
+    """Whether an implementation takes all sequences together, here: not in a transform, where a batch joins theirs."""
+    if torch_private.transforming() or hasattr(metric, "device_mesh"):
+        return False
+    return dispatch.takes_sequences("match", impl, metric.device, metric.dtype)
+
+
+def _match_at_once(
+    metric: Tensor, amounts: Lengths, num_prefix: int, lengths: Lengths, threshold: float | None, impl: str
+) -> MergePlan:
+    """Of every second token, in one launch for all sequences."""
+    free = [n - num_prefix for n in lengths]
+    limits = tuple(min(r, n // 2) for r, n in zip(amounts, free, strict=True))
+    merged = lengths if threshold is not None else tuple(n - r for r, n in zip(limits, lengths, strict=True))
+    table = sequences.table(lengths, merged, limits, metric.device)
+    num_dst = [(n + num_prefix % 2) // 2 for n in free]
+    pairs = sum((n - dst) * dst for n, dst in zip(free, num_dst, strict=True))
+    least = -math.inf if threshold is None else float(threshold)
+    packed = Packed(sum(merged), table, sequences.tiles(lengths), pairs, least)
+    metric = metric.detach() if metric.requires_grad else metric
+    plan = ops.match_packed(metric, num_prefix, packed, impl)
+    plan = dataclasses.replace(plan, lengths=lengths, merged_lengths=merged)
+    return plan if threshold is None else sequences.without_empty_groups(plan)
 
 
 def assign(one: Callable[..., MergePlan], q: Tensor, meta: Tensor, lengths: Lengths) -> MergePlan:

@@ -127,6 +127,24 @@ class MatchBounds(NamedTuple):
     threshold: float = -math.inf
 
 
+class Packed(NamedTuple):
+    """Packed sequences of a `match` of every second token.
+
+    Attributes:
+        num_groups: K, of all sequences.
+        sequences: int32 `(S, 6)`, as `sequences.table` makes it.
+        tiles: how many tiles all sequences have.
+        pairs: how many pairs of src and dst are compared.
+        threshold: as in `MatchBounds`.
+    """
+
+    num_groups: int
+    sequences: Tensor
+    tiles: int
+    pairs: int
+    threshold: float = -math.inf
+
+
 class PlanGrads(NamedTuple):
     """Gradients of a plan of `assign`; `lse` is None for a zero one."""
 

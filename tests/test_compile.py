@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import sttm_kernels as sttm
-from sttm_kernels import dispatch, operator
+from sttm_kernels import dispatch, operator, sequences
 from sttm_kernels.testing import assert_equal, make_index, make_tokens
 
 pytestmark = pytest.mark.unpoisoned
@@ -45,6 +45,7 @@ MASK = torch.tensor([[True, True, False, True, True, True]]).expand(2, -1)
 INDEX = make_index(2, 6, 3)
 SRC, DST = torch.tensor([[[0, 2, 4]]], dtype=torch.int32), torch.tensor([[[1, 3, 5]]], dtype=torch.int32)
 PADDED = torch.tensor([[[0, 2], [4, -1]]], dtype=torch.int32), torch.tensor([[[1, 3], [5, -1]]], dtype=torch.int32)
+SEQUENCES = sequences.table((4, 5), (3, 3), (1, 2), torch.device("cpu"))
 OPS = torch.ops.sttm_kernels
 ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL)
 FREE = (None, IMPL)  # the last arguments of a match without a threshold
@@ -90,6 +91,7 @@ SAMPLES = {
         (bare(2, 6, 4), *PADDED, None, None, 2, 4, 0, *FREE),
         (bare(2, 6, 4), None, None, MASK, torch.tensor([2, 1], dtype=torch.int32), 2, 5, 0, 0.5, IMPL),
     ],
+    "match_packed": [(bare(1, 9, 4), SEQUENCES, 6, 1, 2, 8, *FREE)],
     "merge": [
         (leaf(2, 6, 5), INDEX, 3, None, None, None, None, None, None, "mean", IMPL),
         (leaf(2, 6, 5), INDEX, 3, leaf(2, 6), leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5), None, None, "sum", IMPL),
@@ -241,6 +243,22 @@ def test_compiles_twice_when_dynamic_shapes_are_discovered(program):
     compiled = torch.compile(program, fullgraph=True, backend=counter)
     for N in (65, 57, 103, 38):
         assert_same(run(compiled, N), run(program, N))
+    assert graphs(counter) == 2
+
+
+def test_compiles_twice_for_packed_sequences_of_any_length():
+    """The first lengths are taken for constants, the second make them dynamic."""
+
+    def program(x, lengths):
+        plan = sttm.match(x, [4, 2, 0], lengths=lengths)
+        return sttm.merge(x, plan).x, plan.index
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(program, fullgraph=True, backend=counter)
+    for lengths in ([9, 6, 4], [7, 13, 3], [30, 5, 8], [11, 12, 13]):
+        x = make_tokens(1, sum(lengths), 8)[0]
+        for got, expected in zip(compiled(x, lengths), program(x, lengths), strict=True):
+            assert_equal(f"of {lengths}", got, expected)
     assert graphs(counter) == 2
 
 

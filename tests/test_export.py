@@ -80,6 +80,23 @@ def test_bounds_of_a_match(plain, how, masked):
         assert torch.equal(got.index, expected.index)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_packed_sequences(num_prefix):
+    """Of a program, in which the operator is written out."""
+    lengths = [12, 1, 30, 7]
+
+    class Matching(nn.Module):
+        def forward(self, metric: Tensor) -> tuple[Tensor | None, ...]:
+            plan = sttm.match(metric, [2, 1, 100, 3], num_prefix, lengths=lengths, impl="auto")
+            return plan.index, plan.score, plan.order, plan.offsets
+
+    metric = make_tokens(1, 50, 12)[0]
+    program = torch.export.export(Matching(), (metric,))
+    for got, expected in zip(export.decompose(program).module()(metric), Matching()(metric), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "l2"])
 @pytest.mark.parametrize("weight", ["softmax", "uniform"])
 def test_assignments(plain, similarity, weight):
@@ -110,7 +127,8 @@ def test_merges_and_back(plain, reduce, dtype):
 
 
 def test_every_verb_has_a_plain_form_that_knows_all_of_its_arguments():
-    assert set(export._PLAIN) == set(dispatch.VERBS) == {name for name in OPERATORS if "backward" not in name}
+    forward = {name for name in OPERATORS if "backward" not in name}
+    assert set(export._PLAIN) == forward == {*dispatch.VERBS, "match_packed"}
     known = ("metric", "src", "dst", "mask", "limit", "r", "num_groups", "num_prefix", "threshold", "impl")
     assert ops.MatchIn._fields == known
 

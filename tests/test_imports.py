@@ -70,6 +70,7 @@ ROOMS = {
         "autocast",
         "plan",
         "partition",
+        "sequences",
         "validate",
         "console",
         "torch_private",

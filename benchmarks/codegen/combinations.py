@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sttm_kernels import ops as ops  # registers the operators
 from sttm_kernels.operator import NAMESPACE, OPERATORS
+from sttm_kernels.sequences import TILE
 
 
 class Extents(NamedTuple):
@@ -111,7 +112,7 @@ def _tensor(op: str, name: str, dtype: torch.dtype, chosen: Combination, sizes: 
         "x": (B, K, C) if op == "unmerge" else (B, N, C),
         "q": (B, H, N, D) if op != "assign_merge" else (B, N, D),
         "meta": (B, K, D if chosen.get("q") else C),
-        "metric": (B, H, N, D),
+        "metric": (1 if op == "match_packed" else B, H, N, D),
         "fill": (B, K, C),
         "y": (B, K, C),
         "grad_y": (B, K, C),
@@ -138,13 +139,14 @@ def _tensor(op: str, name: str, dtype: torch.dtype, chosen: Combination, sizes: 
         "src": halves[:, :, 0],
         "dst": halves[:, :, 1],
         "limit": torch.ones(B),
+        "sequences": torch.tensor([[0, N, 0, K, N - K, 0]]),
     }
     return integers[name].to(torch.int32).contiguous()
 
 
 def call(op: str, impl: str, dtype: torch.dtype, chosen: Combination, sizes: Extents, device: str = "cpu") -> Any:
     """What an operator makes of tensors of these extents and of small numbers, all the same in every call."""
-    worked_out = {"impl": impl, "num_groups": sizes.K, "r": sizes.K - 1}
+    worked_out = {"impl": impl, "num_groups": sizes.K, "r": sizes.K - 1, "tiles": -(-sizes.N // TILE), "pairs": 1}
     given = []
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

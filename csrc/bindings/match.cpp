@@ -56,6 +56,52 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     validate.run(match, a, stream);
 }
 
+#if defined(STTM_CPU)
+// What the sequences say is written to, and can be read here.
+static void check(const MatchArguments& a) {
+    for (int s = 0; s < a.num_sequences; ++s) {
+        const Sequence& it = a.sequences[s];
+        const bool inside = it.start >= 0 && it.length >= 0 && it.length <= a.N - it.start && it.first_group >= 0 &&
+                            it.groups >= 0 && it.groups <= a.num_groups - it.first_group && it.groups <= it.length;
+        if (!inside) throw py::value_error("sequence " + std::to_string(s) + " must lie in the tokens and groups");
+    }
+}
+#else
+static void check(const MatchArguments&) {}
+#endif
+
+static void match_packed_arrays(const Array& metric, const Array& sequences, int tiles, int num_groups, int num_prefix,
+                                double threshold, bool tf32, const Array& index, const Array& score, const Array& order,
+                                const Array& offsets, const Array& scratch, const MaybeArray& mean, uint64_t stream) {
+    Validate validate("match_packed");
+    MatchArguments a{};
+    a.B = 1;
+    a.N = validate.metric_extent(metric, "metric", 0);
+    a.D = validate.metric_extent(metric, "metric", 1);
+    a.dtype = validate.dtype(metric, "metric");
+    a.metric = validate.metric(metric, "metric", a.dtype, 1, a.N, a.D);
+    a.tf32 = tf32;
+    if (num_prefix < 0 || num_groups < 0 || num_groups > a.N || tiles < 0)
+        throw py::value_error("num_prefix and tiles must be at least 0, num_groups in [0, T]");
+    a.windows = 1;
+    a.num_groups = num_groups;
+    a.num_prefix = num_prefix;
+    a.threshold = static_cast<float>(threshold);
+    a.num_sequences = validate.extent(sequences, "sequences", 2, 0);
+    constexpr int64_t kNumbers = sizeof(Sequence) / sizeof(int32_t);
+    a.sequences =
+        reinterpret_cast<const Sequence*>(validate.dense<int32_t>(sequences, "sequences", {a.num_sequences, kNumbers}));
+    a.tiles = tiles;
+    a.index = validate.dense<int32_t>(index, "index", {1, a.N});
+    a.score = validate.dense<float>(score, "score", {1, a.N});
+    a.order = validate.dense<int32_t>(order, "order", {1, a.N});
+    a.offsets = validate.dense<int32_t>(offsets, "offsets", {1, int64_t(num_groups) + 1});
+    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.N});
+    a.mean = validate.dense_features(mean, "mean", a.dtype, {1, a.N, a.D});
+    check(a);
+    validate.run(match, a, stream);
+}
+
 static void csr_arrays(const Array& index, int num_groups, const Array& order, const Array& offsets, const Array& other,
                        uint64_t stream) {
     Validate validate("csr");
@@ -81,6 +127,11 @@ void bind_match(py::module_& m) {
           py::arg("index"), py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
           py::arg("stream"),
           "index (B, N) of the groups that the r best src of metric make with their dst; scratch int32 (B * (N + 1))");
+    m.def("match_packed", &match_packed_arrays, py::arg("metric"), py::arg("sequences"), py::arg("tiles"),
+          py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"), py::arg("index"),
+          py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
+          py::arg("stream"),
+          "the same of sequences int32 (S, 6), one after another in metric (1, T, D); scratch int32 (T)");
 }
 
 }  // namespace sttm

@@ -37,6 +37,17 @@ Places dst_of(const MatchArguments& a, int64_t b, int64_t window) {
     return {a.dst + b * a.stride_dst + window * a.num_dst, 0, a.num_dst};
 }
 
+// Every second token of a sequence.
+int tokens_of(const MatchArguments& a, const Sequence& s) { return max(0, s.length - a.num_prefix); }
+Places src_of(const MatchArguments& a, const Sequence& s) {
+    const int odd = a.num_prefix % 2;
+    return {nullptr, s.start + a.num_prefix + odd, (tokens_of(a, s) + 1 - odd) / 2};
+}
+Places dst_of(const MatchArguments& a, const Sequence& s) {
+    const int odd = a.num_prefix % 2;
+    return {nullptr, s.start + a.num_prefix + 1 - odd, (tokens_of(a, s) + odd) / 2};
+}
+
 template <class T>
 void pack_dst(const MatchArguments& a, int64_t b, const Places& dst, int block, float* to, float* rows) {
     pack_block<T>(a.metric, b, a.D, true, to, rows, kRows,
@@ -78,39 +89,64 @@ void search(const MatchArguments& a, int64_t b, const Places& src, int start, co
     }
 }
 
+// What is searched for itself: an item, or a sequence of one. Blocks of its dst and panels of its src follow those of
+// what came before.
+struct Whole {
+    int64_t b;
+    Places src, dst;
+    int64_t first_block, first_panel;
+};
+
+// Which of `count` a task belongs to, given the first task of each.
+template <int64_t Whole::* kFirst>
+const Whole& whose(const Whole* wholes, int64_t count, int64_t task) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (wholes[middle].*kFirst <= task ? low : high) = middle;
+    }
+    return wholes[low];
+}
+
 // All tokens, or those of the lists: every panel of src is a task.
 template <class T>
 void search_whole(const MatchArguments& a, Stream stream) {
-    const int blocks = static_cast<int>(ceil_div(a.num_dst, kRows));
-    const int panels = static_cast<int>(ceil_div(a.num_src, kPanel));
-    const int threads = threads_for(stream, int64_t(a.B) * a.num_src * a.num_dst * a.D / 8);
     const int64_t size = block_size(a.D), row_size = kRows * columns_of(a.D);
+    const int64_t count = a.sequences == nullptr ? a.B : a.num_sequences;
     const bool some = a.listed || a.mask.data != nullptr;
     int32_t* const listed = some ? take<int32_t>(int64_t(a.B) * (a.num_src + a.num_dst)) : nullptr;
-    Places* const places = take<Places>(2 * int64_t(a.B));
-    for (int64_t b = 0; b < a.B; ++b) {
-        places[2 * b] = src_of(a, b, 0);
-        places[2 * b + 1] = dst_of(a, b, 0);
+    Whole* const wholes = take<Whole>(count);
+    int64_t blocks = 0, panels = 0, work = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        Whole& w = wholes[i];
+        w.b = a.sequences == nullptr ? i : 0;
+        w.src = a.sequences == nullptr ? src_of(a, i, 0) : src_of(a, a.sequences[i]);
+        w.dst = a.sequences == nullptr ? dst_of(a, i, 0) : dst_of(a, a.sequences[i]);
         if (some) {
-            int32_t* const at = listed + b * (a.num_src + a.num_dst);
-            places[2 * b] = compact(a, b, places[2 * b], at);
-            places[2 * b + 1] = compact(a, b, places[2 * b + 1], at + a.num_src);
+            int32_t* const at = listed + i * (a.num_src + a.num_dst);
+            w.src = compact(a, i, w.src, at);
+            w.dst = compact(a, i, w.dst, at + a.num_src);
         }
+        w.first_block = blocks;
+        w.first_panel = panels;
+        if (w.dst.count == 0) continue;
+        blocks += ceil_div(w.dst.count, kRows);
+        panels += ceil_div(w.src.count, kPanel);
+        work += int64_t(w.src.count) * w.dst.count;
     }
-    float* const packed = take<float>(a.B * blocks * size);
+    const int threads = threads_for(stream, work * a.D / 8);
+    float* const packed = take<float>(blocks * size);
     float* const rows = take<float>(threads * row_size);
     float* const panel = take<float>(threads * int64_t(kPanel) * a.D);
-    parallel_for(int64_t(a.B) * blocks, threads, [&](int64_t task, int slot) {
-        const int64_t b = task / blocks;
-        pack_dst<T>(a, b, places[2 * b + 1], static_cast<int>(task % blocks), packed + task * size,
+    parallel_for(blocks, threads, [&](int64_t task, int slot) {
+        const Whole& w = whose<&Whole::first_block>(wholes, count, task);
+        pack_dst<T>(a, w.b, w.dst, static_cast<int>(task - w.first_block), packed + task * size,
                     rows + slot * row_size);
     });
-    parallel_for(int64_t(a.B) * panels, threads, [&](int64_t task, int slot) {
-        const int64_t b = task / panels;
-        const int start = static_cast<int>(task % panels) * kPanel;
-        if (places[2 * b + 1].count > 0 && start < places[2 * b].count)
-            search<T>(a, b, places[2 * b], start, places[2 * b + 1], packed + b * blocks * size,
-                      panel + slot * int64_t(kPanel) * a.D);
+    parallel_for(panels, threads, [&](int64_t task, int slot) {
+        const Whole& w = whose<&Whole::first_panel>(wholes, count, task);
+        search<T>(a, w.b, w.src, static_cast<int>(task - w.first_panel) * kPanel, w.dst, packed + w.first_block * size,
+                  panel + slot * int64_t(kPanel) * a.D);
     });
 }
 
@@ -167,23 +203,25 @@ Threshold select(const uint32_t* keys, int count, int r) {
 
 enum Role : uint8_t { kPrefix, kSrc, kDst, kMasked };
 
-// Of one item, given score and partner of every src: index, order, offsets. Scratch: keys (N), next (K + 1).
-void number_groups(const MatchArguments& a, int64_t b, Role* role, uint32_t* keys, int32_t* next) {
-    const int N = a.N, K = a.num_groups;
-    int32_t* const index = a.index + b * N;
-    const int32_t* const partner = a.partner + b * N;
-    for (int n = 0; n < N; ++n) role[n] = n < a.num_prefix ? kPrefix : kSrc;
-    for (int64_t window = 0; window < a.windows; ++window) {
-        const Places dst = dst_of(a, b, window);
-        for (int i = 0; i < dst.count; ++i)
-            if (dst[i] >= 0 && dst[i] < N) role[dst[i]] = kDst;
-    }
-    for (int n = 0; n < N; ++n)
-        if (!is_real(a.mask, b, n)) role[n] = kMasked;
+// Memory to number the groups of an item in: of N tokens each.
+struct Scratch {
+    Role* role;
+    uint32_t* keys;
+    int32_t *next, *offsets;  // N + 1
+};
+
+// Of the N tokens from `first` on of all items, given score and partner of every src and the role of every token: the
+// group of each, of which the first is `first_group`; at most r merge. Partners are counted from `origin` on.
+void number_groups(const MatchArguments& a, int64_t first, int N, int r, int K, int64_t origin, int32_t first_group,
+                   const Scratch& scratch) {
+    const Role* const role = scratch.role;
+    uint32_t* const keys = scratch.keys;
+    int32_t* const index = a.index + first;
+    const int32_t* const partner = a.partner + first;
     int num_src = 0;
     for (int n = 0; n < N; ++n)
-        if (role[n] == kSrc) keys[num_src++] = key_of(a.score[b * N + n], partner[n]);
-    const int r = min(min(a.r, num_src), a.limit == nullptr ? N : a.limit[b]);
+        if (role[n] == kSrc) keys[num_src++] = key_of(a.score[first + n], partner[n]);
+    r = min(r, num_src);
     Threshold least = r > 0 ? select(keys, num_src, r) : Threshold{0xffffffff, 0};
     // Who has no partner, or is not similar enough, stays even if fewer than r merge.
     const uint32_t none = a.threshold == -kInfinity ? 0 : key_of(a.threshold, 0);
@@ -201,11 +239,36 @@ void number_groups(const MatchArguments& a, int64_t b, Role* role, uint32_t* key
     }
     for (int n = 0; n < N; ++n)
         if (role[n] == kDst) index[n] = group++;
-    for (int n = 0; n < N; ++n) {
-        if (role[n] == kSrc && index[n] < 0 && partner[n] >= 0) index[n] = index[partner[n]];
-        index[n] = min(index[n], K - 1);
+    for (int n = 0; n < N; ++n)
+        if (role[n] == kSrc && index[n] < 0 && partner[n] >= 0) index[n] = index[partner[n] - origin];
+    for (int n = 0; n < N; ++n) index[n] = index[n] < 0 ? -1 : first_group + min(index[n], K - 1);
+}
+
+void number_item(const MatchArguments& a, int64_t b, const Scratch& scratch) {
+    const int N = a.N, K = a.num_groups;
+    for (int n = 0; n < N; ++n) scratch.role[n] = n < a.num_prefix ? kPrefix : kSrc;
+    for (int64_t window = 0; window < a.windows; ++window) {
+        const Places dst = dst_of(a, b, window);
+        for (int i = 0; i < dst.count; ++i)
+            if (dst[i] >= 0 && dst[i] < N) scratch.role[dst[i]] = kDst;
     }
-    if (a.order != nullptr) sort_item(N, K, index, a.order + b * N, a.offsets + b * (int64_t(K) + 1), next);
+    for (int n = 0; n < N; ++n)
+        if (!is_real(a.mask, b, n)) scratch.role[n] = kMasked;
+    number_groups(a, b * N, N, a.limit == nullptr ? a.r : min(a.r, a.limit[b]), K, 0, 0, scratch);
+    if (a.order != nullptr)
+        sort_item(N, K, a.index + b * N, a.order + b * N, a.offsets + b * (int64_t(K) + 1), scratch.next);
+}
+
+void number_sequence(const MatchArguments& a, const Sequence& s, const Scratch& scratch) {
+    for (int n = 0; n < s.length; ++n) scratch.role[n] = n < a.num_prefix ? kPrefix : n % 2 == 0 ? kSrc : kDst;
+    number_groups(a, s.start, s.length, s.limit, s.groups, s.start, 0, scratch);
+    int32_t* const index = a.index + s.start;
+    sort_item(s.length, s.groups, index, a.order + s.start, scratch.offsets, scratch.next);
+    for (int n = 0; n < s.length; ++n) {
+        index[n] += s.first_group;
+        a.order[s.start + n] += s.start;
+    }
+    for (int k = 0; k < s.groups; ++k) a.offsets[s.first_group + k] = s.start + scratch.offsets[k];
 }
 
 }  // namespace
@@ -222,10 +285,18 @@ void match(const MatchArguments& a, Stream stream) {
     const int threads = threads_for(stream, int64_t(a.B) * a.N * 32);
     Role* const role = take<Role>(int64_t(threads) * a.N);
     uint32_t* const keys = take<uint32_t>(int64_t(threads) * a.N);
-    int32_t* const next = take<int32_t>(int64_t(threads) * (a.N + 1));
-    parallel_for(a.B, threads, [&](int64_t b, int slot) {
-        number_groups(a, b, role + int64_t(slot) * a.N, keys + int64_t(slot) * a.N, next + int64_t(slot) * (a.N + 1));
-    });
+    int32_t* const next = take<int32_t>(int64_t(threads) * 2 * (a.N + 1));
+    const auto scratch = [&](int64_t slot) {
+        int32_t* const mine = next + slot * 2 * (a.N + 1);
+        return Scratch{role + slot * a.N, keys + slot * a.N, mine, mine + a.N + 1};
+    };
+    if (a.sequences == nullptr) {
+        parallel_for(a.B, threads, [&](int64_t b, int slot) { number_item(a, b, scratch(slot)); });
+        return;
+    }
+    parallel_for(a.num_sequences, threads,
+                 [&](int64_t s, int slot) { number_sequence(a, a.sequences[s], scratch(slot)); });
+    a.offsets[a.num_groups] = a.N;
 }
 
 }  // namespace sttm::cpu::STTM_ISA

@@ -49,6 +49,7 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
 
 _verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, float("inf"))
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
+match_packed = _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge
 unmerge, compose = _verbs.unmerge, _verbs.compose
 soft_merge, soft_merge_backward = _verbs.soft_merge, _verbs.soft_merge_backward

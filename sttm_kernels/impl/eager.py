@@ -23,11 +23,13 @@ from sttm_kernels.plan import (
     OfAssign,
     OfMerge,
     OfSoftMerge,
+    Packed,
     PlanGrads,
     Similarity,
     SoftMerged,
 )
 from sttm_kernels.reference import COSINE, NORM_FLOOR, acc_dtype, mean_over_heads
+from sttm_kernels.sequences import joined
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Similarities held at once: about the size of a CPU's caches; enough to fill a GPU."""
@@ -238,6 +240,16 @@ def match(
     offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
     index, order, offsets = (t.to(torch.int32) for t in (index, order, offsets))
     return MergePlan(index, K, score, order=order, offsets=offsets)
+
+
+def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+    """One sequence after another; reads where they are, which a GPU is waited for."""
+    rows = sorted(row for row in packed.sequences.tolist() if row[1] > 0)
+    plans = {}
+    for s, (start, length, _, groups, limit, _) in enumerate(rows):
+        bounds = MatchBounds(groups, threshold=packed.threshold) if packed.threshold > -torch.inf else None
+        plans[s] = match(metric[..., start : start + length, :], limit, num_prefix, None, None, bounds)
+    return joined(plans, tuple(row[1] for row in rows))
 
 
 def _real(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -67,6 +67,10 @@ def _match(a: Any) -> int:
     return 2 * B * (N - a.num_prefix - num_dst) * num_dst * D
 
 
+def _match_packed(a: Any) -> int:
+    return 2 * a.pairs * a.metric[-1]
+
+
 def _merge(a: Any) -> int:
     return 2 * _features(a.x, a.positions)
 
@@ -107,6 +111,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "assign": _assign,
     "assign_backward": _assign_backward,
     "match": _match,
+    "match_packed": _match_packed,
     "merge": _merge,
     "merge_backward": _merge_backward,
     "assign_merge": _assign_merge,

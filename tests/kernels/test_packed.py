@@ -117,7 +117,7 @@ def as_each_alone(backend, verb, lengths, given, each=lambda s: {}, **how):
 @st.composite
 def batches(draw, verb):
     """(lengths, inputs, options, options of each sequence) of one verb."""
-    longest = 24 if SMALL else 70
+    longest = 12 if SMALL else 70
     lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=3 if SMALL else 6).filter(any))
     num_prefix = draw(st.integers(0, min(2, min(lengths))))
     how, each = {}, None
@@ -145,12 +145,12 @@ def batches(draw, verb):
     return lengths, given, how, (lambda s: {}) if each is None else (lambda s: {"r": each[s]})
 
 
-VERBS = ("match", "assign", "assign_merge", "soft_merge")
+VERBS = ("match",) if SMALL else ("match", "assign", "assign_merge", "soft_merge")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb):
-    @settings(max_examples=2 if SMALL else 10, deadline=None, database=None, derandomize=True,
+    @settings(max_examples=1 if SMALL else 10, deadline=None, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(batches(verb))
     def check(batch):
@@ -160,12 +160,21 @@ def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb):
     check()
 
 
+def test_sequences_of_many_tiles_and_of_none(backend):
+    """Longest in the middle, so that it is not where it stands in the table of them."""
+    lengths = [2, 0, 130] if SMALL else [12, 0, 1, 700, 260, 9, 0]
+    given = inputs_of(sum(lengths), len(lengths), 0, 8, 0 if SMALL else 2, torch.float16, False, 0)
+    as_each_alone(backend, "match", lengths, given, lambda s: {"r": lengths[s] // 2}, r=0.5)
+
+
 GRIDS = [(2, 3, 4), (3, 2, 2), (1, 4, 2)]
 
 
 @pytest.mark.parametrize(
     "options",
-    [
+    [{"partition": "frames"}]
+    if SMALL
+    else [
         {"partition": "frames"},
         {"window": (2, 2, 2)},
         {"partition": "frames", "window": (2, 2, 2), "protect": True},

@@ -89,6 +89,14 @@ struct Mask {
     int64_t stride_b, stride_n;
 };
 
+// One of several sequences that are packed one after another into the tokens of an item: `length` of them from `start`
+// on, whose groups are `groups` from `first_group` on. At most `limit` merge.
+struct Sequence {
+    int32_t start, length, first_group, groups, limit;
+    int32_t first_tile;  // of kSequenceTile tokens each, the last one ragged: how many the sequences before it have
+};
+constexpr int kSequenceTile = 128;
+
 // Every src token finds its most similar dst token by cosine, the r best merge. Without lists, tokens behind the prefix
 // are src at even positions and dst at odd ones; with lists, src (B or 1, windows, num_src) and dst (B or 1, windows,
 // num_dst) are the tokens of each window, ascending, padded with -1.
@@ -96,6 +104,9 @@ struct Mask {
 // A token that mask leaves out is neither src nor dst and has index -1. Of item b at most r merge and at most limit[b],
 // if that is given, and only where the score is above threshold, unless that is -inf. So items may have fewer than
 // num_groups groups, and the last ones are empty; of more, those beyond the last join it.
+//
+// With sequences (num_sequences), in any order, that have `tiles` tiles together, B is 1 and each sequence is matched
+// as if it were alone, without lists, mask, limit and r.
 //
 // index, order and score are (B, N), offsets (B, num_groups + 1); score is -inf where there was nothing to find. order
 // and offsets may be null. partner (B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if
@@ -111,6 +122,8 @@ struct MatchArguments {
     int windows, num_src, num_dst;
     Mask mask;
     const int32_t* limit;
+    const Sequence* sequences;
+    int num_sequences, tiles;
     int r, num_groups, num_prefix;
     float threshold;
     float* score;

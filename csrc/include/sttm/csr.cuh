@@ -29,8 +29,9 @@ struct Sort {
 
     // Fills `order` (N) and `offsets` (K + 1) of one batch item; all THREADS threads of a block call it. `index` may
     // have been written by this block before its last barrier. `other` (N) is scratch, `table` kShared bytes of shared
-    // memory. Ends with a barrier.
-    static __device__ void run(const int* index, int N, int K, int* order, int* offsets, int* other, int* table) {
+    // memory. Ends with a barrier. Offsets are counted from `base` on; without `last`, that of K is not written.
+    static __device__ void run(const int* index, int N, int K, int* order, int* offsets, int* other, int* table,
+                               int base = 0, bool last = true) {
         int bits = 1;
         while (K >> bits) ++bits;
         const int most = log2_of(kTable / kWarps);
@@ -41,7 +42,7 @@ struct Sort {
             const int* from = pass == 0 ? nullptr : to_order ? other : order;
             sort_digit(index, from, to_order ? order : other, N, K, bits * pass, bits, table);
         }
-        find_offsets(index, order, offsets, N, K);
+        find_offsets(index, order, offsets, N, K, base, last ? K : K - 1);
         __syncthreads();
     }
 
@@ -126,7 +127,8 @@ private:
 
     // offsets_k = how many of the sorted tokens are in a group below k: where the group changes between two tokens in
     // a row, that place goes to all groups from the one behind the first to the second.
-    static __device__ void find_offsets(const int* index, const int* order, int* offsets, int N, int K) {
+    static __device__ void find_offsets(const int* index, const int* order, int* offsets, int N, int K, int base,
+                                        int highest) {
         const int lane = lane_index();
         for (int start = kWarpSize * warp_index(); start <= N; start += THREADS * kAhead) {
             int below[kAhead], group[kAhead];
@@ -144,12 +146,12 @@ private:
             STTM_UNROLL
             for (int i = 0; i < kAhead; ++i) {
                 const int n = start + THREADS * i + lane, count = n <= N ? group[i] - below[i] : 0;
-                if (count > 0) offsets[group[i]] = n;
+                if (count > 0 && group[i] <= highest) offsets[group[i]] = base + n;
                 // Groups without tokens are rare or many: the warp fills them together.
                 for (unsigned left = ballot(count > 1); left != 0; left &= left - 1) {
                     const int from = __ffs(left) - 1;
                     const int last = shuffle(group[i], from), least = shuffle(below[i], from) + 1;
-                    for (int k = least + lane; k < last; k += kWarpSize) offsets[k] = start + THREADS * i + from;
+                    for (int k = least + lane; k < last; k += kWarpSize) offsets[k] = base + start + THREADS * i + from;
                 }
             }
         }

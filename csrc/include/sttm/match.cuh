@@ -2,7 +2,7 @@
 //
 // One launch for up to kOneLaunch tokens: the block that is the last of its batch item to finish selects. More tokens
 // take a second launch, in which larger blocks select. A mean over heads that many blocks would take again is taken by
-// a launch before.
+// a launch before. Sequences that are packed take the two launches, of blocks for the tiles of all of them.
 #pragma once
 
 #include "select.cuh"
@@ -19,6 +19,41 @@ template <typename T, bool EXACT>
 using MatchTiles = DotTiles<T, EXACT, 2, 4, 2, 4>;
 constexpr int kMatchOwn = 64;
 constexpr int kMatchThreads = 256;
+
+static_assert(kSequenceTile == 2 * kMatchOwn, "every second token of a tile is src");
+
+// A sequence, inside of the tokens and the groups whatever the table holds.
+__device__ __forceinline__ Sequence sequence_of(const MatchArguments& a, int at) {
+    Sequence s = a.sequences[at];
+    s.start = max(0, min(s.start, a.N));
+    s.length = max(0, min(s.length, a.N - s.start));
+    s.first_group = max(0, min(s.first_group, a.num_groups));
+    s.groups = max(0, min(s.groups, a.num_groups - s.first_group));
+    return s;
+}
+
+// The arguments of a sequence as if it were alone.
+template <typename T>
+__device__ __forceinline__ MatchArguments alone(MatchArguments a, const Sequence& s) {
+    a.N = s.length;
+    a.num_prefix = min(a.num_prefix, s.length);
+    a.num_dst = (s.length - a.num_prefix + a.num_prefix % 2) / 2;
+    a.num_src = s.length - a.num_prefix - a.num_dst;
+    a.metric.data = static_cast<const T*>(a.metric.data) + s.start * a.metric.stride_n;
+    a.score += s.start;
+    a.partner += s.start;
+    return a;
+}
+
+// Which sequence a tile of all of them belongs to.
+__device__ __forceinline__ int sequence_of_tile(const MatchArguments& a, int tile) {
+    int low = 0;
+    for (int high = a.num_sequences; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        (a.sequences[middle].first_tile <= tile ? low : high) = middle;
+    }
+    return low;
+}
 
 // Tokens of one side of a window: those of a list, or every second one.
 template <bool DST>
@@ -72,16 +107,27 @@ __device__ __forceinline__ void select_item(const MatchArguments& a, int64_t ite
                          a.offsets + item * (a.num_groups + 1), a.partner + first, shared);
 }
 
-// One block per tile of the src of a window. A similarity that is not a number is passed over.
-template <typename T, bool EXACT>
+// One block per tile of the src of a window, or of a sequence. A similarity that is not a number is passed over.
+template <typename T, bool EXACT, bool PACKED>
 __global__ void __launch_bounds__(kMatchThreads, 2)
-    nearest_kernel(const MatchArguments a, const Features f, int tiles, bool select) {
+    nearest_kernel(const MatchArguments given, const Features f, int tiles, bool select) {
+    MatchArguments own_part;
+    int first_block = 0;
+    if constexpr (PACKED) {
+        const Sequence s = sequence_of(given, sequence_of_tile(given, static_cast<int>(blockIdx.x)));
+        own_part = alone<T>(given, s);
+        first_block = s.first_tile;
+        tiles = ceil_div(s.length, kSequenceTile);
+        if (static_cast<unsigned>(blockIdx.x - first_block) >= static_cast<unsigned>(tiles)) return;
+    }
+    const MatchArguments& a = PACKED ? own_part : given;
     using Tiles = MatchTiles<T, EXACT>;
     static_assert(Tiles::OWN == kMatchOwn && Tiles::THREADS == kMatchThreads);
     constexpr int kMT = 2, kNT = 4, kColumnWarps = 4;
     const int blocks = tiles * a.windows;
-    const int64_t item = blockIdx.x / blocks;
-    const int window = blockIdx.x % blocks / tiles, tile = blockIdx.x % tiles;
+    const int block = static_cast<int>(blockIdx.x) - first_block;
+    const int64_t item = PACKED ? 0 : block / blocks;
+    const int window = PACKED ? 0 : block % blocks / tiles, tile = block % tiles;
     const int thread = static_cast<int>(threadIdx.x);
     float* score = a.score + item * a.N;
     int* partner = a.partner + item * a.N;
@@ -162,7 +208,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
             score[n] = -INFINITY;
             partner[n] = src.real(n) ? kIsPrefix : kMasked;
         }
-    if (!select) return;
+    if (PACKED || !select) return;
 
     // Scores before the count, and the count before the scores of the other blocks.
     __threadfence();
@@ -187,6 +233,22 @@ template <int THREADS>
 __global__ void __launch_bounds__(THREADS) select_kernel(const MatchArguments a) {
     const int64_t item = blockIdx.x, first = item * a.N;
     select_item<THREADS>(a, item, a.score + first, a.partner + first, shared_memory<void>());
+}
+
+// One block per sequence. Groups and tokens are numbered through afterwards.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) select_packed_kernel(const MatchArguments a) {
+    const Sequence s = sequence_of(a, static_cast<int>(blockIdx.x));
+    int* const index = a.index + s.start;
+    int* const order = a.order + s.start;
+    Select<THREADS>::run(a.score + s.start, a.partner + s.start, s.length, s.limit, a.threshold, s.groups,
+                         min(a.num_prefix, s.length), index, order, a.offsets + s.first_group, a.partner + s.start,
+                         shared_memory<void>(), s.start, false);
+    for (int n = threadIdx.x; n < s.length; n += THREADS) {
+        index[n] += s.first_group;
+        order[n] += s.start;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.offsets[a.num_groups] = a.N;
 }
 
 // mean (B, N, D) over the heads; a thread for 16 bytes of it.
@@ -220,6 +282,14 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
         a.metric = Metric{a.mean, 1, int64_t(a.N) * a.D, 0, a.D, 1};
     }
+    if (a.sequences != nullptr) {
+        constexpr int kShared = MatchTiles<T, EXACT>::BYTES + MatchTiles<T, EXACT>::OTHER * int(sizeof(int));
+        const cudaError_t error = launch(nearest_kernel<T, EXACT, true>, Grid{a.tiles}, kMatchThreads, kShared, stream,
+                                         a, features_of<T>(a.metric, a.D), 0, false);
+        if (error != cudaSuccess) return error;
+        return launch(select_packed_kernel<kSelectThreads>, Grid{a.num_sequences}, kSelectThreads,
+                      Select<kSelectThreads>::kShared, stream, a);
+    }
     const bool select = a.N <= kOneLaunch;
     const int tiles = max(1, ceil_div(a.num_src, kMatchOwn));
     const Grid grid{times(int64_t(a.B) * a.windows, tiles)};
@@ -230,7 +300,7 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
     }
     const int shared = select ? max(for_tiles, for_select) : for_tiles;
-    const cudaError_t error = launch(nearest_kernel<T, EXACT>, grid, kMatchThreads, shared, stream, a,
+    const cudaError_t error = launch(nearest_kernel<T, EXACT, false>, grid, kMatchThreads, shared, stream, a,
                                      features_of<T>(a.metric, a.D), tiles, select);
     if (error != cudaSuccess || select) return error;
     return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared, stream, a);

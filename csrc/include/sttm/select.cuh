@@ -33,10 +33,12 @@ struct Select {
 
     // Fills `index` (N) and, unless `order` is null, `order` (N) and `offsets` (K + 1) of one batch item, of which at
     // most r tokens merge, with a score above `least` unless that is -inf; all THREADS threads of a block call it.
-    // `other` (N) is scratch, `partner` may be the same memory; `shared` has kShared bytes.
+    // `other` (N) is scratch, `partner` may be the same memory; `shared` has kShared bytes. `base` and `last` as in
+    // Sort.
     static __device__ __attribute__((noinline)) void run(const float* score, const int* partner, int N, int r,
                                                          float least, int K, int num_prefix, int* index, int* order,
-                                                         int* offsets, int* other, void* shared) {
+                                                         int* offsets, int* other, void* shared, int base = 0,
+                                                         bool last = true) {
         Shared& s = *static_cast<Shared*>(shared);
         const unsigned threshold = find_threshold(score, partner, N, r, least, s);
         number_groups(score, partner, N, K, num_prefix, threshold, s.need, index, s);
@@ -53,7 +55,7 @@ struct Select {
         }
         if (order == nullptr) return;
         __syncthreads();
-        Sort<THREADS>::run(index, N, K, order, offsets, other, static_cast<int*>(shared));
+        Sort<THREADS>::run(index, N, K, order, offsets, other, static_cast<int*>(shared), base, last);
     }
 
 private:

@@ -12,6 +12,7 @@ from sttm_kernels.impl.triton.assign import assign as assign
 from sttm_kernels.impl.triton.assign import assign_backward as assign_backward
 from sttm_kernels.impl.triton.assign_merge import assign_merge as assign_merge
 from sttm_kernels.impl.triton.match import match as match
+from sttm_kernels.impl.triton.match import match_packed as match_packed
 from sttm_kernels.impl.triton.merge import merge as merge
 from sttm_kernels.impl.triton.merge import merge_backward as merge_backward
 from sttm_kernels.impl.triton.soft_merge import soft_merge as soft_merge

@@ -32,13 +32,16 @@ from sttm_kernels.impl.triton.similarity import (
     sum_of_squares,
     tile_of_program,
 )
-from sttm_kernels.plan import MatchBounds, MergePlan
+from sttm_kernels.plan import MatchBounds, MergePlan, Packed
+from sttm_kernels.sequences import TILE
 
 NO_PARTNER = tl.constexpr(-1)
 """In place of a partner: a src token that has no dst token to go to, a dst token, a prefix token, no real token."""
 IS_DST = tl.constexpr(-2)
 IS_PREFIX = tl.constexpr(-3)
 IS_MASKED = tl.constexpr(-4)
+TILE_SRC = tl.constexpr(TILE // 2)
+"""Src in a tile of the table of sequences."""
 
 
 @triton.jit(do_not_specialize=["N", "stride_b", "stride_h", "stride_n"], do_not_specialize_on_alignment=["stride_d"])
@@ -61,25 +64,38 @@ def mean_over_heads_kernel(
 @triton.jit(
     do_not_specialize=[
         "N", "windows", "num_src", "num_dst", "num_prefix", "stride_b", "stride_h", "stride_n", "stride_src",
-        "stride_dst",
+        "stride_dst", "halvings", "num_sequences",
     ],
     do_not_specialize_on_alignment=["stride_d"],
 )  # fmt: skip
 def nearest_kernel(
     metric, stride_b, stride_h, stride_n, stride_d,
-    src, stride_src, dst, stride_dst, mask, score, partner,
+    src, stride_src, dst, stride_dst, mask, score, partner, sequences, num_sequences, halvings,
     N, windows, num_src, num_dst, num_prefix,
     D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of the src of a window. A similarity that is not a number counts as -inf.
+    """One program per tile of the src of a window, or of one of the `sequences`, among which it finds its own by so
+    many `halvings`. A similarity that is not a number counts as -inf.
 
     Every token gets a score and a partner: dst and prefix tokens are shared out among the programs.
     """
-    tiles = tl.maximum(tl.cdiv(num_src, BLOCK_S), 1)
-    tile = tl.program_id(0) % tiles
-    window = tl.program_id(0) // tiles % windows
-    item = (tl.program_id(0) // tiles // windows).to(tl.int64)
+    if sequences is not None:
+        tile, origin, N = _tile_of_sequence(sequences, num_sequences, halvings, BLOCK_S)
+        window, item = 0, tl.full([], 0, tl.int64)
+        num_dst = tl.maximum(N - num_prefix + num_prefix % 2, 0) // 2
+        num_src = tl.maximum(N - num_prefix, 0) - num_dst
+        tiles = tl.maximum(tl.cdiv(num_src, BLOCK_S), 1)
+        # More programs than tiles, where they are small beside the tiles of the table: these have nothing to do.
+        num_src, num_dst = tl.where(tile < tiles, num_src, 0), tl.where(tile < tiles, num_dst, 0)
+        score += origin
+        partner += origin
+    else:
+        tiles = tl.maximum(tl.cdiv(num_src, BLOCK_S), 1)
+        tile = tl.program_id(0) % tiles
+        window = tl.program_id(0) // tiles % windows
+        item = (tl.program_id(0) // tiles // windows).to(tl.int64)
+        origin = 0
     score += item * N
     partner += item * N
     if mask is not None:
@@ -95,7 +111,7 @@ def nearest_kernel(
 
     s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
     token = _token(src, s, num_src, num_prefix + num_prefix % 2, N)
-    own = Tile(tokens, rows_at(tokens, 0, token), (token >= 0)[:, None])
+    own = Tile(tokens, rows_at(tokens, origin, token), (token >= 0)[:, None])
     values, _ = resident(own, D, HEADS, False, BLOCK_D)
     best = tl.full([BLOCK_S], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_S], tl.int32)
@@ -103,7 +119,7 @@ def nearest_kernel(
         t = start + tl.arange(0, BLOCK_T)
         partner_token = _token(dst, t, num_dst, first_dst, N)
         real = _real(mask, partner_token)
-        other = Tile(tokens, rows_at(tokens, 0, partner_token), real[:, None])
+        other = Tile(tokens, rows_at(tokens, origin, partner_token), real[:, None])
         dot, sq = products(values, own, other, D, HEADS, True, PRECISION, BLOCK_D)
         S = dot * inverse_norm(sq)[None, :]
         S = tl.where(real[None, :] & (S == S), S, float("-inf"))
@@ -130,6 +146,21 @@ def nearest_kernel(
         for start in range(0, num_prefix, BLOCK_S):
             n = start + tl.arange(0, BLOCK_S)
             _mark(score, partner, mask, tl.where(n < num_prefix, n, -1).to(tl.int64), IS_PREFIX)
+
+
+@triton.jit
+def _tile_of_sequence(sequences, num_sequences, halvings, BLOCK_S: tl.constexpr):
+    """Of a program over the tiles of the table, each for 2 TILE_SRC tokens: which tile of its sequence it has, where
+    the sequence starts, and how many tokens it has."""
+    each: tl.constexpr = TILE_SRC // BLOCK_S if BLOCK_S < TILE_SRC else 1
+    unit = tl.program_id(0) // each
+    low, high = 0, num_sequences
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        here = tl.load(sequences + middle * 6 + 5) <= unit
+        low, high = tl.where(here, middle, low), tl.where(here, high, middle)
+    row = sequences + low * 6
+    return (unit - tl.load(row + 5)) * each + tl.program_id(0) % each, tl.load(row).to(tl.int64), tl.load(row + 1)
 
 
 @triton.jit
@@ -182,12 +213,23 @@ def _key(value):
 
 @triton.jit(do_not_specialize=["N", "K", "r", "num_prefix", "sorting"])
 def select_kernel(
-    score, partner, limit, least, index, order, offsets, N, K, r, num_prefix, sorting,
+    score, partner, limit, least, index, order, offsets, sequences, N, K, r, num_prefix, sorting,
     FEWER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program per batch item, of whose src r merge; fewer, if FEWER, where `limit` says so or fewer have a partner
-    and a score above `least`. Sorts the tokens by group if `sorting`, in the place of `partner`."""
+    and a score above `least`. Sorts the tokens by group if `sorting`, in the place of `partner`.
+
+    Of `sequences` each is an item, whose groups are numbered from its first one; sorted they are together."""
     item = tl.program_id(0).to(tl.int64)
+    first_group = 0
+    if sequences is not None:
+        row = sequences + item * 6
+        start = tl.load(row).to(tl.int64)
+        N, first_group, K, r = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+        item = tl.full([], 0, tl.int64)
+        score += start
+        partner += start
+        index += start
     if limit is not None:
         r = tl.minimum(r, tl.load(limit + item))
     score += item * N
@@ -237,7 +279,7 @@ def select_kernel(
         stays = (other >= NO_PARTNER) & (merges == 0)
         counted = tl.cumsum(is_dst.to(tl.int32) * 65536 + stays.to(tl.int32), 0)
         group = tl.where(is_dst, first_dst + dst + (counted >> 16) - 1, num_prefix + unmerged + (counted & 65535) - 1)
-        group = tl.minimum(tl.where(other == IS_PREFIX, n, group), K - 1)
+        group = first_group + tl.minimum(tl.where(other == IS_PREFIX, n, group), K - 1)
         tl.store(index + n, tl.where(merges | (other == IS_MASKED), -1, group), mask=n < N)
         ties += tl.sum(tie.to(tl.int32), 0)
         unmerged += tl.sum(stays.to(tl.int32), 0)
@@ -327,18 +369,48 @@ def match(
     launch(
         nearest_kernel,
         (B * windows * tiles,),
-        metric, *strides, *lists, dense(mask), score, partner, N, windows, num_src, num_dst, num_prefix,
+        metric, *strides, *lists, dense(mask), score, partner, None, 0, 0, N, windows, num_src, num_dst, num_prefix,
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
     least = threshold if threshold > -math.inf else None
     select = score, partner, dense(limit), least, index
     numbers, config, fewer = (N, K, r, num_prefix), fixed("select", SORT), bounds is not None
     if mask is not None:  # without an order, which takes a group for every token
-        launch(select_kernel, (B,), *select, index, index, *numbers, 0, config=config, FEWER=fewer)
+        launch(select_kernel, (B,), *select, index, index, None, *numbers, 0, config=config, FEWER=fewer)
         return MergePlan(index, K, score)
     order, offsets = torch.empty_like(index), index.new_empty(B, K + 1)
     sorting = N <= ONE_PROGRAM
-    launch(select_kernel, (B,), *select, order, offsets, *numbers, int(sorting), config=config, FEWER=fewer)
+    launch(select_kernel, (B,), *select, order, offsets, None, *numbers, int(sorting), config=config, FEWER=fewer)
     if not sorting:
         sort_chunks(index, order, offsets)
+    return MergePlan(index, K, score, order=order, offsets=offsets)
+
+
+def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+    (_, H, T, D), strides = by_heads(metric)
+    K, sequences, tiles, _, threshold = packed
+    sequences, S = sequences.contiguous(), sequences.shape[0]
+    rounding = precision(metric.dtype)
+    config = _nearest_config(metric.device, metric.dtype, rounding == "ieee", D)
+    if H > 1:
+        metric = _mean_over_heads(metric)
+        (_, H, _, _), strides = by_heads(metric)
+    score = metric.new_empty(1, T, dtype=torch.float32)
+    index = metric.new_empty(1, T, dtype=torch.int32)
+    partner = torch.empty_like(index)
+    launch(
+        nearest_kernel,
+        (tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]),),
+        metric, *strides, None, 0, None, 0, None, score, partner, sequences, S, S.bit_length(),
+        T, 1, 0, 0, num_prefix,
+        config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
+    )  # fmt: skip
+    fewer = threshold > -math.inf
+    launch(
+        select_kernel, (S,), score, partner, None, threshold if fewer else None, index, index, index, sequences,
+        T, K, 0, num_prefix, 0,
+        config=fixed("select", SORT), FEWER=fewer,
+    )  # fmt: skip
+    order, offsets = torch.empty_like(index), index.new_empty(1, K + 1)
+    sort_chunks(index, order, offsets)
     return MergePlan(index, K, score, order=order, offsets=offsets)

@@ -1,0 +1,89 @@
+"""match + merge of packed sequences on a CPU, against padding them and against one after another.
+
+Run `python -m benchmarks.packed_cpu`.
+
+Half of the tokens of every sequence merge away. Padded, the longest gives all their length; "as if all were real" is
+what padding costs without a mask, and merges it with tokens. The work of putting tokens into padding and of taking them
+out again is not counted, the memory of padding is: all of it is on top of the packed x. Contenders take turns in one
+process, so that their ratio stands when the machine's speed does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import sttm_kernels as sttm
+from sttm_kernels.bench.timing import device_name, peak_bytes, time_in_turns
+from sttm_kernels.testing import assert_equal
+
+CPU = torch.device("cpu")
+C, D = 384, 64
+
+
+def drawn(count: int, least: int, most: int) -> list[int]:
+    """Lengths, uniform in their logarithm, with both ends among them."""
+    share = torch.rand(count - 2, generator=torch.Generator().manual_seed(0))
+    return [least, most, *(least * (most / least) ** share).int().tolist()]
+
+
+def padded(rows: Tensor, lengths: list[int]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows.split(lengths)), batch_first=True)
+
+
+def contenders(lengths: list[int]) -> tuple[dict[str, Callable[[], list[Tensor]]], dict[str, int]]:
+    """What each merges to, one tensor for each sequence, and the bytes of its x on top of the packed one."""
+    draw = torch.Generator().manual_seed(1)
+    x, metric = (torch.randn(sum(lengths), width, generator=draw) for width in (C, D))
+    wide_x, wide_metric = padded(x, lengths), padded(metric, lengths)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    amounts, keep = [n // 2 for n in lengths], [n - n // 2 for n in lengths]
+
+    def packed() -> list[Tensor]:
+        out = sttm.merge(x, sttm.match(metric, 0.5, lengths=lengths))
+        return list(out.x.split(out.lengths))
+
+    def with_mask() -> list[Tensor]:
+        out = sttm.merge(wide_x, sttm.match(wide_metric, amounts, mask=mask))
+        return [row[:n] for row, n in zip(out.x, keep, strict=True)]
+
+    def as_if_real() -> list[Tensor]:
+        return list(sttm.merge(wide_x, sttm.match(wide_metric, max(lengths) // 2)).x)
+
+    def one_by_one() -> list[Tensor]:
+        each = zip(x[None].split(lengths, 1), metric[None].split(lengths, 1), amounts, strict=True)
+        return [sttm.merge(own, sttm.match(keys, r)).x[0] for own, keys, r in each]
+
+    for got, expected in zip(packed(), one_by_one(), strict=True):
+        assert_equal("packed", got, expected)
+    for got, expected in zip(with_mask(), one_by_one(), strict=True):
+        assert_equal("padded", got, expected)
+    more = (wide_x.numel() - x.numel()) * x.element_size()
+    calls = {"packed": packed, "padded, with a mask": with_mask, "padded, as if all were real": as_if_real}
+    return {**calls, "one after another": one_by_one}, {name: more * name.startswith("padded") for name in calls}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="spent on each contender (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=64)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    print(f"{device_name(CPU)}, {given.threads} threads, torch {torch.__version__}, float32, C = {C}, D = {D}")
+    for least, most in ((64, 8192), (16, 256)):
+        lengths = drawn(given.sequences, least, most)
+        calls, more = contenders(lengths)
+        samples = time_in_turns({name: [call] for name, call in calls.items()}, CPU, given.seconds, least=3)
+        print(f"{len(lengths)} sequences of {least} to {most} tokens, {sum(lengths)} together")
+        for name, call in calls.items():
+            time, memory = samples[name].p50, peak_bytes(call, CPU) + more.get(name, 0)
+            ratio = time / samples["packed"].p50
+            print(f"  {name:28} {time / 1e3:9.2f} ms {ratio:6.2f} x {memory / 2**20:8.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

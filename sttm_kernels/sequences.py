@@ -1,0 +1,99 @@
+"""Where packed sequences are in the one row that holds them, as numbers and as a table on a device.
+
+What is found in the sequences one after another is put together here, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from sttm_kernels.plan import MergePlan
+
+Lengths = tuple[int, ...]
+TILE = 128
+"""Tokens of a sequence that a block of a kernel works on."""
+
+
+def starts(lengths: Sequence[int]) -> Lengths:
+    """Where each sequence begins, and where the last one ends."""
+    return tuple(accumulate(lengths, initial=0))
+
+
+def tiles(lengths: Lengths) -> int:
+    """How many tiles all sequences have."""
+    return sum(-(-n // TILE) for n in lengths)
+
+
+def table(lengths: Lengths, merged: Lengths, limits: Lengths, device: torch.device) -> Tensor:
+    """int32 (S, 6), of each sequence where it starts, its length, its first group and how many it has, how many of its
+    tokens may merge, and how many tiles the ones before it have. Long ones come first: they take longest."""
+    order = list(range(len(lengths)))
+    if not torch.compiler.is_compiling():  # which would look at the numbers
+        order.sort(key=lambda s: -lengths[s])
+    start, first = starts(lengths), starts(merged)
+    before = starts([-(-lengths[s] // TILE) for s in order])
+    rows = [(start[s], lengths[s], first[s], merged[s], limits[s], before[at]) for at, s in enumerate(order)]
+    return on_device(rows, device)
+
+
+def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """int32, without waiting for a GPU."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(rows, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():  # a graph would copy again what the host has here by then
+        numbers = [torch.full((1,), number, dtype=torch.int32, device=device) for row in rows for number in row]
+        return torch.cat(numbers).view(len(rows), -1)
+    return torch.tensor(rows, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+
+
+def joined(plans: dict[int, MergePlan], lengths: Lengths, every: int = 0, threshold: bool = False) -> MergePlan:
+    """The plan of all sequences from those, by number, of the ones that have tokens; others have `every` groups.
+
+    With a `threshold` the groups of each sequence are counted where they are, and read.
+    """
+    merged = [plans[s].num_groups if s in plans else every for s in range(len(lengths))]
+    if threshold:
+        counts = torch.stack([plan.index.max() for plan in plans.values()]).tolist()
+        for s, last in zip(plans, counts, strict=True):
+            merged[s] = last + 1
+    first, begin = starts(merged), starts(lengths)
+    index = torch.cat([plan.index + first[s] for s, plan in plans.items()], 1)
+
+    def in_row(part: str) -> Tensor | None:
+        values = [getattr(plan, part) for plan in plans.values()]
+        return None if any(value is None for value in values) else torch.cat(values, 1)
+
+    order, offsets = in_row("order"), None
+    if order is not None:
+        order += torch.cat([index.new_full((1, lengths[s]), begin[s]) for s in plans], 1)
+        each = [(s, plan.offsets) for s, plan in plans.items() if plan.offsets is not None]
+        at = [offsets[:, : merged[s]] + begin[s] for s, offsets in each]
+        offsets = torch.cat([*at, index.new_full((1, 1), begin[-1])], 1)
+    weights = in_row("score"), in_row("lse"), in_row("weight")
+    return MergePlan(index, first[-1], *weights, order, offsets, lengths, tuple(merged))
+
+
+def without_empty_groups(plan: MergePlan) -> MergePlan:
+    """A plan of packed sequences whose groups are counted where they are, and read."""
+    assert plan.offsets is not None
+    assert plan.merged_lengths is not None
+    offsets, T = plan.offsets[0], plan.index.shape[1]
+    has_tokens = offsets[1:] > offsets[:-1]
+    before = torch.nn.functional.pad(has_tokens.cumsum(0), (1, 0))
+    at = on_device([starts(plan.merged_lengths)], offsets.device)[0]
+    merged = tuple(before[at].diff().tolist())
+    K = sum(merged)
+    place = torch.where(has_tokens, before[:-1], K)
+    begins = torch.where(has_tokens, offsets[:-1], T)
+    return dataclasses.replace(
+        plan,
+        index=before[plan.index.long()].to(torch.int32),
+        num_groups=K,
+        offsets=offsets.new_empty(K + 1).scatter(0, place, begins)[None] if K < T else plan.offsets,
+        merged_lengths=merged,
+    )
