@@ -845,7 +845,10 @@ def test_an_image_of_another_size_is_as_if_alone():
 
     with torch.no_grad():
         before = both()
-        assert_equal("r = 0", both().pooler_output, before.pooler_output)
+        layers = [plain(layer) for layer in layers_of(model)]
+        tokens = parts_of(model).embeddings(patches[1:, :24], shapes[1:])
+        tokens = parts_of(model).post_layernorm(plain_models.forward(tokens, layers, [15, 8, 0], 0))
+        assert_equal("r = 0", (sttm.apply(model, r=0), both())[1].pooler_output, before.pooler_output)
         sttm.apply(model, r=[15, 8], trace=True)  # of the smaller one 12 and 6 can merge
         together = both()
         assert sttm.trace(model)[-1].size.sum(1).tolist() == [36, 24]
@@ -853,6 +856,7 @@ def test_an_image_of_another_size_is_as_if_alone():
         assert not torch.equal(together.pooler_output, before.pooler_output)
         alone = model(patches[1:, :24], pixel_attention_mask=mask[1:, :24], spatial_shapes=shapes[1:])
     close("tokens", together.last_hidden_state[1, :24], alone.last_hidden_state[0])
+    close("the plain network", alone.last_hidden_state, tokens)
     close("pooled", together.pooler_output[1], alone.pooler_output[0])
     with pytest.raises(ValueError, match="its grid is not known"):
         sttm.apply(model, method="sttm")
