@@ -202,8 +202,12 @@ def test_packed_sequences_attend_as_each_alone(method, lengths, key_lengths):
         for part in zip(*parts, strict=True)
         if part[0].numel()
     ]
-    assert_equal("packed", out, torch.cat(alone, 1))
-    if method != "flex":
+    if method == "flex":  # one call for all
+        each = [[t[None] for t in part] for part in zip(*parts, strict=True) if part[0].numel()]
+        for number, (own, given) in enumerate(zip(out.split([n for n in lengths if n], 1), each, strict=True)):
+            assert_is_formula(f"sequence {number}", own[None], *given, scale=0.3)
+    else:
+        assert_equal("packed", out, torch.cat(alone, 1))
         weights = torch.randn(out.shape, generator=generator)
         expected = torch.autograd.grad((torch.cat(alone, 1) * weights).sum(), given)
         for name, grad, own in zip("qkv", torch.autograd.grad((out * weights).sum(), given), expected, strict=True):
@@ -226,3 +230,37 @@ def test_packed_sequences_that_do_not_fit_are_refused(change, message):
     given = {name: torch.ones(3, 7, 8) for name in "qkv"} | {"size": torch.ones(7), "lengths": [4, 3]}
     with pytest.raises(ValueError, match=message):
         proportional_attention(**(given | change))
+
+
+def test_varlen_is_told_the_counts_in_the_head_dimension(monkeypatch):
+    """The kernel is stood in for on a CPU: what it is called with is attention of each sequence."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    q, k, v, size = (t[0] for t in inputs(torch.float64, B=1, M=9, N=12))
+    lengths, key_lengths = [4, 5], [5, 7]
+    told = {"method": "varlen", "lengths": lengths, "key_lengths": key_lengths}
+    with pytest.raises(RuntimeError, match="method 'varlen' cannot run: it runs on GPUs, not on cpu"):
+        proportional_attention(q, k, v, size, **told)
+    with pytest.raises(ValueError, match="dropout must be 0 with method 'varlen'"):
+        proportional_attention(q, k, v, size, dropout=0.1, **told)
+    with pytest.raises(ValueError, match="method must be one of"):
+        proportional_attention(q[None], k[None], v[None], size[None], method="varlen")
+
+    def kernel(q, k, v, ends, key_ends, longest, longest_keys, *, scale):
+        assert (longest, longest_keys) == (5, 7)
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        assert q.shape[2] % 8 == 0
+        parts = zip(
+            *(t.tensor_split(e[1:-1].tolist()) for t, e in ((q, ends), (k, key_ends), (v, key_ends))), strict=True
+        )
+        each = [torch.einsum("nhd,mhd->hnm", a, b).mul(scale).softmax(-1) @ c.transpose(0, 1) for a, b, c in parts]
+        return torch.cat(each, 1).transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "why_not_varlen", lambda q: None)
+    out = proportional_attention(q, k, v, size, **told)
+    assert out.shape == q.shape
+    firsts = zip(
+        q.split(lengths, 1), k.split(key_lengths, 1), v.split(key_lengths, 1), size.split(key_lengths), strict=True
+    )
+    for own, part in zip(out.split(lengths, 1), firsts, strict=True):
+        assert_is_formula("sequence", own[None], *(t[None] for t in part))

@@ -14,6 +14,7 @@ from sttm_kernels import packed, validate
 from sttm_kernels.reference import acc_dtype
 
 METHODS = ("auto", "mask", "augment", "flex", "off")
+PACKED_METHODS = (*METHODS, "varlen")
 
 
 def proportional_attention(
@@ -48,7 +49,9 @@ def proportional_attention(
         dropout: probability of dropping an attention weight.
         lengths: of packed sequences how many queries each has, on the host; then q is `(H, M, D)`, k `(H, N, D)`,
             v `(H, N, Dv)` and size `(N,)`, and each sequence attends within itself. Sequences of the same lengths are
-            one call of the fused attention, so none is padded.
+            one call of the fused attention, so none is padded; "flex" is one call for all, with a block mask; and
+            `method="varlen"` is one call of PyTorch's `varlen_attn`, with the head dimension that "augment" makes:
+            on a GPU, in float16 or bfloat16, without dropout.
         key_lengths: how many keys each has, at least 1 where there are queries; default `lengths`.
 
     Returns:
@@ -56,7 +59,8 @@ def proportional_attention(
 
     Differentiable with respect to q, k and v; size is a constant, since a mask that wants a gradient gives up the fused
     paths. Deterministic as `torch.nn.functional.scaled_dot_product_attention` is.
-    Errors: `TypeError` for a wrong type, `ValueError` for a wrong shape, device or method.
+    Errors: `TypeError` for a wrong type; `ValueError` for a wrong shape, device or method; `RuntimeError` where
+    "varlen" cannot run, with the reason.
     Source: Token Merging (Bolya et al., arXiv 2210.09461).
     """
     if lengths is not None:
@@ -101,6 +105,13 @@ def _packed(
         raise ValueError(f"key_lengths must have one number for each of {len(queries)} sequences, got {len(keys_of)}")
     if any(m > 0 and n == 0 for m, n in zip(queries, keys_of, strict=True)):
         raise ValueError("key_lengths must be at least 1 where there are queries, got 0")
+    validate.one_of("method", method, PACKED_METHODS)
+    if method in ("flex", "varlen"):
+        if dropout:
+            raise ValueError(f"dropout must be 0 with method {method!r}, got {dropout}")
+        log_size = None if size is None else _log(size, q.dtype)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return (_flex_packed if method == "flex" else _varlen)(q, k, v, log_size, scale, queries, keys_of)
 
     alike: dict[tuple[int, int], list[int]] = {}
     for number, each in enumerate(zip(queries, keys_of, strict=True)):
@@ -166,6 +177,12 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _augmented(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float, dropout: float) -> Tensor:
+    q, k, wide_v = _lengthened(q, k, v, log_size, scale)
+    return F.scaled_dot_product_attention(q, k, wide_v, dropout_p=dropout, scale=scale)[..., : v.shape[-1]]
+
+
+def _lengthened(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with a head dimension that holds log(size)."""
     B, H, N, D = k.shape
     # Far below any logit, yet finite: an infinite product with the zeros of the padding would be NaN.
     lowest = -min(torch.finfo(q.dtype).max / 2, 1e30)
@@ -177,9 +194,7 @@ def _augmented(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float, 
     ones = torch.ones((*q.shape[:3], 2), dtype=q.dtype, device=q.device)
     q = torch.cat((q, F.pad(ones, (0, pad - 2))), -1)
     k = torch.cat((k, F.pad(columns, (0, pad - 2))), -1)
-    # FlashAttention wants v as wide as q and k.
-    out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), dropout_p=dropout, scale=scale)
-    return out[..., : v.shape[-1]]
+    return q, k, F.pad(v, (0, pad))  # FlashAttention wants v as wide as q and k
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float) -> Tensor:
@@ -189,6 +204,58 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, scale: float) -> Te
     # Inside a graph that is being compiled it is compiled along with the rest.
     run = _compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else _flex_attention()
     return run(q, k, v, score_mod=score_mod, scale=scale)
+
+
+def _flex_packed(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, lengths: Sequence[int],
+    key_lengths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sequence(of: Sequence[int]) -> Tensor:
+        return torch.arange(len(of), device="cpu").repeat_interleave(torch.tensor(of, device="cpu")).to(q.device)
+
+    of_query, of_key = sequence(lengths), sequence(key_lengths)
+
+    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return of_query[i] == of_key[j]
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if log_size is None else score + log_size[j]
+
+    mask = create_block_mask(within, None, None, q.shape[1], k.shape[1], device=q.device)
+    run = _compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else _flex_attention()
+    return run(q[None], k[None], v[None], score_mod=score_mod, block_mask=mask, scale=scale)[0]
+
+
+def why_not_varlen(q: Tensor) -> str | None:
+    """Why `varlen_attn` cannot attend with q, or None."""
+    try:
+        from torch.nn.attention import varlen  # noqa: F401  of PyTorch 2.10 and later
+    except ImportError:
+        return f"PyTorch {torch.__version__} has no varlen_attn"
+    if q.device.type != "cuda":
+        return f"it runs on GPUs, not on {q.device}"
+    return None if q.dtype in (torch.float16, torch.bfloat16) else f"it takes float16 and bfloat16, not {q.dtype}"
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, lengths: Sequence[int],
+    key_lengths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    reason = why_not_varlen(q)
+    if reason is not None:
+        raise RuntimeError(f"method 'varlen' cannot run: {reason}")
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn
+    width = v.shape[-1]
+    if log_size is not None:
+        q, k, v = (t[0] for t in _lengthened(q[None], k[None], v[None], log_size[None], scale))
+    ends = (torch.tensor(packed.starts(of), dtype=torch.int32, device=q.device) for of in (lengths, key_lengths))
+    rows = (t.transpose(0, 1).contiguous() for t in (q, k, v))
+    out = attend(*rows, *ends, max(lengths), max(key_lengths), scale=scale)
+    return out.transpose(0, 1)[..., :width]
 
 
 def _flex_attention() -> Any:
