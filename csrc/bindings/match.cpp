@@ -60,7 +60,7 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
 // What the sequences say is written to, and can be read here.
 static void check(const MatchArguments& a) {
     for (int s = 0; s < a.num_sequences; ++s) {
-        const Sequence& it = a.sequences[s];
+        const PackedSequence& it = a.sequences[s];
         const bool inside = it.start >= 0 && it.length >= 0 && it.length <= a.N - it.start && it.first_group >= 0 &&
                             it.groups >= 0 && it.groups <= a.num_groups - it.first_group && it.groups <= it.length;
         if (!inside) throw py::value_error("sequence " + std::to_string(s) + " must lie in the tokens and groups");
@@ -88,9 +88,9 @@ static void match_packed_arrays(const Array& metric, const Array& sequences, int
     a.num_prefix = num_prefix;
     a.threshold = static_cast<float>(threshold);
     a.num_sequences = validate.extent(sequences, "sequences", 2, 0);
-    constexpr int64_t kNumbers = sizeof(Sequence) / sizeof(int32_t);
-    a.sequences =
-        reinterpret_cast<const Sequence*>(validate.dense<int32_t>(sequences, "sequences", {a.num_sequences, kNumbers}));
+    constexpr int64_t kNumbers = sizeof(PackedSequence) / sizeof(int32_t);
+    a.sequences = reinterpret_cast<const PackedSequence*>(
+        validate.dense<int32_t>(sequences, "sequences", {a.num_sequences, kNumbers}));
     a.tiles = tiles;
     a.index = validate.dense<int32_t>(index, "index", {1, a.N});
     a.score = validate.dense<float>(score, "score", {1, a.N});

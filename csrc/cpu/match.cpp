@@ -38,12 +38,12 @@ Places dst_of(const MatchArguments& a, int64_t b, int64_t window) {
 }
 
 // Every second token of a sequence.
-int tokens_of(const MatchArguments& a, const Sequence& s) { return max(0, s.length - a.num_prefix); }
-Places src_of(const MatchArguments& a, const Sequence& s) {
+int tokens_of(const MatchArguments& a, const PackedSequence& s) { return max(0, s.length - a.num_prefix); }
+Places src_of(const MatchArguments& a, const PackedSequence& s) {
     const int odd = a.num_prefix % 2;
     return {nullptr, s.start + a.num_prefix + odd, (tokens_of(a, s) + 1 - odd) / 2};
 }
-Places dst_of(const MatchArguments& a, const Sequence& s) {
+Places dst_of(const MatchArguments& a, const PackedSequence& s) {
     const int odd = a.num_prefix % 2;
     return {nullptr, s.start + a.num_prefix + 1 - odd, (tokens_of(a, s) + odd) / 2};
 }
@@ -259,7 +259,7 @@ void number_item(const MatchArguments& a, int64_t b, const Scratch& scratch) {
         sort_item(N, K, a.index + b * N, a.order + b * N, a.offsets + b * (int64_t(K) + 1), scratch.next);
 }
 
-void number_sequence(const MatchArguments& a, const Sequence& s, const Scratch& scratch) {
+void number_sequence(const MatchArguments& a, const PackedSequence& s, const Scratch& scratch) {
     for (int n = 0; n < s.length; ++n) scratch.role[n] = n < a.num_prefix ? kPrefix : n % 2 == 0 ? kSrc : kDst;
     number_groups(a, s.start, s.length, s.limit, s.groups, s.start, 0, scratch);
     int32_t* const index = a.index + s.start;

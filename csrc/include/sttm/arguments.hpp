@@ -91,7 +91,7 @@ struct Mask {
 
 // One of several sequences that are packed one after another into the tokens of an item: `length` of them from `start`
 // on, whose groups are `groups` from `first_group` on. At most `limit` merge.
-struct Sequence {
+struct PackedSequence {
     int32_t start, length, first_group, groups, limit;
     int32_t first_tile;  // of kSequenceTile tokens each, the last one ragged: how many the sequences before it have
 };
@@ -122,7 +122,7 @@ struct MatchArguments {
     int windows, num_src, num_dst;
     Mask mask;
     const int32_t* limit;
-    const Sequence* sequences;
+    const PackedSequence* sequences;
     int num_sequences, tiles;
     int r, num_groups, num_prefix;
     float threshold;

@@ -23,8 +23,8 @@ constexpr int kMatchThreads = 256;
 static_assert(kSequenceTile == 2 * kMatchOwn, "every second token of a tile is src");
 
 // A sequence, inside of the tokens and the groups whatever the table holds.
-__device__ __forceinline__ Sequence sequence_of(const MatchArguments& a, int at) {
-    Sequence s = a.sequences[at];
+__device__ __forceinline__ PackedSequence sequence_of(const MatchArguments& a, int at) {
+    PackedSequence s = a.sequences[at];
     s.start = max(0, min(s.start, a.N));
     s.length = max(0, min(s.length, a.N - s.start));
     s.first_group = max(0, min(s.first_group, a.num_groups));
@@ -34,7 +34,7 @@ __device__ __forceinline__ Sequence sequence_of(const MatchArguments& a, int at)
 
 // The arguments of a sequence as if it were alone.
 template <typename T>
-__device__ __forceinline__ MatchArguments alone(MatchArguments a, const Sequence& s) {
+__device__ __forceinline__ MatchArguments alone(MatchArguments a, const PackedSequence& s) {
     a.N = s.length;
     a.num_prefix = min(a.num_prefix, s.length);
     a.num_dst = (s.length - a.num_prefix + a.num_prefix % 2) / 2;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     MatchArguments own_part;
     int first_block = 0;
     if constexpr (PACKED) {
-        const Sequence s = sequence_of(given, sequence_of_tile(given, static_cast<int>(blockIdx.x)));
+        const PackedSequence s = sequence_of(given, sequence_of_tile(given, static_cast<int>(blockIdx.x)));
         own_part = alone<T>(given, s);
         first_block = s.first_tile;
         tiles = ceil_div(s.length, kSequenceTile);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const MatchArguments a)
 // One block per sequence. Groups and tokens are numbered through afterwards.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) select_packed_kernel(const MatchArguments a) {
-    const Sequence s = sequence_of(a, static_cast<int>(blockIdx.x));
+    const PackedSequence s = sequence_of(a, static_cast<int>(blockIdx.x));
     int* const index = a.index + s.start;
     int* const order = a.order + s.start;
     Select<THREADS>::run(a.score + s.start, a.partner + s.start, s.length, s.limit, a.threshold, s.groups,
