@@ -56,7 +56,10 @@ def to_onnx(program: torch.export.ExportedProgram, **options: Any) -> torch.onnx
     Returns:
         What `torch.onnx.export` returns; its `save(path)` writes the model.
     """
-    table = {torch.ops.aten.sort.stable: _sort_in_onnx, torch.ops.aten._cdist_forward.default: _distances_in_onnx}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.sort.stable: _sort_in_onnx,
+        torch.ops.aten._cdist_forward.default: _distances_in_onnx,
+    }
     table |= options.pop("custom_translation_table", {})
     found = torch.onnx.export(decompose(program), (), dynamo=True, custom_translation_table=table, **options)
     assert found is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib.util
 import os
 import subprocess
 import sys
@@ -59,3 +60,44 @@ def test_its_metadata(wheel: zipfile.ZipFile) -> None:
     needed = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert sorted(each.split(">")[0].split(";")[0].strip() for each in needed) == ["numpy", "torch", "triton"]
     assert {"demo", "onnx", "hf", "timm", "bench", "test"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+LOAD = """
+import importlib.util, sys
+sys.modules["sttm_kernels._cpu"] = sys.modules["sttm_kernels._C"] = None  # those of an installation
+if sys.argv[2] == "kernels":
+    from pathlib import Path
+    from kernels import get_local_kernel
+    from kernels._rust import Build
+    folder = Path(sys.argv[1])
+    assert Build.open(folder).general
+    package = get_local_kernel(folder)
+else:
+    spec = importlib.util.spec_from_file_location("another", sys.argv[1] + "/build/torch-universal/__init__.py")
+    package = sys.modules["another"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+import torch
+assert package.__file__.startswith(sys.argv[1])
+x = torch.randn(2, 9, 4, requires_grad=True)
+package.merge(x, package.match(x, 3)).x.sum().backward()
+assert x.grad.gt(0).all()
+modules = [each for name, each in sys.modules.items() if each and name.startswith("sttm_kernels.")]
+assert modules
+assert [each.__file__ for each in modules if not each.__file__.startswith(sys.argv[1])] == []
+"""
+
+
+@pytest.mark.parametrize("loader", ["importlib", "kernels"])
+def test_laid_out_for_a_hub_it_loads_under_another_name(tmp_path: Path, loader: str) -> None:
+    if loader == "kernels":
+        pytest.importorskip("kernels")
+    spec = importlib.util.spec_from_file_location("hub", ROOT / "scripts/hub.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub)
+    hub.lay_out(tmp_path)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", LOAD, str(tmp_path), loader]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
