@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -89,8 +90,8 @@ assert [each.__file__ for each in modules if not each.__file__.startswith(sys.ar
 
 @pytest.mark.parametrize("loader", ["importlib", "kernels"])
 def test_laid_out_for_a_hub_it_loads_under_another_name(tmp_path: Path, loader: str) -> None:
-    if loader == "kernels":
-        pytest.importorskip("kernels")
+    if loader == "kernels" and not any(importlib.metadata.distributions(name="kernels")):
+        pytest.skip("needs the package kernels")  # tests/kernels can be imported, too
     spec = importlib.util.spec_from_file_location("hub", ROOT / "scripts/hub.py")
     assert spec is not None
     assert spec.loader is not None
