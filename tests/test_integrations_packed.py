@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from typing import Any
 
 import plain_models
@@ -332,3 +333,49 @@ def test_apply_finds_the_tower_that_is_called_by_name(kind):
     assert_equal("removed", (sttm.remove(model), features())[1], before)
     with pytest.raises(ValueError, match=r"vision_feature_layer=-1, .* has -2"):
         sttm.apply(with_tower(kind, vision_feature_layer=-2), r=4)
+
+
+class Copies(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.block(x.clone(), **kwargs)
+
+
+@torch.no_grad()
+@towers
+@pytest.mark.parametrize("way", ["hooks that replace tensors", "wrapped in modules that copy"])
+def test_a_tower_merges_alike_however_its_tensors_travel(family, way):
+    tower = sttm.apply(family(), r=2)
+    wanted = outputs(tower)
+    if way.startswith("wrapped"):
+        tower.blocks = nn.ModuleList(Copies(block) for block in tower.blocks)
+    else:
+        for block in tower.blocks:
+            block.register_forward_hook(lambda block, args, out: out.clone())
+            block.register_forward_pre_hook(lambda block, args: (args[0].clone(), *args[1:]))
+    close(outputs(tower), wanted)
+
+
+@towers
+def test_threads_share_a_tower(family):
+    tower = sttm.apply(family(), r=2)
+    inputs = [GRIDS, GRIDS[:1], GRIDS[1:2]]
+    with torch.no_grad():
+        wanted = [outputs(tower, grids) for grids in inputs]
+    found: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def run(number: int) -> None:
+        for _ in range(3):
+            found[number] = outputs(tower, inputs[number])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for number in range(3):
+        close(found[number], wanted[number])
