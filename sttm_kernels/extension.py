@@ -95,6 +95,11 @@ def _new_plan(q: Tensor, num_groups: int, weight: str) -> MergePlan:
     return MergePlan(index, num_groups, score, lse, w)
 
 
+def _scratch(features: Tensor, floats: int) -> Tensor | None:
+    """Room for partial sums over tokens; None if it takes none."""
+    return features.new_empty(floats, dtype=torch.float32) if floats else None
+
+
 def _alike(*tensors: Tensor | None) -> Any:
     """Features of one dtype as they are, of several as float32: a product has operands of one kind."""
     if len({t.dtype for t in tensors if t is not None}) == 1:
@@ -226,10 +231,11 @@ class Verbs:
         self, grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
     ) -> OfAssign:
         found = OfAssign(q.new_empty(q.shape) if needs.q else None, meta.new_empty(meta.shape) if needs.meta else None)
-        self.run().assign_backward(
-            *grads, q, meta, plan.index.contiguous(), _dense(plan.score),
-            None if grads.lse is None else _dense(plan.lse), *similarity, self.tf32(), *found,
-            self.stream(q),
+        run, soft = self.run(), grads.lse is not None
+        run.assign_backward(
+            *grads, q, meta, plan.index.contiguous(), _dense(plan.score), _dense(plan.lse) if soft else None,
+            *similarity, self.tf32(), *found,
+            _scratch(q, run.assign_scratch(q, meta)) if soft and needs.meta else None, self.stream(q),
         )  # fmt: skip
         return found
 
@@ -260,11 +266,6 @@ class Verbs:
         )  # fmt: skip
         return out, plan
 
-    def _scratch(self, x: Tensor, num_groups: int, columns: int, beside: int) -> Tensor | None:
-        """Room for partial sums over the tokens of x, by groups, of so many columns and numbers beside them."""
-        floats = self.run().soft_merge_scratch(x, num_groups, columns, beside)
-        return x.new_empty(floats, dtype=torch.float32) if floats else None
-
     def soft_merge(
         self,
         x: Tensor,
@@ -281,8 +282,9 @@ class Verbs:
         over_meta = normalize == "meta"
         size_out, positions_out, _ = _sums(x, K, positions)
         y, lse = x.new_empty((B, K, C)), size_out.new_empty((B, N if over_meta else K))
-        scratch = self._scratch(x, K, C, 2 + (0 if positions is None else positions.shape[2]))
-        self.run().soft_merge(
+        run, beside = self.run(), 2 + (0 if positions is None else positions.shape[2])
+        scratch = _scratch(x, run.soft_merge_scratch(x, K, C, beside))
+        run.soft_merge(
             x, q, meta, size, positions, mask, *similarity, over_meta, self.tf32(),
             y, size_out, positions_out, lse, scratch, self.stream(x),
         )  # fmt: skip
@@ -318,13 +320,14 @@ class Verbs:
             through_metric = False
         need_shift = through_metric or needs.size
         grad_size = out.size.new_empty((B, N)) if needs.size or (over_meta and need_shift) else None
-        self.run().soft_merge_backward(
+        run, to_meta = self.run(), through_metric and grad_meta is not None
+        run.soft_merge_backward(
             grad_y, grads.size, None if positions is None else grads.positions, x, q, meta, size, positions, mask,
             y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
             *similarity, over_meta, self.tf32(), grad_x,
             grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
             out.size.new_empty((B, K)) if need_shift else None,
-            self._scratch(x, K, meta.shape[2], 1) if through_metric and grad_meta is not None else None,
+            _scratch(x, run.soft_merge_scratch(x, K, meta.shape[2], 1)) if to_meta else None,
             self.stream(x),
         )  # fmt: skip
         grad_x, grad_q, grad_meta = (

@@ -54,9 +54,10 @@ def assign(B, N):
 def assign_backward(B, N, K, soft, of_meta):
     tokens, metas, rows = huge(FLOAT, B, N, 1), huge(FLOAT, B, K, 1), huge(FLOAT, B, N)
     lse = rows if soft else None
+    scratch = huge(FLOAT, C.assign_scratch(tokens, metas))
     C.assign_backward(
         rows, lse, tokens, metas, huge(INT, B, N), rows, lse, "dot", 1.0, False,
-        None if of_meta else tokens, metas if of_meta else None, 0,
+        None if of_meta else tokens, metas if of_meta else None, scratch, 0,
     )  # fmt: skip
 
 

@@ -17,10 +17,19 @@ static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& m
     validate.run(assign, a, stream);
 }
 
+// How many floats of scratch the gradient of lse with respect to meta takes.
+static int64_t assign_scratch(const Array& q, const Array& meta) {
+    Validate validate("assign_scratch");
+    const int B = validate.extent(meta, "meta", 3, 0), K = validate.extent(meta, "meta", 3, 1);
+    return partial_floats(validate.dtype(q, "q"), B, K, validate.metric_extent(q, "q", 0),
+                          validate.extent(meta, "meta", 3, 2), 1);
+}
+
 static void assign_backward_arrays(const Array& grad_score, const MaybeArray& grad_lse, const Array& q,
                                    const Array& meta, const Array& index, const Array& score, const MaybeArray& lse,
                                    const std::string& similarity, double temperature, bool tf32,
-                                   const MaybeArray& grad_q, const MaybeArray& grad_meta, uint64_t stream) {
+                                   const MaybeArray& grad_q, const MaybeArray& grad_meta, const MaybeArray& scratch,
+                                   uint64_t stream) {
     Validate validate("assign_backward");
     AssignBackwardArguments a{};
     a.B = validate.extent(meta, "meta", 3, 0);
@@ -34,6 +43,8 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
     a.grad_lse = validate.column(grad_lse, "grad_lse", a.B, a.N);
     if (grad_lse && !lse) throw py::value_error("grad_lse needs lse");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
+    if (grad_lse && grad_meta)
+        a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(assign_backward, a, stream);
 }
 
@@ -42,10 +53,12 @@ void bind_assign(py::module_& m) {
           py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"), py::arg("lse"),
           py::arg("weight"), py::arg("stream"),
           "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q");
+    m.def("assign_scratch", &assign_scratch, py::arg("q"), py::arg("meta"),
+          "floats of scratch that the gradient of lse with respect to meta takes");
     m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"), py::arg("q"),
           py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"), py::arg("similarity"),
-          py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"), py::arg("stream"),
-          "Gradients of score and lse with respect to q and meta, each or None");
+          py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"), py::arg("scratch"),
+          py::arg("stream"), "Gradients of score and lse with respect to q and meta, each or None");
 }
 
 }  // namespace sttm

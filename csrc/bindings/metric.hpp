@@ -1,6 +1,7 @@
 // Arguments that verbs built on similarities share.
 #pragma once
 
+#include "sttm/spans.hpp"
 #include "validate.hpp"
 
 namespace sttm {
@@ -28,6 +29,12 @@ void read_metric_gradients(Validate& validate, Arguments& a, const Array& q, con
         a.grad_q = validate.dense_features(grad_q, "grad_q", a.dtype, {a.B, a.N, a.D});
     }
     a.grad_meta = validate.dense_features(grad_meta, "grad_meta", a.dtype, {a.B, a.K, a.D});
+}
+
+// Room for partial sums; null where none is needed.
+inline float* read_scratch(Validate& validate, const MaybeArray& scratch, int64_t floats) {
+    if (floats > 0 && !scratch) throw py::value_error("scratch is needed, of " + std::to_string(floats) + " floats");
+    return floats > 0 ? validate.dense<float>(scratch, "scratch", {floats}) : nullptr;
 }
 
 // Index, score, lse and weight of every row of q.

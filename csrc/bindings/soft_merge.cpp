@@ -1,5 +1,4 @@
 #include "metric.hpp"
-#include "sttm/spans.hpp"
 
 namespace sttm {
 
@@ -25,11 +24,6 @@ static int64_t soft_merge_scratch(const Array& x, int num_groups, int columns, i
     Validate validate("soft_merge_scratch");
     const int B = validate.extent(x, "x", 3, 0), N = validate.extent(x, "x", 3, 1);
     return partial_floats(validate.dtype(x, "x"), B, num_groups, N, columns, beside);
-}
-
-static float* read_scratch(Validate& validate, const MaybeArray& scratch, int64_t floats) {
-    if (floats > 0 && !scratch) throw py::value_error("scratch is needed, of " + std::to_string(floats) + " floats");
-    return floats > 0 ? validate.dense<float>(scratch, "scratch", {floats}) : nullptr;
 }
 
 static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta, const MaybeArray& size,

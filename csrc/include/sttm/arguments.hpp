@@ -192,7 +192,8 @@ struct AssignArguments {
 Error assign(const AssignArguments&, Stream);
 
 // Gradients of score and, if grad_lse is given, of lse, with respect to q (its shape) and meta (B, K, D), either null
-// if not asked for. A row whose index is outside of [0, K) has none.
+// if not asked for. A row whose index is outside of [0, K) has none. `scratch`, of partial_floats(dtype, B, K, N, D, 1)
+// if that is not 0, is needed for the gradient of lse with respect to meta.
 struct AssignBackwardArguments {
     DType dtype;
     bool tf32;
@@ -204,6 +205,7 @@ struct AssignBackwardArguments {
     const float *score, *lse;
     Column grad_score, grad_lse;
     void *grad_q, *grad_meta;
+    float* scratch;
 };
 Error assign_backward(const AssignBackwardArguments&, Stream);
 

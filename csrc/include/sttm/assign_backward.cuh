@@ -49,17 +49,18 @@ __device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a
 // own: two products in a row become one and a part of the other.
 constexpr int kFewBlocks = 32, kMostParts = 4;
 
-// dL/dq by tiles of tokens (TOKENS) or dL/dmeta by tiles of meta tokens, `parts` blocks per tile:
+// dL/dq by tiles of tokens (TOKENS) or dL/dmeta by tiles of meta tokens and spans of tokens, `parts` blocks each:
 // dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n) times the other side's features. Where a panel has no room
-// for all other rows, every slice of D works all of them out.
+// for all meta tokens, every slice of D works all of them out.
 template <typename T, bool EXACT, bool TOKENS, int ROWS>
 __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features,
-                           int width, int parts) {
+                           const Partial partial, int width, int span_rows, int parts) {
     using Panel = WeightPanel<T, EXACT, ROWS>;
     const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N, num_tiles = ceil_div(num_own, ROWS);
-    const int first = blockIdx.x / parts % num_tiles * ROWS;
-    const int64_t item = blockIdx.x / (int64_t(parts) * num_tiles);
+    const int spans = TOKENS ? 1 : partial.spans, mine = blockIdx.x % parts, span = blockIdx.x / parts % spans;
+    const int first = blockIdx.x / parts / spans % num_tiles * ROWS, begin = span * span_rows;
+    const int64_t item = blockIdx.x / (int64_t(parts) * spans * num_tiles);
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
     const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
     const auto& own = either<TOKENS>(tokens, metas);
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
 
     STTM_SHARED(TokenTerm, terms, [Panel::OTHER]);  // of the tokens, own or other
     const int thread = static_cast<int>(threadIdx.x);
-    Panel panel(shared_memory<unsigned char>(), width, width >= num_other);
+    Panel panel(shared_memory<unsigned char>(), width, !TOKENS || width >= num_other);
     if (TOKENS && thread < ROWS) terms[thread] = token_term(a, item, first + thread);
     const auto make_weights = [&](int from, int end, int) {
         STTM_NO_UNROLL
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
                 if (!TOKENS && thread < Panel::OTHER) terms[thread] = token_term(a, item, start + thread);
             });
             panel.pull_back(
-                dot, start - from, count, a.similarity, start > 0, [&](int i, int j, int e, int row, int column) {
+                dot, start - from, count, a.similarity, start > begin, [&](int i, int j, int e, int row, int column) {
                     const TokenTerm& term = terms[TOKENS ? row : column];
                     const int k = TOKENS ? start + column : first + row;
                     float dS = 0;
@@ -94,12 +95,17 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
                 });
         }
     };
-    panel.for_each_slice(other, other_features, num_other, blockIdx.x % parts, parts, make_weights,
-                         [&](int part, bool fresh) {
-                             if (fresh) Panel::reduce(panel.sums);
-                             panel.store_gradient(static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta), item, own, num_own,
-                                                  own_features, first, part, a.similarity);
-                         });
+    T* const grad = static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta);
+    if constexpr (TOKENS) {
+        panel.for_each_slice(other, other_features, num_other, mine, parts, make_weights, [&](int part, bool fresh) {
+            if (fresh) Panel::reduce(panel.sums);
+            panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
+        });
+    } else {
+        const int end = min(num_other - begin, span_rows) + begin;
+        panel.store_span(grad, item, own, num_own, own_features, first, a.similarity, other, other_features, num_other,
+                         Span{partial, span, begin, end, mine, parts}, make_weights);
+    }
 }
 
 constexpr int kAssignWarps = 4;
@@ -204,36 +210,49 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     }
 }
 
-template <typename T, bool EXACT, bool TOKENS>
-cudaError_t launch_assign_tiles(const AssignBackwardArguments& a, const Features& q_features,
-                                const Features& m_features, cudaStream_t stream) {
-    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
-    const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, TOKENS, decltype(rows)::value>; };
-    return with_panel<T, EXACT>(num_other, kernel_of, [&](auto rows, int width) {
+template <typename T, bool EXACT>
+cudaError_t launch_assign_grad_q(const AssignBackwardArguments& a, const Features& q_features,
+                                 const Features& m_features, cudaStream_t stream) {
+    const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, true, decltype(rows)::value>; };
+    return with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
         using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
-        const int64_t tiles = times(a.B, ceil_div(num_own, Panel::OWN));
+        const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
         const int parts = shares(tiles, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
         return launch(kernel_of(rows), Grid{times(tiles, parts)}, kAssignBackwardThreads,
-                      Panel::bytes(width, width >= num_other), stream, a, q_features, m_features, width, parts);
+                      Panel::bytes(width, width >= a.K), stream, a, q_features, m_features, Partial{}, width, 0, parts);
     });
+}
+
+template <typename T, bool EXACT>
+cudaError_t launch_assign_grad_meta(const AssignBackwardArguments& a, const Features& q_features,
+                                    const Features& m_features, cudaStream_t stream) {
+    using Panel = WeightPanel<T, EXACT, kSpanOwners>;
+    const Spans spans = spans_of(a.dtype, a.K, a.N);
+    const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.D, 1);
+    const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
+    const int parts = shares(blocks, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
+    const int width = span_width(a.dtype, spans, a.N);
+    const cudaError_t error =
+        launch(assign_backward_kernel<T, EXACT, false, kSpanOwners>, Grid{times(blocks, parts)}, kAssignBackwardThreads,
+               Panel::bytes(width, true), stream, a, q_features, m_features, partial, width, spans.rows, parts);
+    if (error != cudaSuccess || a.N <= width) return error;
+    return join_spans<T>(partial, a.D, StoreMetaGradient<T, AssignBackwardArguments>{a, m_features, partial}, stream);
 }
 
 template <typename T, bool EXACT>
 cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_t stream) {
     const Features q_features = features_of<T>(a.q, a.D), m_features = features_of<T>(a.meta, a.D);
     const bool soft = a.grad_lse.data != nullptr;
-    const auto by_tiles = [&](auto tokens) {
-        return launch_assign_tiles<T, EXACT, decltype(tokens)::value>(a, q_features, m_features, stream);
-    };
     const auto by_warps = [&](auto kernel, int64_t tasks) {
         return launch(kernel, Grid{ceil_div64(tasks, kAssignWarps)}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
                       m_features);
     };
     cudaError_t error = cudaSuccess;
     if (a.grad_q != nullptr)
-        error = soft ? by_tiles(std::true_type()) : by_warps(assign_gather_kernel<T>, int64_t(a.B) * a.N);
+        error = soft ? launch_assign_grad_q<T, EXACT>(a, q_features, m_features, stream)
+                     : by_warps(assign_gather_kernel<T>, int64_t(a.B) * a.N);
     if (error != cudaSuccess || a.grad_meta == nullptr) return error;
-    if (soft) return by_tiles(std::false_type());
+    if (soft) return launch_assign_grad_meta<T, EXACT>(a, q_features, m_features, stream);
     const int slices = ceil_div(a.D, kMemberPieces * Vec<T>::size * kWarpSize);
     return by_warps(assign_members_kernel<T>, times(int64_t(a.B) * a.K, slices));
 }

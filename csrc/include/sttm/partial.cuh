@@ -6,6 +6,11 @@
 
 namespace sttm {
 
+// Of the panel of a block whose span has `spans.rows` of `count` other rows.
+inline int span_width(DType dtype, const Spans& spans, int count) {
+    return min(min(spans.rows, span_panel(dtype)), ceil_div(count, 16) * 16);
+}
+
 // The sums of a row over a span: features, and what there is beside them.
 __device__ __forceinline__ float* partial_row(const Partial& p, int span, int64_t row) {
     return p.data + (span * p.rows + row) * p.pitch;

@@ -146,7 +146,7 @@ cudaError_t launch_soft_merge(const SoftMergeArguments& a, cudaStream_t stream) 
     const Spans spans = spans_of(a.dtype, a.K, a.N);
     const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.C, kMomentsAt + a.P);
     const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
-    const int parts = soft_shares(blocks, ceil_div(a.C, Panel::SLICE), a.P), width = soft_width(a.dtype, spans, a.N);
+    const int parts = soft_shares(blocks, ceil_div(a.C, Panel::SLICE), a.P), width = span_width(a.dtype, spans, a.N);
     error = launch(soft_merge_kernel<T, EXACT>, Grid{times(blocks, parts)}, kSoftThreads, Panel::bytes(width, true),
                    stream, a, soft_features<T>(a, Rows{}), partial, width, spans.rows, parts);
     if (error != cudaSuccess || a.N <= width) return error;

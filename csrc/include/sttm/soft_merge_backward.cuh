@@ -236,47 +236,10 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             a.grad_size_in[item * a.N + first + thread] = sum;
         }
     } else {
-        const bool whole = a.N <= width;
-        const int64_t out = item * a.K + first;
-        panel.for_each_panel(
-            other, other_features, begin, end, blockIdx.x % parts, parts, make_weights, [&](int part, bool before) {
-                if (whole) {
-                    if (part < parts * Panel::SLICE) Panel::reduce(panel.sums);
-                    panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
-                    return;
-                }
-                panel.finish(a.K - first, a.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-                    accumulate(partial_row(partial, span, out + row) + part + column, value, before);
-                });
-            });
-        if (whole || blockIdx.x % parts != 0) return;
-        __syncthreads();
-        if (thread < Panel::OWN && first + thread < a.K) {
-            partial_row(partial, span, out + thread)[partial.more_at] = Panel::sum_of(panel.sums, thread);
-        }
+        panel.store_span(grad, item, own, num_own, own_features, first, a.similarity, other, other_features, num_other,
+                         Span{partial, span, begin, end, static_cast<int>(blockIdx.x % parts), parts}, make_weights);
     }
 }
-
-// A row of dL/dmeta, of the sums of all spans.
-template <typename T, typename Arguments>
-struct StoreMetaGradient {
-    Arguments a;
-    Features f;
-    Partial p;
-
-    __device__ __forceinline__ const T* features(int64_t row) const {
-        return rows_of<T>(a.meta, Mask{}, row / a.K, a.K)(static_cast<int>(row % a.K));
-    }
-    // Returns the inverse norm.
-    __device__ __forceinline__ float begin(int64_t row, int) const {
-        return a.similarity == Similarity::cosine ? inverse_norm(sum_of_squares(features(row), f)) : 1.0f;
-    }
-    __device__ __forceinline__ void operator()(int64_t row, int column, float (&value)[Vec<T>::size],
-                                               float inverse) const {
-        store_gradient(static_cast<T*>(a.grad_meta), row / a.K, features(row), a.K, f, static_cast<int>(row % a.K),
-                       column, value, inverse, sum_of_spans(p, row, p.more_at), a.similarity);
-    }
-};
 
 template <typename T, bool EXACT>
 cudaError_t launch_soft_merge_grad_tokens(const SoftMergeBackwardArguments& a, const SoftFeatures& f,
@@ -300,7 +263,7 @@ cudaError_t launch_soft_merge_grad_meta(const SoftMergeBackwardArguments& a, con
     const Spans spans = spans_of(a.dtype, a.K, a.N);
     const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.D, 1);
     const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
-    const int parts = soft_shares(blocks, ceil_div(a.D, Panel::SLICE), 0), width = soft_width(a.dtype, spans, a.N);
+    const int parts = soft_shares(blocks, ceil_div(a.D, Panel::SLICE), 0), width = span_width(a.dtype, spans, a.N);
     const cudaError_t error =
         launch(soft_merge_grad_metric_kernel<T, EXACT, false, kSpanOwners>, Grid{times(blocks, parts)}, kSoftThreads,
                Panel::bytes(width, true), stream, a, f, partial, width, spans.rows, parts, SoftMetricWork{false, true});

@@ -142,9 +142,4 @@ inline int soft_shares(int64_t blocks, int slices, int P) {
     return max(shares(blocks, slices, kSoftFewBlocks, kSoftMostShares), ceil_div(P, kAxes));
 }
 
-// Of the panel of a block whose span has `spans.rows` of `count` other rows.
-inline int soft_width(DType dtype, const Spans& spans, int count) {
-    return min(min(spans.rows, span_panel(dtype)), ceil_div(count, 16) * 16);
-}
-
 }  // namespace sttm

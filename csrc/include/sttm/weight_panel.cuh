@@ -3,6 +3,7 @@
 // multiplied by them.
 #pragma once
 
+#include "partial.cuh"
 #include "similarity.cuh"
 
 namespace sttm {
@@ -107,6 +108,13 @@ struct NoSquares {
     template <int UNROLL, typename T>
     __device__ __forceinline__ void add(const T*, int, int, int, int) {}
     __device__ __forceinline__ void store(float*, int, int, Similarity) const {}
+};
+
+// A block's span of other rows, number `index` of the partial sums: [begin, end). `parts` blocks share its slices, and
+// this one is number `mine`.
+struct Span {
+    const Partial& partial;
+    int index, begin, end, mine, parts;
 };
 
 // out[own row] = sum over other rows of weight[own row, other row] * values[other row], for ROWS own rows and SLICE
@@ -456,6 +464,54 @@ struct WeightPanel {
             sttm::store_gradient(grad, item, own(first + row), num_own, f, first + row, part + column, value,
                                  own_term[row], sums[row], kind);
         });
+    }
+
+    // The same from a span of `num_other` other rows, whose weights make(from, end, 0) sets: `grad` itself where a
+    // panel has room for all of them, else partial sums.
+    template <typename OwnRows, typename OtherRows, typename Make>
+    __device__ __forceinline__ void store_span(T* grad, int64_t item, const OwnRows& own, int num_own,
+                                               const Features& own_f, int first, Similarity kind,
+                                               const OtherRows& other, const Features& other_f, int num_other,
+                                               const Span& span, const Make& make) {
+        const bool whole = num_other <= width;
+        const int64_t out_row = item * num_own + first;
+        for_each_panel(other, other_f, span.begin, span.end, span.mine, span.parts, make, [&](int part, bool before) {
+            if (whole) {
+                if (part < span.parts * SLICE) reduce(sums);
+                store_gradient(grad, item, own, num_own, own_f, first, part, kind);
+                return;
+            }
+            finish(num_own - first, own_f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+                accumulate(partial_row(span.partial, span.index, out_row + row) + part + column, value, before);
+            });
+        });
+        if (whole || span.mine != 0) return;
+        __syncthreads();
+        const int row = static_cast<int>(threadIdx.x);
+        if (row < OWN && first + row < num_own) {
+            partial_row(span.partial, span.index, out_row + row)[span.partial.more_at] = sum_of(sums, row);
+        }
+    }
+};
+
+// A row of dL/dmeta, of the sums of all spans.
+template <typename T, typename Arguments>
+struct StoreMetaGradient {
+    Arguments a;
+    Features f;
+    Partial p;
+
+    __device__ __forceinline__ const T* features(int64_t row) const {
+        return rows_of<T>(a.meta, Mask{}, row / a.K, a.K)(static_cast<int>(row % a.K));
+    }
+    // Returns the inverse norm.
+    __device__ __forceinline__ float begin(int64_t row, int) const {
+        return a.similarity == Similarity::cosine ? inverse_norm(sum_of_squares(features(row), f)) : 1.0f;
+    }
+    __device__ __forceinline__ void operator()(int64_t row, int column, float (&value)[Vec<T>::size],
+                                               float inverse) const {
+        store_gradient(static_cast<T*>(a.grad_meta), row / a.K, features(row), a.K, f, static_cast<int>(row % a.K),
+                       column, value, inverse, sum_of_spans(p, row, p.more_at), a.similarity);
     }
 };
 
