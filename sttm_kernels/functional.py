@@ -424,7 +424,7 @@ def merge(
     Spatial-temporal Token Merger (doi 10.1145/3633781).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    if packed.without_batch(x, plan):
+    if getattr(plan, "lengths", None) is not None and packed.without_batch(x):
         rows = packed.row("x", x, "(T, C)", 2), plan, None if size is None else packed.column("size", size)
         return packed.unbatched(merge(*rows, positions, reduce, fill, impl))
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
@@ -523,7 +523,7 @@ def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
     Source: Token Merging for Stable Diffusion (arXiv 2303.17604).
     """
     validate.one_of("impl", impl, IMPL_NAMES)
-    if packed.without_batch(x, plan):
+    if getattr(plan, "lengths", None) is not None and packed.without_batch(x):
         return unmerge(packed.row("x", x, "(K, C)", 2), plan, impl)[0]
     C = validate.features("x", x, "(B, K, C)", 3)[2]
     _check_plan("plan", plan)

@@ -36,9 +36,9 @@ def column(name: str, values: Any) -> Tensor:
     return values[None]
 
 
-def without_batch(x: Any, plan: Any) -> bool:
-    """Whether x is `(T, C)` of packed sequences."""
-    return isinstance(plan, MergePlan) and plan.lengths is not None and isinstance(x, Tensor) and x.dim() == 2
+def without_batch(x: Any) -> bool:
+    """Whether x, of packed sequences, is `(T, C)`."""
+    return isinstance(x, Tensor) and x.dim() == 2
 
 
 def unbatched(merged: MergedTokens) -> MergedTokens:
