@@ -244,20 +244,29 @@ public:
         float total = 0;
         for (int chunk = 0; chunk < chunks_.count; ++chunk) total += totals_[(first + chunk) * meta_.num_rows() + k];
         Floats along{};
-        for (int64_t d = 0; d < columns_; d += kWidth) {
-            Floats here = load(sum(d));
-            for (int chunk = 1; chunk < chunks_.count; ++chunk) here += load(sum(d) + chunk * size);
-            if (a_.similarity == Similarity::l2) here = 2 * (here - total * load(meta_row(b, k, d)));
-            along += here * load(meta_row(b, k, d));
-            store(sum(d), here);
+        for (int64_t c = 0; c < columns_; c += kPanel) {
+            float* const to = sum(c);
+            const float* const row = meta_row(b, k, c);
+            STTM_UNROLL
+            for (int v = 0; v < kPanel; v += kWidth) {
+                Floats here = load(to + v);
+                for (int chunk = 1; chunk < chunks_.count; ++chunk) here += load(to + v + chunk * size);
+                if (a_.similarity == Similarity::l2) here = 2 * (here - total * load(row + v));
+                along += here * load(row + v);
+                store(to + v, here);
+            }
         }
         const bool is_cosine = a_.similarity == Similarity::cosine;
         const float inverse = is_cosine ? meta_.inverse[meta_.at(b) * kRows + k] : 1;
         const float radial = inverse < 1 / kNormFloor ? sum_of(along) : 0;
-        for (int64_t d = 0; d < a_.D; d += kWidth) {
-            Floats here = load(sum(d));
-            if (is_cosine) here = (here - radial * load(meta_row(b, k, d))) * inverse;
-            store_up_to(to + d, here, a_.D - d);
+        for (int64_t c = 0; c < a_.D; c += kPanel) {
+            const float *const from = sum(c), *const row = meta_row(b, k, c);
+            STTM_UNROLL
+            for (int v = 0; v < kPanel; v += kWidth) {
+                Floats here = load(from + v);
+                if (is_cosine) here = (here - radial * load(row + v)) * inverse;
+                if (c + v < a_.D) store_up_to(to + c + v, here, a_.D - c - v);
+            }
         }
     }
 
@@ -273,25 +282,33 @@ private:
         for (int v = 0; v * kWidth < count; ++v) {
             Floats along = total[v];  // how much of q is not in its gradient
             if (a_.similarity == Similarity::cosine) {
-                Floats dot[kWidth];
-                for (int i = 0; i < kWidth; ++i) {
-                    const int row = v * kWidth + i;
-                    dot[i] = Floats{};
-                    for (int64_t d = 0; d < columns_; d += kWidth)
-                        dot[i] += load(grad + in_strip(kPanel, row, d)) * load(p.rows + in_strip(kTokens, row, d));
+                Floats dot[kWidth] = {};
+                for (int64_t c = 0; c < columns_; c += kPanel) {
+                    const float* const g = grad + in_strip(kPanel, v * kWidth, c);
+                    const float* const q = p.rows + in_strip(kTokens, v * kWidth, c);
+                    STTM_UNROLL
+                    for (int i = 0; i < kWidth; ++i) STTM_UNROLL
+                    for (int u = 0; u < kVectors; ++u)
+                        dot[i] += load(g + i * kPanel + u * kWidth) * load(q + i * kPanel + u * kWidth);
                 }
                 along = sums_of(dot) * p.inverse[v] * p.inverse[v];
                 along = p.inverse[v] >= 1 / kNormFloor ? Floats{} : along;
             }
-            for (int row = v * kWidth; row < min(count, (v + 1) * kWidth); ++row)
-                for (int64_t d = 0; d < a_.D; d += kWidth) {
-                    Floats here = load(grad + in_strip(kPanel, row, d));
-                    if (a_.similarity != Similarity::dot)
-                        here -= along[row % kWidth] * load(p.rows + in_strip(kTokens, row, d));
-                    T* to = static_cast<T*>(a_.grad_q) + (b * heads * a_.N + start + row) * a_.D + d;
-                    for (int h = 0; h < heads; ++h, to += int64_t(a_.N) * a_.D)
-                        store_up_to(to, here * factor, a_.D - d);
+            for (int row = v * kWidth; row < min(count, (v + 1) * kWidth); ++row) {
+                T* const to = static_cast<T*>(a_.grad_q) + (b * heads * a_.N + start + row) * a_.D;
+                const float inward = a_.similarity == Similarity::dot ? 0 : along[row % kWidth];
+                for (int64_t c = 0; c < a_.D; c += kPanel) {
+                    const float* const g = grad + in_strip(kPanel, row, c);
+                    const float* const q = p.rows + in_strip(kTokens, row, c);
+                    STTM_UNROLL
+                    for (int u = 0; u < kPanel; u += kWidth) {
+                        Floats here = load(g + u);
+                        if (a_.similarity != Similarity::dot) here -= inward * load(q + u);
+                        for (int h = 0; h < heads && c + u < a_.D; ++h)
+                            store_up_to(to + h * int64_t(a_.N) * a_.D + c + u, here * factor, a_.D - c - u);
+                    }
                 }
+            }
         }
     }
 
