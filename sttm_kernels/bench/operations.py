@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from sttm_kernels import functional, reference
 from sttm_kernels import partition as _partition
 from sttm_kernels.bench import rivals
-from sttm_kernels.bench.workloads import Workload
+from sttm_kernels.bench.workloads import BACKWARD, Workload
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.testing import (
     assert_assign_within_budget,
@@ -338,8 +338,6 @@ def check_dense(work: Workload, grad: bool, inputs: Inputs, result: tuple[Tensor
 
 
 # The registry
-
-BACKWARD = " forward + backward"
 
 
 @dataclass(frozen=True)

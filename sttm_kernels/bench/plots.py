@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sttm_kernels.bench import compare, results
 from sttm_kernels.bench.compare import MODELS, OURS, SCALING, Row
 from sttm_kernels.bench.scaling import curves
+from sttm_kernels.bench.workloads import BACKWARD
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -26,7 +27,6 @@ INK, FAINT, GRID = "#222222", "#767676", "#dddddd"
 FASTER, SLOWER = "#0072b2", "#d55e00"
 PALETTE = (FASTER, SLOWER, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#882255", "#999933")
 """Okabe and Ito's, which colour-blind people tell apart, with wine red and olive for its yellow."""
-BACKWARD = " forward + backward"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 LINES = ("-", "--", "-.", ":")
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+BACKWARD = " forward + backward"
+"""What is added to the name of an operation that is measured with the gradient of x through it."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -81,7 +84,11 @@ SMOKE = (
 """Too small to say anything of speed: they show that everything runs, on Triton's interpreter too."""
 
 MATCHING = ("match", "merge", "match + merge")
-ASSIGNING = ("assign", "merge", "assign_merge", "soft_merge")
+ASSIGNING = (
+    "assign",
+    "merge",
+    *(name + passes for name in ("assign_merge", "soft_merge") for passes in ("", BACKWARD)),
+)
 SCALING = (
     *(
         Workload("windowed", 1, 256 * T, 64, r=128 * T, options={"grid": (T, 16, 16), "window": (1, 16, 16)},
