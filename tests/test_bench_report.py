@@ -92,6 +92,12 @@ def test_a_faster_rival_is_said_plainly(tables):
     assert cells(text, "match + merge", "ToMe compiled")[-2] == "**slower than ToMe compiled: 0.83 x**"
 
 
+def test_why_a_rival_is_faster_is_said_where_it_is_known(tables):
+    faster = row("soft_merge", "dense compiled", 83.0)
+    assert "\n- soft_merge: forward," in tables(row("soft_merge", "cuda", 100.0), faster)
+    assert "Why:" not in tables(row("match", "cuda", 50.0), row("match", "dense compiled", 40.0))
+
+
 def test_a_yardstick_is_no_rival(tables):
     text = tables(row("match", "cuda", 100.0), row("match", "product alone", 50.0, check="none"))
     assert "Slower than a rival" not in text

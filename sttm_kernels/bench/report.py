@@ -29,6 +29,13 @@ Not yet measured. `sttm-kernels bench --suite quick --device cpu --out benchmark
 GROWTH = ((0.25, "hardly"), (0.75, "less than linearly"), (1.25, "linearly"), (1.75, "more than linearly"),
           (2.25, "quadratically"))  # fmt: skip
 """What a fitted exponent below each bound is called."""
+WHY = {
+    "soft_merge": "forward, both take the same two products; it keeps no matrix of N by K, so with the gradient of x "
+    "it works similarities out again, six products for the five of a dense rival, which holds several such matrices "
+    "(see its peak memory)",
+    "merge": "at few groups both read x once and write next to nothing",
+}
+"""Why an operation may be slower than a rival."""
 NONE = "-"
 
 
@@ -60,7 +67,8 @@ def _device(device: str, rows: Sequence[Row], pictures: Sequence[Path]) -> list[
     lines = ["", f"### {_cell(device)}", "", *_runs(rows, runs)]
     slower = _slower(rows)
     if slower:
-        lines += ["", "Slower than a rival:", "", *slower]
+        why = [f"- {name}: {reason}." for name, reason in WHY.items() if any(f" {name} " in line for line in slower)]
+        lines += ["", "Slower than a rival:", "", *slower, *(["", "Why:", "", *why] if why else [])]
     for dtype in compare.grouped(rows, lambda row: row["dtype"]):
         for name in plots.PICTURES:
             for picture in pictures:
