@@ -17,6 +17,7 @@ if [[ $# -gt 1 || ! $what =~ ^(fast|triton|cuda|models|all)$ ]]; then
 fi
 
 bin=.venv-test/bin
+unset PYTHONDONTWRITEBYTECODE  # else each of some hundred processes compiles PyTorch's sources again
 # The tests compile the CUDA kernels, by nvcc where there is one and for the CPU. STTM_BUILD_CUDA=1 also builds the
 # extension for a GPU, whose own tests are skipped without it.
 export STTM_BUILD_CUDA="${STTM_BUILD_CUDA:-0}" TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0}"
