@@ -1,18 +1,22 @@
 """Lays the package out as the `kernels` package of Hugging Face loads it: python scripts/hub.py FOLDER.
 
 One variant, build/torch-universal, of Python alone: the Triton kernels and plain PyTorch, on any device, with PyTorch
-as the only dependency. `kernels.get_local_kernel(FOLDER)` is then the package; a process holds one copy of it. Nothing
-is uploaded.
+as the only dependency, without the commands. Imports are made relative, and the name, which its operators have in
+`torch.ops` and in programs of `torch.export`, ends in a hash of what is in it: so a process may hold several versions
+beside an installation. `kernels.get_local_kernel(FOLDER)` is then the package. Nothing is uploaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("__main__.py", "cli", "bench", "demo", "evidence", "console.py", "verify.py", "checks.py")
 NAME, VERSION, LICENSE = "sttm-kernels", 1, "BSD-3-Clause"
 """VERSION counts what was laid out with another interface; it is not that of the package."""
 
@@ -20,11 +24,19 @@ NAME, VERSION, LICENSE = "sttm-kernels", 1, "BSD-3-Clause"
 def lay_out(folder: Path) -> Path:
     """Writes build.toml and the variant into `folder`; returns the folder of the variant."""
     variant = folder / "build" / "torch-universal"
-    compiled = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "include")
-    shutil.copytree(ROOT / "sttm_kernels", variant, ignore=compiled)
+    compiled = ("__pycache__", "*.so", "_build.json", "include")
+    shutil.copytree(ROOT / "sttm_kernels", variant, ignore=shutil.ignore_patterns(*compiled, *COMMANDS))
+    hashed = hashlib.sha256()
+    for path in sorted(variant.rglob("*.py")):
+        up = "." * len(path.relative_to(variant).parts)
+        text = re.sub(
+            r"^( *from )sttm_kernels\.?(?=[\w.]* import )", rf"\1{up}", path.read_text("utf-8"), flags=re.MULTILINE
+        )
+        path.write_text(text, encoding="utf-8")
+        hashed.update(text.encode())
     shutil.copy(ROOT / "LICENSE", folder)
     about = {
-        "id": f"{NAME}-{VERSION}".replace("-", "_"),
+        "id": f"{NAME}_{hashed.hexdigest()[:12]}".replace("-", "_"),
         "name": NAME,
         "version": VERSION,
         "license": LICENSE,

@@ -1,11 +1,5 @@
 """Token merging for video Transformers: find groups of similar tokens, reduce along them, copy back."""
 
-import sys
-
-# Under another name, as a hub of kernels loads it, the package is found by its own, too: operators exist once.
-if sys.modules.setdefault("sttm_kernels", sys.modules[__name__]) is not sys.modules[__name__]:
-    raise ImportError(f"sttm_kernels must be loaded once, got it from {__path__[0]} after another copy")
-
 from sttm_kernels.functional import assign, assign_merge, compose, match, merge, soft_merge, unmerge
 from sttm_kernels.integrations import apply, remove, restore, trace
 from sttm_kernels.nn.compression import compress

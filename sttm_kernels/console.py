@@ -37,8 +37,19 @@ def extra(module: str, package: str, command: str = "demo", name: str = "demo") 
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"the {command} needs {package} ({error}): pip install 'sttm_kernels[{name}]'") from None
+    except (ImportError, RuntimeError) as error:
+        reason = why_not_imported(error)
+        raise InputError(f"the {command} needs {package} ({reason}): pip install 'sttm_kernels[{name}]'") from None
+
+
+def why_not_imported(error: BaseException) -> str:
+    """What began an error of an import; timm and transformers import torchvision, which has to go with PyTorch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).splitlines()[0]
+    if "torchvision" not in text or isinstance(error, ModuleNotFoundError):
+        return text
+    return f"{text}: the torchvision that is installed was built for another PyTorch than {torch.__version__}"
 
 
 def progress(items: Iterable[Any], total: int, title: str, unit: str = "frame") -> Any:

@@ -19,12 +19,12 @@ MIN_CAPABILITY = (8, 0)
 NVIDIA = torch.version.hip is None
 """Whether tensors on "cuda" are on NVIDIA's GPUs: where PyTorch is built for ROCm, they are on AMD's."""
 
-_MODULES = {
-    "cuda": "sttm_kernels.impl.cuda",
-    "triton": "sttm_kernels.impl.triton",
-    "cpu": "sttm_kernels.impl.cpu",
-    "torch": "sttm_kernels.impl.eager",
-    "reference": "sttm_kernels.reference",
+_MODULES = {  # relative: a process may hold other copies of the package under other names
+    "cuda": ".impl.cuda",
+    "triton": ".impl.triton",
+    "cpu": ".impl.cpu",
+    "torch": ".impl.eager",
+    "reference": ".reference",
 }
 
 
@@ -57,8 +57,8 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
     if impl == "cuda" and on_host():
         if device_type != "cpu" or dtype == torch.float64:
             return f"STTM_CUDA_HOST runs CPU tensors other than float64, got {dtype} on {device_type}"
-        return importlib.import_module(_MODULES[impl]).why_not(verb, device)
-    if importlib.util.find_spec(_MODULES[impl]) is None:
+        return importlib.import_module(_MODULES[impl], __package__).why_not(verb, device)
+    if importlib.util.find_spec(_MODULES[impl], __package__) is None:
         return f"this build of sttm_kernels has no {impl} kernels"
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -68,7 +68,11 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if impl == "cpu":
         needs_cpu = f"the cpu kernels need CPU tensors, got {device_type}"
-        return importlib.import_module(_MODULES[impl]).why_not(verb, device) if device_type == "cpu" else needs_cpu
+        return (
+            importlib.import_module(_MODULES[impl], __package__).why_not(verb, device)
+            if device_type == "cpu"
+            else needs_cpu
+        )
     if device_type != "cuda" and not (impl == "triton" and device_type == "xpu"):
         return f"the {impl} kernels need {'CUDA' if impl == 'cuda' else 'GPU'} tensors, got {device_type}"
     if impl == "cuda" and not NVIDIA:
@@ -76,7 +80,7 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
     on_nvidia = device_type == "cuda" and NVIDIA
     if on_nvidia and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         return f"the {impl} kernels need compute capability 8.0, this GPU has {capability}"
-    return importlib.import_module(_MODULES[impl]).why_not(verb, device)
+    return importlib.import_module(_MODULES[impl], __package__).why_not(verb, device)
 
 
 def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -95,7 +99,7 @@ def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: tor
         impl = choose(verb, device, dtype)
     if impl in ("torch", "reference") or why_not(verb, impl, device, dtype) is not None:
         return False
-    return hasattr(importlib.import_module(_MODULES[impl]), f"{verb}_packed")
+    return hasattr(importlib.import_module(_MODULES[impl], __package__), f"{verb}_packed")
 
 
 @cache
@@ -112,4 +116,4 @@ def kernel(name: str, impl: str, device: torch.device | str, dtype: torch.dtype)
     reason = why_not(verb, impl, device, dtype)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run {verb}: {reason}")
-    return getattr(importlib.import_module(_MODULES[impl]), name)
+    return getattr(importlib.import_module(_MODULES[impl], __package__), name)

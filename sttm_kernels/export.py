@@ -30,7 +30,8 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
 
     Returns:
         A new program, with the same dynamic shapes. Its choices (`index`) are those of `impl="reference"`, its sums
-        equal to rounding; only inference is written out, so it has no gradient formulas of this package.
+        equal to rounding. What `module()` of it gives has the same gradients, by the formulas of PyTorch's own
+        operators, which keep what they are made of: O(N K) floats where the kernels keep O(N).
 
     Raises:
         ValueError: it holds an operator that has no plain form, which gradients are.
@@ -90,7 +91,8 @@ def _distances_in_onnx(x1: Any, x2: Any, p: float, compute_mode: int | None = No
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The plain form of every operator that has one, for a table of `ExportedProgram.run_decompositions`."""
     verbs = {OPERATORS[name].overload: _decomposition(name, plain) for name, plain in _PLAIN.items()}
-    return verbs | {getattr(torch.ops.sttm_kernels, name).default: choose for name, choose in CHOICES.items()}
+    operators = getattr(torch.ops, ops.NAMESPACE)
+    return verbs | {getattr(operators, name).default: choose for name, choose in CHOICES.items()}
 
 
 def _ours(program: torch.export.ExportedProgram) -> list[str]:
@@ -233,14 +235,14 @@ def _merge(
     mass = reference.sum_by_group(weight if plan.weight is None else weight * plan.weight, plan.index, K)
     if reduce not in ("max", "first"):
         return Merged(merged.x, merged.size, merged.positions, mass)
-    place = torch.where((plan.index >= 0) & (plan.index < K), plan.index, K).long()
-    if reduce == "max":
-        lowest = x.new_full((B, K + 1, C), -torch.inf)
-        y = lowest.scatter_reduce(1, place[..., None].expand(-1, -1, C), x, "amax")[:, :K]
-    else:
-        token = torch.arange(N, device=x.device).expand(B, -1)
-        first = token.new_full((B, K + 1), N - 1).scatter_reduce(1, place, token, "amin")[:, :K]
-        y = x.gather(1, first[..., None].expand(-1, -1, C))
+    place = torch.where((plan.index >= 0) & (plan.index < K), plan.index, K).long()[..., None].expand(-1, -1, C)
+    token = torch.arange(N, device=x.device)[:, None].expand(B, -1, C)
+    if reduce == "max":  # found, then taken: so that of equal values the first has the gradient
+        values = x.detach()
+        highest = values.new_full((B, K + 1, C), -torch.inf).scatter_reduce(1, place, values, "amax")
+        token = torch.where((values == highest.gather(1, place)) | values.isnan(), token, N - 1)
+    first = token.new_full((B, K + 1, C), N - 1).scatter_reduce(1, place, token, "amin")[:, :K]
+    y = x.gather(1, first)
     y = torch.where((mass == 0)[..., None], 0 if fill is None else fill, y)
     return Merged(y.to(x.dtype), merged.size, merged.positions, mass)
 

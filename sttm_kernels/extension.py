@@ -36,7 +36,8 @@ from sttm_kernels.plan import (
 
 
 def load(name: str, path: str | None) -> ModuleType:
-    """The extension of this name; another build of it if the `path` of one is given."""
+    """The extension of this name, of this copy of the package; another build of it if the `path` of one is given."""
+    name = f"{__package__}.{name}"
     if not path:
         return importlib.import_module(name)
     loader = ExtensionFileLoader(name, path)
@@ -49,7 +50,7 @@ def load(name: str, path: str | None) -> ModuleType:
 
 def why_not_built(name: str, note: str, kind: str) -> str | None:
     """Why the package lacks an extension, by the `note` that its build left; None if it is there."""
-    if importlib.util.find_spec(name) is not None:
+    if importlib.util.find_spec(f"{__package__}.{name}") is not None:
         return None
     path = Path(__file__).parent / "_build.json"
     why = json.loads(path.read_text()).get(note) if path.exists() else None

@@ -29,7 +29,8 @@ from sttm_kernels.torch_private import (
     unwrapped,
 )
 
-NAMESPACE = "sttm_kernels"
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+"""sttm_kernels; another for a copy of the package under another name, as a hub of kernels loads it."""
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
 OPERATORS: dict[str, Operator] = {}

@@ -70,8 +70,13 @@ class MergedTokens:
     lengths: tuple[int, ...] | None = None
 
 
+def exportable(cls: type) -> None:
+    """Takes a dataclass for the inputs and results of exported programs, by a name of this copy of the package."""
+    torch.export.register_dataclass(cls, serialized_type_name=f"{__package__}.{cls.__name__}")
+
+
 for _cls in (MergePlan, MergedTokens):
-    torch.export.register_dataclass(_cls, serialized_type_name=f"sttm_kernels.{_cls.__name__}")
+    exportable(_cls)
     torch.serialization.add_safe_globals([_cls])
 
 

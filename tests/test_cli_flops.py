@@ -1,10 +1,15 @@
 """`sttm-kernels flops`: operations against a count by hand, settings nearest to the share, models of one's own."""
 
+import sys
+
 import pytest
+import torch
 from transformers import VideoMAEConfig, VideoMAEModel
 
-from sttm_kernels.bench import shares
+from sttm_kernels.bench import models, shares
 from sttm_kernels.bench.models import Encoder
+from sttm_kernels.bench.runner import Settings
+from sttm_kernels.bench.timing import Ceilings
 from sttm_kernels.cli import main
 from sttm_kernels.nn.flops import flops
 
@@ -67,6 +72,23 @@ def test_a_model_that_is_refused_says_why(monkeypatch, capsys):
     assert "MODEL must be one of vit-b, " in capsys.readouterr().err
     assert main(["flops", "resnet18"]) == 2
     assert "resnet18: " in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_loaded_leaves_out_its_models(tmp_path, monkeypatch, capsys):
+    (tmp_path / "timm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(shares.MODELS, "small", VIDEO)
+    assert main(["flops", "vit-b", "small"]) == 1
+    first, *others = capsys.readouterr().out.splitlines()
+    assert "left out: operator torchvision::nms does not exist: the torchvision that is installed was built" in first
+    assert len(others) == 3
+    assert main(["flops", "vit_tiny_patch16_224"]) == 2
+    assert "needs timm (operator torchvision::nms" in capsys.readouterr().err
+
+    settings = Settings("models", torch.device("cpu"), torch.float32, ["cpu"], 0.01, 1.0, compiled=False)
+    ((row,),) = models.measure("ViT-L", settings, Ceilings(1.0, 1.0), None)
+    assert row["check"].startswith("left out: timm cannot be imported: operator torchvision::nms")
 
 
 def test_a_folder_of_transformers(tmp_path, capsys):

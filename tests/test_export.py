@@ -163,6 +163,41 @@ class MetaTokens(nn.Module):
         return self.generator(x, 4, 5, 3, size)
 
 
+class Clips(nn.Module):
+    """The Spatial-temporal Token Merger, with a tensor of each result."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.merger = sttm.STTM(8, 0.5, 0.5, name, num_prefix=1)
+        nn.init.normal_(self.merger.motion.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.merger(x, (3, 2, 4))
+        return out.x, out.size
+
+
+class Training(nn.Module):
+    """What has a gradient, in every way that it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(make_tokens(1, 5, 8, seed=1)[0])
+
+    def forward(self, x: Tensor, values: Tensor, size: Tensor) -> tuple[Tensor | None, ...]:
+        plan, queries = sttm.match(x, 6, num_prefix=1), self.queries.expand(x.shape[0], -1, -1)
+        found: list[Tensor | None] = [sttm.unmerge(sttm.merge(x, plan).x, plan)]
+        found += [sttm.merge(values, plan, size, reduce=reduce).x for reduce in ("mean", "sum", "max", "first")]
+        for similarity in ("cosine", "dot", "l2"):
+            assigned = sttm.assign(x, queries, similarity=similarity, temperature=0.5)
+            out = sttm.merge(x, assigned, size, positions=x[..., :3])
+            found += [assigned.score, assigned.lse, out.x, out.size, out.positions]
+            for over in ("meta", "tokens"):
+                soft = sttm.soft_merge(x, x, queries, similarity=similarity, normalize=over, size=size)
+                found += [soft.x, soft.size]
+        return tuple(found)
+
+
 def merging_vit() -> nn.Module:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -174,9 +209,16 @@ def tokens(B: int, N: int) -> tuple[Tensor, Tensor]:
     return make_tokens(B, N, 8, seed=B), torch.arange(1.0, 1 + B * N).view(B, N) % 4
 
 
+def tokens_and_ties(B: int, N: int) -> tuple[Tensor, ...]:
+    x, size = tokens(B, N)
+    return x, make_tokens(B, N, 8, seed=9).round(), size
+
+
 NETWORKS = {
     "verbs": (Verbs, lambda B: tokens(B, 41)),
+    "training": (Training, lambda B: tokens_and_ties(B, 41)),
     **{name: (partial(MetaTokens, name), lambda B: tokens(B, 20)) for name in GENERATORS},
+    **{f"STTM-{name}": (partial(Clips, name), lambda B: (make_tokens(B, 25, 8, seed=B),)) for name in GENERATORS},
     "vit": (merging_vit, lambda B: (torch.randn(B, 3, 24, 24, generator=torch.Generator().manual_seed(B)),)),
 }
 BATCHES = (2, 1, 5)
@@ -206,15 +248,17 @@ torch.save([[each] if isinstance(each, torch.Tensor) else each for each in resul
 
 
 @cache
-def exported(name: str) -> tuple[torch.export.ExportedProgram, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-    """A network of any batch, written out; inputs, and what it makes of them."""
+def exported(
+    name: str,
+) -> tuple[nn.Module, torch.export.ExportedProgram, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """A network, its program for any batch, inputs, and what it makes of them."""
     make_network, draw = NETWORKS[name]
     network, batches = make_network().eval(), [draw(B) for B in BATCHES]
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         program = torch.export.export(network, batches[0], dynamic_shapes=tuple({0: batch} for _ in batches[0]))
         results = [network(*given) for given in batches]
-    return export.decompose(program), batches, [each if isinstance(each, tuple) else (each,) for each in results]
+    return network, program, batches, [each if isinstance(each, tuple) else (each,) for each in results]
 
 
 def assert_same_elsewhere(path: Path, batches: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
@@ -230,10 +274,10 @@ def check_written_out(name: str, kind: str, folder: Path) -> None:
     if kind == "onnx":
         for needed in ("onnxruntime", "onnxscript"):
             pytest.importorskip(needed)
-    program, *given_and_results = exported(name)
+    _, program, *given_and_results = exported(name)
     path = folder / f"{name}.{kind}"
     if kind == "pt2":
-        torch.export.save(program, path)
+        torch.export.save(export.decompose(program), path)
     else:
         model = export.to_onnx(program, verbose=False)
         assert {node.domain for node in model.model.graph} == {""}
@@ -253,10 +297,47 @@ def test_written_out_programs_run_in_a_process_without_the_package(kind, tmp_pat
 @pytest.mark.table
 @pytest.mark.unpoisoned
 @KINDS
-@pytest.mark.parametrize("name", ["vit", *GENERATORS])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "verbs"])
 def test_written_out_models_and_generators_run_in_a_process_without_the_package(name, kind, tmp_path):
     """Generators with counts of which some are 0."""
     check_written_out(name, kind, tmp_path)
+
+
+def gradients(network: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
+    """Of the inputs and the parameters, by their names; of a sum that knows each element of the results."""
+    given = {f"input {i}": tensor.clone().requires_grad_() for i, tensor in enumerate(batch)}
+    given |= dict(network.named_parameters())
+    results = network(*list(given.values())[: len(batch)])
+    results = [each for each in (results if isinstance(results, tuple | list) else [results]) if each.requires_grad]
+    total = sum((make_tokens(1, 1, each.numel()).view_as(each) * each).sum() for each in results)
+    return dict(zip(given, torch.autograd.grad(total, list(given.values()), allow_unused=True), strict=True))
+
+
+def check_gradients(name: str, kind: str) -> None:
+    network, program, batches, _ = exported(name)
+    found = gradients((program if kind == "kernels" else export.decompose(program)).module(), batches[-1])
+    for what, expected in gradients(network, batches[-1]).items():
+        got = found[what]
+        assert (got is None) == (expected is None), what
+        if got is not None and expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+PROGRAMS = pytest.mark.parametrize("kind", ["kernels", "plain"])
+
+
+@pytest.mark.unpoisoned
+@PROGRAMS
+def test_programs_have_the_gradients_of_the_model(kind):
+    check_gradients("training", kind)
+
+
+@pytest.mark.table
+@pytest.mark.unpoisoned
+@PROGRAMS
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "training"])
+def test_programs_of_models_and_generators_have_their_gradients(name, kind):
+    check_gradients(name, kind)
 
 
 class There(nn.Module):

@@ -6,6 +6,8 @@ import email
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,32 +66,53 @@ def test_its_metadata(wheel: zipfile.ZipFile) -> None:
 
 
 LOAD = """
-import importlib.util, sys
-sys.modules["sttm_kernels._cpu"] = sys.modules["sttm_kernels._C"] = None  # those of an installation
-if sys.argv[2] == "kernels":
-    from pathlib import Path
-    from kernels import get_local_kernel
-    from kernels._rust import Build
-    folder = Path(sys.argv[1])
-    assert Build.open(folder).general
-    package = get_local_kernel(folder)
-else:
-    spec = importlib.util.spec_from_file_location("another", sys.argv[1] + "/build/torch-universal/__init__.py")
-    package = sys.modules["another"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
+import importlib.util, json, sys
+from pathlib import Path
 import torch
-assert package.__file__.startswith(sys.argv[1])
+import sttm_kernels
+
+def load(folder):
+    variant = Path(folder, "build/torch-universal")
+    name = json.loads((variant / "metadata.json").read_text())["id"]
+    if sys.argv[1] == "kernels":
+        from kernels import get_local_kernel
+        from kernels._rust import Build
+        assert Build.open(Path(folder)).general
+        return get_local_kernel(Path(folder))
+    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+    package = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
 x = torch.randn(2, 9, 4, requires_grad=True)
-package.merge(x, package.match(x, 3)).x.sum().backward()
-assert x.grad.gt(0).all()
-modules = [each for name, each in sys.modules.items() if each and name.startswith("sttm_kernels.")]
-assert modules
-assert [each.__file__ for each in modules if not each.__file__.startswith(sys.argv[1])] == []
+expected = sttm_kernels.merge(x, sttm_kernels.match(x, 3, impl="torch"), impl="torch").x
+(wanted,) = torch.autograd.grad(expected.sum(), x)
+versions, programs = set(), []
+for folder in sys.argv[2:]:
+    package = load(folder)
+    versions.add(package.__version__)
+    plan = package.match(x, 3)
+    assert type(plan) is package.MergePlan is not sttm_kernels.MergePlan
+    merged = package.merge(x, plan).x
+    assert torch.equal(merged, expected)
+    assert torch.equal(torch.autograd.grad(merged.sum(), x)[0], wanted)
+    program = torch.export.export(package.STTM(4), (x, (1, 3, 3)))
+    torch.export.save(program, folder + ".pt2")
+    programs.append((package, folder + ".pt2"))
+    assert f"torch.ops.{package.__name__}." in program.graph_module.print_readable(print_output=False)
+    assert not package.functional.dispatch.why_not("merge", "torch", "cpu")
+    assert "not built" in package.functional.dispatch.why_not("merge", "cpu", "cpu")  # that beside it may be
+    inside = [each for name, each in sys.modules.items() if name.startswith(package.__name__ + ".")]
+    assert len(inside) > 20
+    assert [each.__file__ for each in inside if not each.__file__.startswith(folder)] == []
+assert versions == {"1", "2"}
+for package, path in programs:
+    assert type(torch.export.load(path).module()(x, (1, 3, 3))) is package.MergedTokens
 """
 
 
 @pytest.mark.parametrize("loader", ["importlib", "kernels"])
-def test_laid_out_for_a_hub_it_loads_under_another_name(tmp_path: Path, loader: str) -> None:
+def test_laid_out_for_a_hub_several_versions_load_beside_an_installation(tmp_path: Path, loader: str) -> None:
     if loader == "kernels" and not any(importlib.metadata.distributions(name="kernels")):
         pytest.skip("needs the package kernels")  # tests/kernels can be imported, too
     spec = importlib.util.spec_from_file_location("hub", ROOT / "scripts/hub.py")
@@ -97,8 +120,15 @@ def test_laid_out_for_a_hub_it_loads_under_another_name(tmp_path: Path, loader: 
     assert spec.loader is not None
     hub = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hub)
-    hub.lay_out(tmp_path)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", LOAD, str(tmp_path), loader]
+    tree, folders = tmp_path / "tree", [tmp_path / version for version in ("1", "2")]
+    for folder in folders:
+        shutil.copytree(ROOT / "sttm_kernels", tree / "sttm_kernels", dirs_exist_ok=True)
+        shutil.copy(ROOT / "LICENSE", tree)
+        about = tree / "sttm_kernels/__init__.py"
+        about.write_text(re.sub(r"__version__ = .*", f'__version__ = "{folder.name}"', about.read_text()))
+        hub.ROOT = tree
+        hub.lay_out(folder)
+    command = [sys.executable, "-P", "-c", LOAD, loader, *map(str, folders)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

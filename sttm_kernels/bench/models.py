@@ -8,6 +8,7 @@ one forward above what was there before.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import sttm_kernels as sttm
 from sttm_kernels.bench import timing
 from sttm_kernels.bench.runner import Row, Settings, now, why
 from sttm_kernels.bench.timing import Ceilings
+from sttm_kernels.console import why_not_imported
 from sttm_kernels.nn.flops import flops
 
 
@@ -32,21 +34,29 @@ class Family:
     rates: tuple[int, ...]
 
 
+def found_in(package: str, name: str) -> Any:
+    """What `package`, timm or transformers, has by this name.
+
+    Raises:
+        ImportError: it is not installed, or cannot be loaded; the message says why.
+    """
+    try:
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"{package} cannot be imported: {why_not_imported(error)}") from error
+
+
 def _vision(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, **options)
+        return found_in("timm", "create_model")(name, **options)
 
     return build
 
 
 def _video(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import transformers
-
         head = "TimesformerForVideoClassification" if name == "Timesformer" else f"{name}Model"
-        return getattr(transformers, head)(getattr(transformers, f"{name}Config")(**options))
+        return found_in("transformers", head)(found_in("transformers", f"{name}Config")(**options))
 
     return build
 

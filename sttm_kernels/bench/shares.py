@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sttm_kernels as sttm
-from sttm_kernels.bench.models import Encoder
+from sttm_kernels.bench.models import Encoder, found_in
 from sttm_kernels.integrations.amounts import nearest
 from sttm_kernels.nn.flops import flops
 
@@ -30,19 +30,15 @@ class Model:
 
 def _timm(name: str, size: int = 224) -> Model:
     def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name)
+        return found_in("timm", "create_model")(name)
 
     return Model(build, (3, size, size))
 
 
 def _transformers(kind: str, shape: Shape, **options: Any) -> Model:
     def build() -> nn.Module:
-        import transformers
-
-        config = getattr(transformers, f"{kind.removesuffix('Model')}Config")(**options)
-        return getattr(transformers, kind)(config)
+        config = found_in("transformers", f"{kind.removesuffix('Model')}Config")(**options)
+        return found_in("transformers", kind)(config)
 
     return Model(build, shape)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sttm_kernels.bench import shares
-from sttm_kernels.console import InputError, extra
+from sttm_kernels.console import InputError, extra, why_not_imported
 
 HELP = "Count a model's operations, and find the merging that takes a share of them."
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    left_out = False
     for name in arguments.models or shares.MODELS:
         full = None
         try:
@@ -49,9 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
                 if full and setting.operations:
                     counted = f"{setting.operations / 1e9:>9.1f} GFLOP{setting.operations / full:>7.3f}"
                 print(f"{name:<14}{counted:<24} {setting.says}", flush=True)
+        except ImportError as error:
+            left_out = True
+            print(f"{name:<14}{'':<24} left out: {why_not_imported(error)}", flush=True)
         except (TypeError, ValueError) as error:
             raise InputError(f"{name}: {error}") from None
-    return 0
+    return int(left_out)
 
 
 def _model(name: str, shape: list[int] | None) -> shares.Model:

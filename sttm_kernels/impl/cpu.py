@@ -16,14 +16,14 @@ from sttm_kernels import extension
 
 @cache
 def _extension() -> Any:
-    return extension.load("sttm_kernels._cpu", os.environ.get("STTM_CPU_MODULE"))
+    return extension.load("_cpu", os.environ.get("STTM_CPU_MODULE"))
 
 
 @cache
 def _reason() -> str | None:
     """Why the kernels cannot run; None if they can."""
     other = os.environ.get("STTM_CPU_MODULE")
-    if not other and (reason := extension.why_not_built("sttm_kernels._cpu", "cpu_reason", "CPU")) is not None:
+    if not other and (reason := extension.why_not_built("_cpu", "cpu_reason", "CPU")) is not None:
         return reason
     try:
         _extension().build_info()

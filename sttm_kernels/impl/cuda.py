@@ -21,7 +21,7 @@ from sttm_kernels.torch_private import raw_stream, tf32
 def _reason() -> str | None:
     """Why the extension cannot be loaded; None if it can."""
     host = os.environ.get("STTM_CUDA_HOST")
-    if not host and (reason := extension.why_not_built("sttm_kernels._C", "reason", "CUDA")) is not None:
+    if not host and (reason := extension.why_not_built("_C", "reason", "CUDA")) is not None:
         return reason
     try:
         _extension()
@@ -38,7 +38,7 @@ def build_info() -> dict[str, Any]:
 
 @cache
 def _extension() -> Any:
-    return extension.load("sttm_kernels._C", os.environ.get("STTM_CUDA_HOST"))
+    return extension.load("_C", os.environ.get("STTM_CUDA_HOST"))
 
 
 def why_not(verb: str, device: torch.device | str) -> str | None:

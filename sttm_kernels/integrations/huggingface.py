@@ -46,9 +46,10 @@ from sttm_kernels.integrations.merging import (
     with_padding,
 )
 from sttm_kernels.nn.attention import proportional_attention
+from sttm_kernels.operator import NAMESPACE
 from sttm_kernels.plan import MergePlan
 
-IMPLEMENTATION = "sttm_kernels"
+IMPLEMENTATION = NAMESPACE
 """The name of `_attention` among the attention implementations of transformers."""
 
 

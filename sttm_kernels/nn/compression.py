@@ -14,7 +14,7 @@ from torch import Tensor
 from sttm_kernels import validate
 from sttm_kernels.functional import compose, match, merge, unmerge
 from sttm_kernels.nn.sttm import STTM, Grid, checked_keep, grid_positions, kept_count, nearest_place
-from sttm_kernels.plan import MergePlan
+from sttm_kernels.plan import MergePlan, exportable
 from sttm_kernels.reference import acc_dtype
 
 COMPRESSIONS = ("sttm", "tome", "uniform", "random")
@@ -46,7 +46,7 @@ class CompressedTokens:
     lengths: tuple[int, ...]
 
 
-torch.export.register_dataclass(CompressedTokens, serialized_type_name="sttm_kernels.CompressedTokens")
+exportable(CompressedTokens)
 
 
 def compress(
