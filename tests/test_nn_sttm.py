@@ -563,3 +563,33 @@ def test_bad_inputs(change, error, message):
 def test_bad_settings(arguments, error, message):
     with pytest.raises(error, match=message):
         STTM(**({"dim": 4} | arguments))
+
+
+class Noting(torch.nn.Module):
+    """Takes the first tokens, and notes what it was told."""
+
+    def __init__(self, told=()):
+        super().__init__()
+        self.told = told
+        self.noted = []
+
+    def forward(self, q, rows, columns, num_meta, size=None, cells="square", mask=None, **told):
+        self.noted.append((rows, columns, told))
+        return q[:, :num_meta]
+
+
+def test_a_generator_is_told_what_it_asks_for():
+    x, grid = make_tokens(2, 1 + 4 * 6, 8), (4, 2, 3)
+    silent, told = Noting(), Noting(("positions", "stage"))
+    plain, out = (STTM(8, 2, 3, meta, num_prefix=1, temporal_window=2)(x, grid) for meta in (silent, told))
+    assert_same_tokens(plain, out)
+    assert [each for *_, each in silent.noted] == [{}, {}]
+    (*frame, first), (*window, second) = told.noted
+    assert (frame, first["stage"]) == ([2, 3], "spatial")
+    assert (window, second["stage"]) == ([2, 2], "temporal")
+    places = grid_positions(grid, 0, torch.float32, x.device).view(4, 6, 3)
+    assert_equal("positions in a frame", first["positions"], places.repeat(2, 1, 1))
+    between = STTM(8, 2, None, "pool", num_prefix=1)
+    between.spatial_meta = Noting()
+    merged = between(x, grid).positions[:, 1:]
+    assert_equal("positions in a window", second["positions"], merged.reshape(4, 4, 3))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from sttm_kernels.bench import report, results
 from sttm_kernels.console import InputError, extra
-from sttm_kernels.evidence import rows
 
 HELP = "Write tables and pictures of measurements."
 MEASURED, OUT = Path("benchmarks", "results"), Path("benchmarks")
+EVIDENCE = "evidence*.csv"
+"""Rows of accuracies, not of times."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="CSV",
-        help=f"of sttm-kernels bench (default: {MEASURED}/*.csv but {rows.FILE} and {rows.CHOOSING})",
+        help=f"of sttm-kernels bench (default: {MEASURED}/*.csv but {EVIDENCE})",
     )
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="for RESULTS.md and plots/ (default: %(default)s)"
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     extra("matplotlib", "matplotlib", "report", "bench")
-    measured = arguments.results or (
-        path for path in MEASURED.glob("*.csv") if path.name not in (rows.FILE, rows.CHOOSING)
-    )
+    measured = arguments.results or (path for path in MEASURED.glob("*.csv") if not path.match(EVIDENCE))
     paths = sorted(set(measured), key=lambda path: (path.name, str(path)))
     if not paths:
         raise InputError(f"no results: there is no {MEASURED}/*.csv here, and no CSV was named")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sttm_kernels.functional import assign, compose, match, merge, soft_merge
@@ -134,6 +135,28 @@ class Matching(Merger):
             plan = match(metric, whole.num_groups - keep)
             whole = compose(whole, plan)
         return whole
+
+
+class Near(nn.Module):
+    """A generator told positions and stage: the distinct tokens, where what is near counts as alike.
+
+    The distance of two tokens is |q_n / |q_n| - q_m / |q_m||^2 + (nearness * |p_n - p_m|)^2, of positions in frames and
+    patches; `nearness` is one number for each stage.
+    """
+
+    told = ("positions", "stage")
+
+    def __init__(self, spatial: float, temporal: float) -> None:
+        super().__init__()
+        self.nearness = {"spatial": spatial, "temporal": temporal}
+
+    def forward(
+        self, q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None = None, cells: str = "square", *,
+        positions: Tensor, stage: str,
+    ) -> Tensor:  # fmt: skip
+        placed = torch.cat((F.normalize(q, dim=-1), self.nearness[stage] * positions[..., :3]), -1).detach()
+        chosen = Distinct.choose(placed, num_meta, None if size is None else size.detach(), "l2", "auto")
+        return q.gather(1, chosen[..., None].expand(-1, -1, q.shape[-1]))
 
 
 class SoftMerging(nn.Module):

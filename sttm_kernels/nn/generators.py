@@ -12,9 +12,15 @@ All of them are called alike, `generator(q, rows, columns, num_meta, size=None, 
         which gets all the tokens of its copies.
 
 They return `(B, K, D)` in q's dtype, differentiable with respect to q and to their parameters, the same bits in every
-run and whatever else is in the batch. Errors: `ValueError` for a shape that does not fit or a K out of range. A module
-of one's own that is called like this is a generator too. The shared settings are `similarity` and `impl` of
-`sttm_kernels.assign`. Generators that choose tokens give them in token order.
+run and whatever else is in the batch. Errors: `ValueError` for a shape that does not fit or a K out of range. The
+shared settings are `similarity` and `impl` of `sttm_kernels.assign`. Generators that choose tokens give them in token
+order.
+
+A module of one's own that is called like this is a generator too. If it has an attribute `told`, a tuple of names,
+`STTM` gives it these as well, by name:
+
+    positions: `(B, N, P)`, of the tokens, (t, y, x) first: in the temporal stage the means of groups.
+    stage: "spatial" or "temporal".
 """
 
 from __future__ import annotations

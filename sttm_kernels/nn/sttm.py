@@ -246,14 +246,14 @@ class STTM(nn.Module):
             plans = []
             if self.spatial_meta is not None:
                 num_meta = kept_count("spatial_keep", self.spatial_keep, height * width)
-                here, plan = self._stage(self.spatial_meta, here, frames, (height, width), num_meta, "square")
+                here, plan = self._stage("spatial", here, frames, (height, width), num_meta)
                 plans.append(plan)
                 height, width = 1, num_meta
             if self.temporal_meta is not None:
                 window = self._window(frames)
                 num_meta = kept_count("temporal_keep", self.temporal_keep, window * height * width)
                 shape = (window, height * width)
-                here, plan = self._stage(self.temporal_meta, here, frames // window, shape, num_meta, "tall")
+                here, plan = self._stage("temporal", here, frames // window, shape, num_meta)
                 plans.append(plan)
 
             y = here.x
@@ -267,7 +267,7 @@ class STTM(nn.Module):
         return (out, self._whole_plan(plans, x, mask)) if return_plan else out
 
     def _stage(
-        self, generator: nn.Module, here: _Tokens, parts: int, shape: tuple[int, int], num_meta: int, cells: str
+        self, stage: str, here: _Tokens, parts: int, shape: tuple[int, int], num_meta: int
     ) -> tuple[_Tokens, MergePlan]:
         """Merges each of the `parts` equal pieces of the sequence, rows x columns tokens, into num_meta; the plan says
         for every token of the sequence where in the new sequence it went."""
@@ -279,13 +279,18 @@ class STTM(nn.Module):
         def join(t: Tensor) -> Tensor:
             return t.reshape(B, parts * num_meta, *t.shape[2:])
 
-        x = split(here.x)
+        x, positions = split(here.x), split(here.positions)
         q = x if here.q is None else split(here.q)
         size, mask = (None if t is None else split(t) for t in (here.size, here.mask))
-        meta = generator(q, *shape, num_meta, size, cells, **({} if mask is None else {"mask": mask}))
+        generator, cells = (self.spatial_meta, "square") if stage == "spatial" else (self.temporal_meta, "tall")
+        assert generator is not None
+        more = {name: {"positions": positions, "stage": stage}[name] for name in getattr(generator, "told", ())}
+        if mask is not None:
+            more["mask"] = mask
+        meta = generator(q, *shape, num_meta, size, cells, **more)
         out, plan = assign_merge(
             x, None if here.q is None else q, meta, self.similarity, self.temperature, self.weight,
-            mask, size, split(here.positions), impl=self.impl,
+            mask, size, positions, impl=self.impl,
         )  # fmt: skip
         assert out.positions is not None
         later_q = None if here.q is None else join(merge(q, plan, size, impl=self.impl).x)
