@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sttm_kernels import crossover
 from sttm_kernels.torch_private import tf32 as tf32
 
 VERBS = ("assign", "match", "merge", "assign_merge", "unmerge", "compose", "soft_merge")
@@ -83,10 +84,13 @@ def why_not(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype
     return importlib.import_module(_MODULES[impl], __package__).why_not(verb, device)
 
 
-def choose(verb: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The implementation that `auto` takes: on GPUs the first of cuda, triton and torch that can run, on CPUs cpu or
-    torch. Never the interpreter."""
-    for impl in {"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}.get(torch.device(device).type, ()):
+def choose(verb: str, device: torch.device | str, dtype: torch.dtype, shape: crossover.Shape | None = None) -> str:
+    """The implementation that `auto` takes: what was fastest at this shape, where `sttm-kernels tune` has measured it;
+    else on GPUs the first of cuda, triton and torch that can run, on CPUs cpu or torch. Never the interpreter."""
+    device = torch.device(device)
+    tuned = None if shape is None else crossover.fastest(verb, device, dtype, shape)
+    first = () if tuned not in IMPLEMENTATIONS else (tuned,)
+    for impl in (*first, *{"cuda": ("cuda", "triton"), "xpu": ("triton",), "cpu": ("cpu",)}.get(device.type, ())):
         if why_not(verb, impl, device, dtype) is None:
             return impl
     return "torch"

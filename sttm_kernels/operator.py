@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sttm_kernels import dispatch
+from sttm_kernels import crossover, dispatch
 from sttm_kernels.autocast import without_autocast
 from sttm_kernels.torch_private import (
     below_autograd,
@@ -94,6 +94,7 @@ class Operator:
         differentiable: names of the results that are.
         constants: inputs with respect to which nothing is differentiated, for the formula does not look at them.
         unsaved: what `backward` does not look at.
+        shape: of the inputs, what the choice of `impl="auto"` depends on where it was measured.
 
     Every operator returns fresh contiguous tensors, mutates nothing, and picks its implementation when it runs.
     """
@@ -110,8 +111,10 @@ class Operator:
         differentiable: Sequence[str] = (),
         constants: Sequence[str] = (),
         unsaved: Sequence[str] = (),
+        shape: Callable[[Any], Sequence[int]] | None = None,
     ):
         OPERATORS[name] = self
+        self.shape, self.verb = shape, name.removesuffix("_backward")
         self.name, self.inputs, self.outputs, self.run, self.formula = name, inputs, outputs, run, formula
         self.backward, self.differentiable, self.constants = backward, differentiable, constants
         self.kept = [field not in (*constants, *unsaved) for field in (*inputs._fields, *outputs._fields)]
@@ -141,7 +144,14 @@ class Operator:
         for arg in a:
             if type(arg) in _TENSORS and (arg.is_neg() or (differentiating and arg.requires_grad)):
                 return None
-        return dispatch.kernel(self.name, a[-1], lead.device, lead.dtype)
+        impl = self._fastest(a, lead) if a[-1] == "auto" and crossover.table(lead.device) else a[-1]
+        return dispatch.kernel(self.name, impl, lead.device, lead.dtype)
+
+    def _fastest(self, a: tuple[Any, ...], lead: Tensor) -> str:
+        if self.shape is None:
+            return "auto"
+        shape = crossover.rounded(self.shape(self.inputs(*a)))
+        return dispatch.choose(self.verb, lead.device, lead.dtype, shape)
 
     def __call__(self, a: Any) -> Any:
         run = self.implementation(a)
@@ -177,7 +187,8 @@ class Operator:
 
     def _kernel(self, *args: Any) -> Any:
         a, lead = self.inputs(*args), _lead(args)
-        return self.flat(a, self.run(dispatch.kernel(self.name, args[-1], lead.device, lead.dtype), a))
+        impl = self._fastest(args, lead) if args[-1] == "auto" and crossover.table(lead.device) else args[-1]
+        return self.flat(a, self.run(dispatch.kernel(self.name, impl, lead.device, lead.dtype), a))
 
     def _below(self, *args: Any) -> Any:
         """The results without derivatives."""

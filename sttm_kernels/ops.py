@@ -159,6 +159,7 @@ _assign = Operator(
     _assign_formula,
     _assign_gradient,
     differentiable=("score", "lse", "weight"),
+    shape=lambda a: (a.q.shape[-2], a.meta.shape[-2], a.q.shape[-1]),
 )
 _assign_backward = Operator(
     "assign_backward",
@@ -172,6 +173,7 @@ _assign_backward = Operator(
     _assign_backward_formula,
     differentiable=("grad_q", "grad_meta"),
     constants=("score", "lse"),
+    shape=lambda a: (a.q.shape[-2], a.meta.shape[-2], a.q.shape[-1]),
 )
 
 
@@ -240,7 +242,15 @@ def _match_run(run: Any, a: MatchIn) -> MatchOut:
     return MatchOut(plan.index, plan.score, plan.order, plan.offsets)
 
 
-_match = Operator("match", MatchIn, MatchOut, _match_run, _match_fake, unsaved=("metric",))
+_match = Operator(
+    "match",
+    MatchIn,
+    MatchOut,
+    _match_run,
+    _match_fake,
+    unsaved=("metric",),
+    shape=lambda a: (a.metric.shape[-2], a.num_groups, a.metric.shape[-1]),
+)
 
 
 def match(
@@ -424,6 +434,7 @@ _merge = Operator(
     _merge_gradient,
     differentiable=("y", "size_out", "positions_out"),
     unsaved=("size_out",),
+    shape=lambda a: (a.x.shape[1], a.num_groups, a.x.shape[2]),
 )
 _merge_backward = Operator(
     "merge_backward",
@@ -434,6 +445,7 @@ _merge_backward = Operator(
     _merge_backward_formula,
     differentiable=MergeBackwardOut._fields,
     constants=("y", "positions_out", "mass", "order", "offsets"),
+    shape=lambda a: (a.x.shape[1], a.num_groups, a.x.shape[2]),
 )
 
 
@@ -544,6 +556,7 @@ _assign_merge = Operator(
     _assign_merge_gradient,
     differentiable=("score", "lse", "weight", "y", "size_out", "positions_out"),
     unsaved=("size_out",),
+    shape=lambda a: (a.x.shape[1], a.meta.shape[1], a.x.shape[2]),
 )
 
 
@@ -593,6 +606,7 @@ _unmerge = Operator(
     _unmerge_gradient,
     differentiable=("y",),
     unsaved=("x", "y"),
+    shape=lambda a: (a.index.shape[1], a.num_groups, a.x.shape[2]),
 )
 
 
@@ -755,6 +769,7 @@ _soft_merge = Operator(
     _soft_merge_formula,
     _soft_merge_gradient,
     differentiable=("y", "size_out", "positions_out"),
+    shape=lambda a: (a.x.shape[1], a.meta.shape[1], a.x.shape[2]),
 )
 _soft_merge_backward = Operator(
     "soft_merge_backward",
@@ -765,6 +780,7 @@ _soft_merge_backward = Operator(
     _soft_merge_backward_formula,
     differentiable=SoftMergeBackwardOut._fields,
     constants=("y", "mass", "positions_out", "lse"),
+    shape=lambda a: (a.x.shape[1], a.meta.shape[1], a.x.shape[2]),
 )
 
 

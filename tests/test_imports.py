@@ -74,6 +74,7 @@ ROOMS = {
         "validate",
         "console",
         "torch_private",
+        "crossover",
         "dispatch",
         "sharding",
         "extension",

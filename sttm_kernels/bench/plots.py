@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sttm_kernels.bench import compare, results
+from sttm_kernels.bench import compare
 from sttm_kernels.bench.compare import MODELS, OURS, SCALING, Row
 from sttm_kernels.bench.scaling import curves
 from sttm_kernels.bench.workloads import BACKWARD
+from sttm_kernels.crossover import slug
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -73,7 +74,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def file_name(device: str, dtype: str, picture: str) -> str:
-    return f"{results.slug(device)}-{dtype}-{picture}.png"
+    return f"{slug(device)}-{dtype}-{picture}.png"
 
 
 def speed_up(rows: Sequence[Row], path: Path, backward: bool = False) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,6 @@ COLUMNS = (
         "left out: ...", and then there is no time.
     device, threads, torch, triton, cuda, version, commit: where, and of what; threads of a CPU, empty on a GPU.
 """
-
-
-def slug(device_name: str) -> str:
-    """A file name: "NVIDIA H200" is "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") or "device"
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

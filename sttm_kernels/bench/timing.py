@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
+
+from sttm_kernels.crossover import device_name as device_name
 
 CACHE_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
 """Input sets rotate over at least this much memory, so that none is found in a cache."""
@@ -42,16 +43,6 @@ class Ceilings:
     def floor(self, bytes_moved: float, flops: float) -> float:
         """Microseconds that no implementation can beat."""
         return 1e6 * max(bytes_moved / self.bandwidth, flops / self.flop_rate)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def available_bytes() -> float:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sttm_kernels import __version__
-from sttm_kernels.cli import bench, demo, evidence, flops, info, report, verify
+from sttm_kernels.cli import bench, demo, evidence, flops, info, report, tune, verify
 from sttm_kernels.console import InputError
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "flops": flops,
     "info": info,
     "report": report,
+    "tune": tune,
     "verify": verify,
 }
 

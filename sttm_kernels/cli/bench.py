@@ -14,6 +14,7 @@ from sttm_kernels import dispatch
 from sttm_kernels.bench import models, results, runner, scaling, timing
 from sttm_kernels.bench.workloads import SUITES
 from sttm_kernels.console import InputError, device_of
+from sttm_kernels.crossover import device_name, slug
 
 HELP = "Time every operation against its rivals on this device, after a check of its results; rows go to a CSV."
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = models.FAMILIES if arguments.suite == "models" else {work.name for work in SUITES[arguments.suite]}
     if not any(arguments.workload in name for name in names):
         raise InputError(f"--workload must be part of a name in {arguments.suite}, got {arguments.workload!r}")
-    out = arguments.out or RESULTS / f"{results.slug(timing.device_name(device))}.csv"
+    out = arguments.out or RESULTS / f"{slug(device_name(device))}.csv"
     _writable(out)
 
     limits = timing.ceilings(device, dtype, arguments.seconds)

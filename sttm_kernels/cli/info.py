@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import sttm_kernels
-from sttm_kernels import dispatch
+from sttm_kernels import crossover, dispatch
 
 HELP = "Show versions, devices, and what can run here, or why not."
 OPTIONAL = ("triton", "av", "pillow", "tqdm", "timm", "transformers")
@@ -36,7 +36,9 @@ def collect() -> dict[str, Any]:
         "versions": package to version, None if it is not installed, and "cuda" as PyTorch was built for it;
         "extension": "reason", why there are no CUDA kernels, or None; then also "nvcc", "architectures" and "host";
         "cpu_extension": "reason", why there are no CPU kernels, or None; then also "compiler" and "isa";
-        "devices": a list of dicts with "device" and "name", for GPUs also "capability" and "memory_bytes";
+        "devices": a list of dicts with "device", "name" and "tuned", for GPUs also "capability" and "memory_bytes";
+        "tuned" says whether a table of `sttm-kernels tune` rules, which "file" it is or would be, and "reason", why one
+        that is there does not;
         "verbs": for every verb and device type ("cpu", "cuda" if there is one) "auto", the implementation that is
         taken for float32 (None if the choice fails), and for every implementation None if it can run, or the reason
         why it cannot.
@@ -73,7 +75,11 @@ def _extension(impl: str) -> dict[str, Any]:
 
 def _devices() -> list[dict[str, Any]]:
     devices: list[dict[str, Any]] = [
-        {"device": "cpu", "name": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+        {
+            "device": "cpu",
+            "name": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "tuned": _tuned(torch.device("cpu")),
+        }
     ]
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
@@ -83,9 +89,15 @@ def _devices() -> list[dict[str, Any]]:
                 "name": about.name,
                 "capability": f"{about.major}.{about.minor}",
                 "memory_bytes": about.total_memory,
+                "tuned": _tuned(torch.device("cuda", i)),
             }
         )
     return devices
+
+
+def _tuned(device: torch.device) -> dict[str, Any]:
+    table, reason = crossover.read(device)
+    return {"rules": table is not None, "file": str(crossover.path(device)), "reason": reason}
 
 
 def _implementations(verb: str, kind: str) -> dict[str, str | None]:
@@ -126,6 +138,10 @@ def _table(facts: dict[str, Any]) -> str:
         more = f", compute capability {device['capability']}" if "capability" in device else ""
         more += f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
         lines.append(f"  {device['device']:<14}{device['name']}{more}")
+        tuned = device["tuned"]
+        if tuned["rules"] or tuned["reason"]:
+            about = f"impl='auto' goes by {tuned['file']}" if tuned["rules"] else f"no table: {tuned['reason']}"
+            lines += textwrap.wrap(about, 100, initial_indent=" " * 16, subsequent_indent=" " * 16)
 
     kinds = next(iter(facts["verbs"].values()))
     for kind in kinds:
