@@ -97,7 +97,7 @@ def test_who_may_take_gpus_of_other_makers(monkeypatch, verb):
     assert "CUDA tensors, got xpu" in why_not(verb, "cuda", "xpu")
     assert "GPU tensors" not in (why_not(verb, "triton", "xpu") or "")
     monkeypatch.setattr(dispatch, "NVIDIA", False)
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name, *_: name)
     assert why_not(verb, "cuda", "cuda") == "the cuda kernels need an NVIDIA GPU, this PyTorch is built for AMD's"
     assert why_not(verb, "triton", "cuda") is None
 
