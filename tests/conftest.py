@@ -6,7 +6,6 @@ STTM_CUDA_HOST=<module> the CUDA kernels compiled for the CPU. Only a machine wi
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shares
 import torch
 
 from sttm_kernels import crossover, dispatch
@@ -61,6 +61,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="of the cases of every test run one in so many, by its name")
     parser.addoption("--tables-one-in", type=int, default=1, help="likewise, of the tests that are marked as tables")
+    parser.addoption(
+        "--elsewhere-one-in", type=int, default=8,
+        help='likewise, of the cases of impl="torch" in tests/kernels those that forbid what only a CPU has',
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,21 +86,9 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if torch.cuda.is_available() or not item.get_closest_marker("gpu")]
-    chosen = set(_chosen(here, config.getoption("--one-in"), config.getoption("--tables-one-in")))
+    chosen = set(shares.chosen(here, config.getoption("--one-in"), config.getoption("--tables-one-in")))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = sorted((item for item in items if item in chosen), key=lambda item: not item.get_closest_marker("long"))
-
-
-def _chosen(items: list[pytest.Item], one_in: int, of_tables: int) -> Iterator[pytest.Item]:
-    """Of the cases of every test those whose names hash to nought, and at least that of the lowest hash."""
-    tests: dict[str, list[tuple[int, pytest.Item]]] = {}
-    for item in items:
-        hashed = int.from_bytes(hashlib.md5(item.nodeid.encode(), usedforsecurity=False).digest(), "big")
-        tests.setdefault(item.nodeid.partition("[")[0], []).append((hashed, item))
-    for cases in tests.values():
-        share = one_in * (of_tables if cases[0][1].get_closest_marker("table") else 1)
-        lowest = min(hashed for hashed, _ in cases)
-        yield from (item for hashed, item in cases if hashed % share == 0 or hashed == lowest)
 
 
 def _declare_torchvision_operators() -> torch.library.Library | None:
