@@ -373,6 +373,7 @@ def test_sttm(name):
     [
         ("beit_base_patch16_224", "attn.k_norm"),
         ("vit_relpos_small_patch16_224", "any number of tokens"),
+        ("vit_srelpos_small_patch16_224", "a known kind"),
         ("swin_tiny_patch4_window7_224", "num_prefix_tokens"),
         ("resnet10t", "num_prefix_tokens"),
     ],

@@ -484,7 +484,7 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         _become(trial, step)
         try:
             after = selfcheck.run(trial, x, {**arguments, "sttm": Passage(NOTHING)})[0]
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"model must be of a known kind: {what} fails without merging: {error}") from error
         if torch.equal(before, after):
             break
