@@ -69,14 +69,6 @@ def _items(t: Tensor | None) -> Tensor | None:
     return t.contiguous()
 
 
-def _groups(plan: MergePlan) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Its `order` and `offsets`; if it has none, room for them and scratch to make them with."""
-    if plan.order is not None and plan.offsets is not None:
-        return plan.order.contiguous(), plan.offsets.contiguous(), None
-    order, other = plan.index.new_empty((2, *plan.index.shape))
-    return order, plan.index.new_empty((plan.index.shape[0], plan.num_groups + 1)), other
-
-
 def _sums(x: Tensor, num_groups: int, positions: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Room for sizes, positions and masses of groups."""
     size, mass = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
@@ -116,13 +108,23 @@ class Verbs:
         run: the extension.
         stream: where a launch that has this tensor among its arguments goes.
         tf32: whether float32 products may round to TF32.
+        sort_room: how often N integers are the scratch that sorting the tokens of an item takes.
         read_again: with more src tokens than this, the mean over the heads of a metric is taken by a launch of its own.
     """
 
     run: Callable[[], Any]
     stream: Callable[[Tensor], int]
     tf32: Callable[[], bool]
+    sort_room: int
     read_again: float
+
+    def _groups(self, plan: MergePlan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Its `order` and `offsets`; if it has none, room for them and scratch to make them with."""
+        if plan.order is not None and plan.offsets is not None:
+            return plan.order.contiguous(), plan.offsets.contiguous(), None
+        B, N = plan.index.shape
+        memory = plan.index.new_empty(((1 + self.sort_room) * B, N))
+        return memory[:B], plan.index.new_empty((B, plan.num_groups + 1)), memory[B:]
 
     def unmerge(self, x: Tensor, plan: MergePlan) -> Tensor:
         y = x.new_empty((*plan.index.shape, x.shape[2]))
@@ -148,7 +150,7 @@ class Verbs:
         out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
         self.run().merge(
             x, plan.index.contiguous(), K, _dense(plan.weight), _dense(size), _items(positions), _items(fill),
-            *_groups(plan), reduce, out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
+            *self._groups(plan), reduce, out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
         )  # fmt: skip
         return out
 
@@ -176,7 +178,7 @@ class Verbs:
         )
         groups: tuple[Tensor | None, ...] = (None, None, None)
         if centred or (needs.x and reduce in ("max", "first")):
-            groups = _groups(plan)
+            groups = self._groups(plan)
         self.run().merge_backward(
             grads.x, _dense(grads.size), None if positions is None else _items(grads.positions), x, index,
             plan.num_groups, _dense(plan.weight), _dense(size), _items(positions), out.x.contiguous(), out.mass,
@@ -199,7 +201,7 @@ class Verbs:
         index = metric.new_empty((B, N), dtype=torch.int32)
         score = metric.new_empty((B, N), dtype=torch.float32)
         order, offsets = (None, None) if mask is not None else (torch.empty_like(index), index.new_empty((B, K + 1)))
-        scratch = index.new_empty(B * (N + 1))
+        scratch = index.new_empty(B * (self.sort_room * N + 1))
         mean = None
         if metric.dim() == 4 and (N // 2 if src is None else src.shape[2]) > self.read_again:
             mean = metric.new_empty((B, N, D))

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.codegen import table as codegen
 from benchmarks.codegen.recording import recorded
 from sttm_kernels.impl.triton import config, csr, match
-from sttm_kernels.impl.triton.match import select_kernel
+from sttm_kernels.impl.triton.match import _select, select_kernel
 
 WORK = codegen.specializations(config.ARCHITECTURES)
 COVERING = codegen.covering(WORK)
@@ -79,14 +79,14 @@ def memory_and_barriers(ptx):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize(
-    ("kernel", "before", "after"),
+    ("kernel", "part", "before", "after"),
     [
-        (csr.start_kernel, "here = tl.load(at", "tl.store(at, members"),
-        (select_kernel, "group = tl.load(index + other", "tl.store(index + n, group, mask=merged)"),
+        (csr.start_kernel, csr.start_kernel, "here = tl.load(at", "tl.store(at, members"),
+        (select_kernel, _select, "group = tl.load(index + other", "tl.store(index + n, group, mask=merged)"),
     ],
     ids=["start", "select"],
 )
-def test_all_threads_have_read_before_one_writes(kernel, before, after):
+def test_all_threads_have_read_before_one_writes(kernel, part, before, after):
     """Where a block has fewer elements than the program has threads, several threads hold one element."""
     index = torch.empty(2, 100, dtype=torch.int32, device="meta")
     order, offsets = torch.empty_like(index), index.new_empty(2, 6)
@@ -99,8 +99,8 @@ def test_all_threads_have_read_before_one_writes(kernel, before, after):
     (one,) = (one for one in recorded("small", run, 80) if one.kernel is kernel)
     ptx = triton.compile(codegen.source(one), target=GPUTarget("cuda", 80, 32), options=dict(one.options)).asm["ptx"]
     found = list(memory_and_barriers(ptx))
-    read = max(at for at, item in enumerate(found) if item == (of_line(kernel, before), "ld"))
-    written = min(at for at, item in enumerate(found) if item == (of_line(kernel, after), "st"))
+    read = max(at for at, item in enumerate(found) if item == (of_line(part, before), "ld"))
+    written = min(at for at, item in enumerate(found) if item == (of_line(part, after), "st"))
     assert read < written
     assert "ba" in {what for _, what in found[read:written]}
 

@@ -95,7 +95,7 @@ def _match_example(dtype: torch.dtype, D: int) -> None:
     match(torch.empty((2, 197, D), dtype=dtype, device="meta"), 8, 1, lists[0], lists[1])
     if D == 64:
         match(torch.empty((2, 16, 197, D), dtype=dtype, device="meta"), 8, 1, None, None)
-        match(torch.empty((2, 16, 784, D), dtype=dtype, device="meta"), 8, 1, None, None)
+        match(torch.empty((2, 16, 784, D), dtype=dtype, device="meta"), 391, 1, None, None)  # every src merges
         match(torch.empty((2, 8192, D), dtype=dtype, device="meta"), 8, 1, None, None)
 
 

@@ -50,8 +50,8 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
         throw py::value_error("order and offsets must both be arrays or both be None");
     a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
     a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(num_groups) + 1});
-    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(a.N) + 1)});
-    a.arrived = a.partner + int64_t(a.B) * a.N;
+    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(kSortRoom) * a.N + 1)});
+    a.arrived = a.partner + int64_t(kSortRoom) * a.B * a.N;
     a.mean = validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, a.D});
     validate.run(match, a, stream);
 }
@@ -114,19 +114,21 @@ static void csr_arrays(const Array& index, int num_groups, const Array& order, c
                          validate.dense<int32_t>(index, "index", {B, N}),
                          validate.dense<int32_t>(order, "order", {B, N}),
                          validate.dense<int32_t>(offsets, "offsets", {B, int64_t(num_groups) + 1}),
-                         validate.dense<int32_t>(other, "other", {B, N})};
+                         validate.dense<int32_t>(other, "other", {kSortRoom * B, N})};
     validate.run(csr, a, stream);
 }
 
 void bind_match(py::module_& m) {
     m.def("csr", &csr_arrays, py::arg("index"), py::arg("num_groups"), py::arg("order"), py::arg("offsets"),
           py::arg("other"), py::arg("stream"),
-          "order (B, N), the tokens sorted by group, and offsets (B, num_groups + 1) of index; other is scratch");
+          "order (B, N), the tokens sorted by group, and offsets (B, num_groups + 1) of index; other (kSortRoom * B, "
+          "N) is scratch");
     m.def("match", &match_arrays, py::arg("metric"), py::arg("src"), py::arg("dst"), py::arg("mask"), py::arg("limit"),
           py::arg("r"), py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"),
           py::arg("index"), py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
           py::arg("stream"),
-          "index (B, N) of the groups that the r best src of metric make with their dst; scratch int32 (B * (N + 1))");
+          "index (B, N) of the groups that the r best src of metric make with their dst; scratch int32 (B * (kSortRoom "
+          "* N + 1))");
     m.def("match_packed", &match_packed_arrays, py::arg("metric"), py::arg("sequences"), py::arg("tiles"),
           py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"), py::arg("index"),
           py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),

@@ -9,7 +9,7 @@ static void read_groups(Validate& validate, Arguments& a, const Array& index, co
     a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
     a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
     a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(a.K) + 1});
-    a.other = validate.dense<int32_t>(other, "other", {a.B, a.N});
+    a.other = validate.dense<int32_t>(other, "other", {kSortRoom * a.B, a.N});
     if (other && (!order || !offsets)) throw py::value_error("order and offsets must be arrays where other is one");
 }
 

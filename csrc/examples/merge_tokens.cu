@@ -54,7 +54,7 @@ int main() {
     }
 
     const OnDevice<float> x_(x), positions_(positions);
-    const OnDevice<int32_t> index_(index), order(B * N), offsets(B * (K + 1)), other(B * N);
+    const OnDevice<int32_t> index_(index), order(B * N), offsets(B * (K + 1)), other(sttm::kSortRoom * B * N);
     const OnDevice<float> y(size_t(B) * K * C), size_out(B * K), positions_out(B * K * P), mass(B * K);
     const OnDevice<float> copied(size_t(B) * N * C);
 

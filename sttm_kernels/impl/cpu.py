@@ -47,7 +47,7 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
     return _reason()
 
 
-_verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, float("inf"))
+_verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, float("inf"))
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
 match_packed = _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge

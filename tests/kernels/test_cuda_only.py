@@ -2,6 +2,7 @@
 sort, shared memory."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ if dispatch.why_not("merge", "cuda", DEVICE) is not None:
 
 ORDERS = ("forward", "reverse", "shuffle:1")
 ONE_LAUNCH = 2048  # kOneLaunch of csrc/include/sttm/match.cuh
+ONE_BLOCK = 8192  # kOneBlock of csrc/include/sttm/csr.cuh
 TINY = combinations.Extents(B=1, N=5, C=8, D=8, P=2, H=2)
 
 
@@ -119,6 +121,24 @@ def test_match_of_more_tokens_than_one_launch_takes():
     check_match("cuda", make_tokens(2, ONE_LAUNCH + 151, 8, torch.float16, DEVICE), 700, 1)
 
 
+@each("r", [0, 31, 149, 150, [0, 31]], ids=str)
+@each(("masked", "threshold"), [(False, None), (True, None), (False, 0.9)])
+def test_selection_by_several_blocks_is_that_by_one(r, masked, threshold):
+    """The same tokens behind a prefix that is longer than one block takes, and without it."""
+    rest, equal = 300, torch.arange(300) % 7 < 3
+    metric = make_tokens(2, ONE_BLOCK + rest, 4, device=DEVICE)
+    metric[:, ONE_BLOCK:][:, equal] = metric[:, -1:]  # scores of 1
+    mask = make_mask(2, ONE_BLOCK + rest, DEVICE) if masked else None
+    call = partial(sttm.match, threshold=threshold, impl="cuda")
+    given = torch.tensor(r) if isinstance(r, list) else r
+    plan = call(metric, given, ONE_BLOCK, mask=mask)
+    alone = call(metric[:, ONE_BLOCK:], given, mask=mask[:, ONE_BLOCK:] if mask is not None else None)
+    assert_equal("score", plan.score[:, ONE_BLOCK:], alone.score)
+    assert_equal("index", plan.index[:, ONE_BLOCK:], (alone.index + ONE_BLOCK * (alone.index >= 0)).int())
+    if mask is None:
+        assert_order(plan.index, plan.num_groups, plan.order, plan.offsets)
+
+
 @each("name", ["src", "dst"])
 def test_lists_that_point_outside_are_not_followed(name, monkeypatch):
     """The kernels trust nobody: such entries of the lists of src and dst count as padding."""
@@ -139,14 +159,27 @@ def test_lists_that_point_outside_are_not_followed(name, monkeypatch):
 
 
 @each("kind", ["random", "even", "one", "none"])
-@each(("N", "K"), [(1, 1), (16, 40), (77, 5), (257, 255), (300, 256), (300, 1023), (300, 1024), (ONE_LAUNCH + 5, 3000)])
+@each(
+    ("N", "K"),
+    [
+        (1, 1),
+        (16, 40),
+        (77, 5),
+        (257, 255),
+        (300, 256),
+        (300, 1023),
+        (300, 1024),
+        (ONE_LAUNCH + 5, 3000),
+        (ONE_BLOCK + 5, 5000),
+    ],
+)
 def test_tokens_are_sorted_by_group(N, K, kind):
-    """By one digit or two, by small blocks or large ones; tokens without a group come last."""
+    """By one digit or two, by small blocks, large ones or several; tokens without a group come last."""
     index = make_index(2, N, K, DEVICE, kind=kind)
     index[0, 0] = 2**31 - 1
     index[1, -1] = -(2**31)
-    made = [guarded(index), *(guarded(torch.empty_like(index)) for _ in range(2))]
-    made.append(guarded(index.new_empty(2, K + 1)))
+    shapes = (2, N), (2 * cuda.SORT_ROOM, N), (2, K + 1)
+    made = [guarded(index), *(guarded(index.new_empty(shape)) for shape in shapes)]
     held, order, other, offsets = (one.tensor for one in made)
     cuda._extension().csr(held, K, order, offsets, other, cuda._stream(index))
     assert_order(torch.where((index < 0) | (index >= K), K, index), K, order, offsets)

@@ -62,8 +62,15 @@ Error compose(const ComposeArguments&, Stream);
 Error probe();
 #endif
 
+// How often N numbers are the scratch that sorting the tokens of an item takes.
+#if defined(STTM_CPU)
+constexpr int kSortRoom = 1;
+#else
+constexpr int kSortRoom = 2;
+#endif
+
 // order (B, N), the tokens sorted by group and then by token, those without a group last; offsets (B, K + 1), where in
-// it each group begins. other (B, N) is scratch.
+// it each group begins. other (kSortRoom, B, N) is scratch.
 struct CsrArguments {
     int B, N, K;
     const int32_t* index;
@@ -109,7 +116,7 @@ constexpr int kSequenceTile = 128;
 // as if it were alone, without lists, mask, limit and r.
 //
 // index, order and score are (B, N), offsets (B, num_groups + 1); score is -inf where there was nothing to find. order
-// and offsets may be null. partner (B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if
+// and offsets may be null. partner (kSortRoom, B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if
 // given, the mean over heads is taken once, beforehand, else by every block that reads a token.
 struct MatchArguments {
     DType dtype;
@@ -134,8 +141,8 @@ struct MatchArguments {
 Error match(const MatchArguments&, Stream);
 
 // merge x (B, N, C) to y (B, K, C); positions (B, N, P), items dense; fill (B, K, C), items dense, or null.
-// The tokens of each group come from `order` (B, N) and `offsets` (B, K + 1). If `other` (B, N), scratch, is given,
-// they are made here of `index` (B, N), else `index` is not read. Sizes and masses are (B, K), positions (B, K, P).
+// The tokens of each group come from `order` (B, N) and `offsets` (B, K + 1). If `other` (kSortRoom, B, N), scratch, is
+// given, they are made here of `index` (B, N), else `index` is not read. Sizes and masses are (B, K), positions (B, K, P).
 struct MergeArguments {
     DType dtype;
     Reduce reduce;

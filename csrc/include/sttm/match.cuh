@@ -1,8 +1,10 @@
 // match: every src finds its most similar dst, the best r merge, and the index map and its CSR follow.
 //
 // One launch for up to kOneLaunch tokens: the block that is the last of its batch item to finish selects. More tokens
-// take a second launch, in which larger blocks select. A mean over heads that many blocks would take again is taken by
-// a launch before. Sequences that are packed take the two launches, of blocks for the tiles of all of them.
+// take a second launch, in which larger blocks select, and more than kOneBlock several, of blocks for chunks of tokens.
+// Where every src merges nothing is selected: the groups of dst follow from their places, and tokens are sorted by
+// them. A mean over heads that many blocks would take again is taken by a launch before. Sequences that are packed take
+// two launches, of blocks for the tiles of all of them.
 #pragma once
 
 #include "select.cuh"
@@ -13,6 +15,7 @@ namespace sttm {
 
 constexpr int kOneLaunch = 2048;  // tokens whose scores and partners fit beside the table of the sort
 constexpr int kSelectThreads = 512;
+constexpr int kScoreDigits = Select<kChunkThreads>::kSteps * Select<kChunkThreads>::kDigits;
 
 // 64 src by 128 dst; warps share the src, so that blocks are many and reuse what they load.
 template <typename T, bool EXACT>
@@ -96,6 +99,12 @@ struct TokenRows {
     }
 };
 
+// Whether every src of every item merges, whatever its score.
+inline bool all_merge(const MatchArguments& a) {
+    return !a.listed && a.sequences == nullptr && a.mask.data == nullptr && a.limit == nullptr &&
+           a.threshold == -INFINITY && a.r >= a.num_src && a.num_dst > 0;
+}
+
 // The groups of an item, given scores and partners.
 template <int THREADS>
 __device__ __forceinline__ void select_item(const MatchArguments& a, int64_t item, const float* score,
@@ -107,10 +116,11 @@ __device__ __forceinline__ void select_item(const MatchArguments& a, int64_t ite
                          a.offsets + item * (a.num_groups + 1), a.partner + first, shared);
 }
 
-// One block per tile of the src of a window, or of a sequence. A similarity that is not a number is passed over.
+// One block per tile of the src of a window, or of a sequence. A similarity that is not a number is passed over. Leaves
+// scores and partners, if `whole` scores and groups, for all src merge; if `select` groups and CSR.
 template <typename T, bool EXACT, bool PACKED>
 __global__ void __launch_bounds__(kMatchThreads, 2)
-    nearest_kernel(const MatchArguments given, const Features f, int tiles, bool select) {
+    nearest_kernel(const MatchArguments given, const Features f, int tiles, bool select, bool whole) {
     MatchArguments own_part;
     int first_block = 0;
     if constexpr (PACKED) {
@@ -130,7 +140,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     const int window = PACKED ? 0 : block % blocks / tiles, tile = block % tiles;
     const int thread = static_cast<int>(threadIdx.x);
     float* score = a.score + item * a.N;
-    int* partner = a.partner + item * a.N;
+    int* partner = (whole ? a.index : a.partner) + item * a.N;  // or the group
     const TokenList<false> src(a, item, window);
     const TokenList<true> dst(a, item, window);
     const T* metric = static_cast<const T*>(a.metric.data) + item * a.metric.stride_b;
@@ -194,20 +204,28 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
         if (token >= 0) {
             const bool real = src.real(token);
             score[token] = real ? value : -INFINITY;
-            partner[token] = real ? dst[place] : kMasked;  // -1, no partner, where there is no dst
+            // A partner is -1 where there is no dst.
+            partner[token] = whole ? min(a.num_prefix + place, a.num_groups - 1) : real ? dst[place] : kMasked;
         }
     }
     for (int64_t i = int64_t(tile) * kMatchThreads + thread; i < a.num_dst; i += int64_t(tiles) * kMatchThreads) {
         const int token = dst.at(static_cast<int>(i));
         if (token < 0) continue;
         score[token] = -INFINITY;
-        partner[token] = dst.real(token) ? kIsDst : kMasked;
+        partner[token] = whole             ? min(a.num_prefix + static_cast<int>(i), a.num_groups - 1)
+                         : dst.real(token) ? kIsDst
+                                           : kMasked;
     }
     if (tile + window == 0)
         for (int n = thread; n < a.num_prefix; n += kMatchThreads) {
             score[n] = -INFINITY;
-            partner[n] = src.real(n) ? kIsPrefix : kMasked;
+            partner[n] = whole ? n : src.real(n) ? kIsPrefix : kMasked;
         }
+    if (!PACKED && !whole && a.N > kOneBlock) {
+        int* const digits = a.partner + (a.B + item) * a.N;
+        for (int i = block % blocks * kMatchThreads + thread; i < kScoreDigits; i += blocks * kMatchThreads)
+            digits[i] = 0;
+    }
     if (PACKED || !select) return;
 
     // Scores before the count, and the count before the scores of the other blocks.
@@ -218,14 +236,21 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     __syncthreads();
     if (last[0] == 0) return;
     __threadfence();
-    float* const scores = reinterpret_cast<float*>(shared + Select<kMatchThreads>::kShared);
-    int* const partners = reinterpret_cast<int*>(scores + a.N);
+    int* const partners = reinterpret_cast<int*>(shared + Select<kMatchThreads>::kShared);
+    float* const scores = reinterpret_cast<float*>(partners + a.N);
     for (int n = thread; n < a.N; n += kMatchThreads) {
-        scores[n] = static_cast<volatile const float*>(score)[n];  // past the L1 cache, which may hold what was before
-        partners[n] = static_cast<volatile const int*>(partner)[n];
+        partners[n] =
+            static_cast<volatile const int*>(partner)[n];  // past the L1 cache, which may hold what was before
+        if (!whole) scores[n] = static_cast<volatile const float*>(score)[n];
     }
     __syncthreads();
-    select_item<kMatchThreads>(a, item, scores, partners, shared);
+    if (!whole) {
+        select_item<kMatchThreads>(a, item, scores, partners, shared);
+    } else if (a.order != nullptr) {
+        Sort<kMatchThreads>::run(partners, a.N, a.num_groups, a.order + item * a.N,
+                                 a.offsets + item * (a.num_groups + 1), a.partner + item * a.N,
+                                 reinterpret_cast<int*>(shared));
+    }
 }
 
 // One block per batch item.
@@ -285,12 +310,12 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
     if (a.sequences != nullptr) {
         constexpr int kShared = MatchTiles<T, EXACT>::BYTES + MatchTiles<T, EXACT>::OTHER * int(sizeof(int));
         const cudaError_t error = launch(nearest_kernel<T, EXACT, true>, Grid{a.tiles}, kMatchThreads, kShared, stream,
-                                         a, features_of<T>(a.metric, a.D), 0, false);
+                                         a, features_of<T>(a.metric, a.D), 0, false, false);
         if (error != cudaSuccess) return error;
         return launch(select_packed_kernel<kSelectThreads>, Grid{a.num_sequences}, kSelectThreads,
                       Select<kSelectThreads>::kShared, stream, a);
     }
-    const bool select = a.N <= kOneLaunch;
+    const bool whole = all_merge(a), select = a.N <= kOneLaunch;
     const int tiles = max(1, ceil_div(a.num_src, kMatchOwn));
     const Grid grid{times(int64_t(a.B) * a.windows, tiles)};
     const int for_tiles = MatchTiles<T, EXACT>::BYTES + MatchTiles<T, EXACT>::OTHER * int(sizeof(int));
@@ -300,10 +325,20 @@ cudaError_t launch_match(MatchArguments a, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
     }
     const int shared = select ? max(for_tiles, for_select) : for_tiles;
-    const cudaError_t error = launch(nearest_kernel<T, EXACT, false>, grid, kMatchThreads, shared, stream, a,
-                                     features_of<T>(a.metric, a.D), tiles, select);
+    cudaError_t error = launch(nearest_kernel<T, EXACT, false>, grid, kMatchThreads, shared, stream, a,
+                               features_of<T>(a.metric, a.D), tiles, select, whole);
     if (error != cudaSuccess || select) return error;
-    return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared, stream, a);
+    if (!whole && a.N <= kOneBlock)
+        return launch(select_kernel<kSelectThreads>, Grid{a.B}, kSelectThreads, Select<kSelectThreads>::kShared, stream,
+                      a);
+    if (!whole) {
+        error = select_by_chunks({a.score, a.partner, a.limit, a.N, a.num_groups, a.num_prefix, a.r, 0, a.threshold,
+                                  a.index, a.partner + int64_t(a.B) * a.N},
+                                 a.B, stream);
+        if (error != cudaSuccess) return error;
+    }
+    if (a.order == nullptr) return cudaSuccess;
+    return csr(a.index, a.B, a.N, a.num_groups, a.order, a.offsets, a.partner, stream);
 }
 
 }  // namespace sttm

@@ -4,6 +4,7 @@
 the r-th highest score by four passes over the digits of its bits, numbers the groups, and up to `ONE_PROGRAM` tokens
 sorts the tokens by group: two launches, three with `merge`. Two things take more: the mean over heads is taken by a
 launch of its own when several programs would read it again, and longer sequences are sorted by `csr.sort_chunks`.
+Where every src merges nothing is selected: the groups of dst follow from their places, and tokens are only sorted.
 """
 
 from __future__ import annotations
@@ -64,21 +65,22 @@ def mean_over_heads_kernel(
 @triton.jit(
     do_not_specialize=[
         "N", "windows", "num_src", "num_dst", "num_prefix", "stride_b", "stride_h", "stride_n", "stride_src",
-        "stride_dst", "halvings", "num_sequences",
+        "stride_dst", "halvings", "num_sequences", "whole",
     ],
     do_not_specialize_on_alignment=["stride_d"],
 )  # fmt: skip
 def nearest_kernel(
     metric, stride_b, stride_h, stride_n, stride_d,
     src, stride_src, dst, stride_dst, mask, score, partner, sequences, num_sequences, halvings,
-    N, windows, num_src, num_dst, num_prefix,
+    N, windows, num_src, num_dst, num_prefix, whole,
     D: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the src of a window, or of one of the `sequences`, among which it finds its own by so
     many `halvings`. A similarity that is not a number counts as -inf.
 
-    Every token gets a score and a partner: dst and prefix tokens are shared out among the programs.
+    Every token gets a score and a partner: dst and prefix tokens are shared out among the programs. If `whole`, all src
+    merge, without lists and masks, and every token gets its group in place of a partner.
     """
     if sequences is not None:
         tile, origin, N = _tile_of_sequence(sequences, num_sequences, halvings, BLOCK_S)
@@ -136,16 +138,19 @@ def nearest_kernel(
         real = _real(mask, token)
         chosen = tl.where(real, tl.where(_real(mask, chosen), chosen, NO_PARTNER), IS_MASKED)
         best = tl.where(real, best, float("-inf"))
+    chosen = tl.where(whole != 0, num_prefix + best_at, chosen)
     tl.store(score + token, best, mask=token >= 0)
     tl.store(partner + token, chosen.to(tl.int32), mask=token >= 0)
 
     for start in range(tile * BLOCK_S, num_dst, tiles * BLOCK_S):
         t = start + tl.arange(0, BLOCK_S)
-        _mark(score, partner, mask, _token(dst, t, num_dst, first_dst, N), IS_DST)
+        role = tl.where(whole != 0, num_prefix + t, IS_DST)
+        _mark(score, partner, mask, _token(dst, t, num_dst, first_dst, N), role)
     if tile + window == 0:
         for start in range(0, num_prefix, BLOCK_S):
             n = start + tl.arange(0, BLOCK_S)
-            _mark(score, partner, mask, tl.where(n < num_prefix, n, -1).to(tl.int64), IS_PREFIX)
+            role = tl.where(whole != 0, n, IS_PREFIX)
+            _mark(score, partner, mask, tl.where(n < num_prefix, n, -1).to(tl.int64), role)
 
 
 @triton.jit
@@ -184,10 +189,9 @@ def _real(mask, token):
 
 
 @triton.jit
-def _mark(score, partner, mask, token, kind):
+def _mark(score, partner, mask, token, role):
     here = token >= 0
     tl.store(score + token, tl.full(token.shape, float("-inf"), tl.float32), mask=here)
-    role = tl.full(token.shape, kind, tl.int32)
     if mask is not None:
         role = tl.where(_real(mask, token), role, IS_MASKED)
     tl.store(partner + token, role, mask=here)
@@ -211,38 +215,15 @@ def _key(value):
     return bits ^ tl.where((bits & sign) != 0, ones, sign)
 
 
-@triton.jit(do_not_specialize=["N", "K", "r", "num_prefix", "sorting"])
-def select_kernel(
-    score, partner, limit, least, index, order, offsets, sequences, N, K, r, num_prefix, sorting,
-    FEWER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+@triton.jit
+def _select(
+    score, partner, index, N, K, r, num_prefix, first_group, floor, FEWER: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per batch item, of whose src r merge; fewer, if FEWER, where `limit` says so or fewer have a partner
-    and a score above `least`. Sorts the tokens by group if `sorting`, in the place of `partner`.
-
-    Of `sequences` each is an item, whose groups are numbered from its first one; sorted they are together."""
-    item = tl.program_id(0).to(tl.int64)
-    first_group = 0
-    if sequences is not None:
-        row = sequences + item * 6
-        start = tl.load(row).to(tl.int64)
-        N, first_group, K, r = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-        item = tl.full([], 0, tl.int64)
-        score += start
-        partner += start
-        index += start
-    if limit is not None:
-        r = tl.minimum(r, tl.load(limit + item))
-    score += item * N
-    partner += item * N
-    index += item * N
-
+    """The groups of the tokens of one item, numbered from `first_group`; of scores above `floor` if FEWER."""
     # The r-th highest score, digit by digit, and how many of the tokens that have exactly it are among the r.
     need = r
     num_src, able = 0, 0
     threshold = tl.full([], 0, tl.uint32)
-    floor = tl.full([], 0, tl.uint32)
-    if least is not None:
-        floor = _key(tl.full([], least, tl.float32))
     digits = tl.arange(0, 256)
     for step in tl.static_range(4):
         counts = tl.zeros([256], tl.int32)
@@ -294,6 +275,39 @@ def select_kernel(
         tl.debug_barrier()  # threads may share a token
         tl.store(index + n, group, mask=merged)
     tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["N", "K", "r", "num_prefix", "selecting", "sorting"])
+def select_kernel(
+    score, partner, limit, least, index, order, offsets, sequences, N, K, r, num_prefix, selecting, sorting,
+    FEWER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One program per batch item, of whose src r merge; fewer, if FEWER, where `limit` says so or fewer have a partner
+    and a score above `least`. The groups are there already unless `selecting`; sorts the tokens by them, if `sorting`,
+    in the place of `partner`.
+
+    Of `sequences` each is an item, whose groups are numbered from its first one; sorted they are together."""
+    item = tl.program_id(0).to(tl.int64)
+    first_group = 0
+    if sequences is not None:
+        row = sequences + item * 6
+        start = tl.load(row).to(tl.int64)
+        N, first_group, K, r = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+        item = tl.full([], 0, tl.int64)
+        score += start
+        partner += start
+        index += start
+    if limit is not None:
+        r = tl.minimum(r, tl.load(limit + item))
+    score += item * N
+    partner += item * N
+    index += item * N
+
+    if selecting != 0:
+        floor = tl.full([], 0, tl.uint32)
+        if least is not None:
+            floor = _key(tl.full([], least, tl.float32))
+        _select(score, partner, index, N, K, r, num_prefix, first_group, floor, FEWER, BLOCK)
     if sorting != 0:
         sort_tokens(index, partner, order + item * N, offsets + item * (K + 1), N, K, BLOCK, BLOCK_PAIRS)
 
@@ -366,21 +380,25 @@ def match(
     score = metric.new_empty(B, N, dtype=torch.float32)
     index = metric.new_empty(B, N, dtype=torch.int32)
     partner = torch.empty_like(index)
+    whole = src is None and bounds is None and 0 < num_src <= r
     launch(
         nearest_kernel,
         (B * windows * tiles,),
-        metric, *strides, *lists, dense(mask), score, partner, None, 0, 0, N, windows, num_src, num_dst, num_prefix,
+        metric, *strides, *lists, dense(mask), score, index if whole else partner, None, 0, 0,
+        N, windows, num_src, num_dst, num_prefix, int(whole),
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
     least = threshold if threshold > -math.inf else None
     select = score, partner, dense(limit), least, index
     numbers, config, fewer = (N, K, r, num_prefix), fixed("select", SORT), bounds is not None
     if mask is not None:  # without an order, which takes a group for every token
-        launch(select_kernel, (B,), *select, index, index, None, *numbers, 0, config=config, FEWER=fewer)
+        launch(select_kernel, (B,), *select, index, index, None, *numbers, 1, 0, config=config, FEWER=fewer)
         return MergePlan(index, K, score)
     order, offsets = torch.empty_like(index), index.new_empty(B, K + 1)
     sorting = N <= ONE_PROGRAM
-    launch(select_kernel, (B,), *select, order, offsets, None, *numbers, int(sorting), config=config, FEWER=fewer)
+    if sorting or not whole:
+        steps = int(not whole), int(sorting)
+        launch(select_kernel, (B,), *select, order, offsets, None, *numbers, *steps, config=config, FEWER=fewer)
     if not sorting:
         sort_chunks(index, order, offsets)
     return MergePlan(index, K, score, order=order, offsets=offsets)
@@ -402,13 +420,13 @@ def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
         nearest_kernel,
         (tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]),),
         metric, *strides, None, 0, None, 0, None, score, partner, sequences, S, S.bit_length(),
-        T, 1, 0, 0, num_prefix,
+        T, 1, 0, 0, num_prefix, 0,
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
     fewer = threshold > -math.inf
     launch(
         select_kernel, (S,), score, partner, None, threshold if fewer else None, index, index, index, sequences,
-        T, K, 0, num_prefix, 0,
+        T, K, 0, num_prefix, 1, 0,
         config=fixed("select", SORT), FEWER=fewer,
     )  # fmt: skip
     order, offsets = torch.empty_like(index), index.new_empty(1, K + 1)
