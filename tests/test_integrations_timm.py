@@ -373,7 +373,7 @@ def test_sttm(name):
     [
         ("beit_base_patch16_224", "attn.k_norm"),
         ("vit_relpos_small_patch16_224", "any number of tokens"),
-        ("vit_srelpos_small_patch16_224", "a known kind"),
+        ("vit_srelpos_small_patch16_224", "into its attention: layer 0, a RelPosBlock, fails"),
         ("swin_tiny_patch4_window7_224", "num_prefix_tokens"),
         ("resnet10t", "num_prefix_tokens"),
     ],

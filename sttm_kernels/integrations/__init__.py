@@ -491,12 +491,14 @@ def _install(parts: Anatomy, number: int, prop_attn: str, check_counts: bool, tr
         remove(trial)
     else:
         raise ValueError(f"model must be of a known kind: {what} without merging does not give what it gave before")
-    if (
-        check_counts
-        and prop_attn != "off"
-        and not selfcheck.counts_work(trial, step, tokens, arguments, parts.unit or 1)
-    ):
-        raise ValueError(f"model must take token counts into its attention: {what} takes no heed of them")
+    if check_counts and prop_attn != "off":
+        must = f"model must take token counts into its attention: {what}"
+        try:
+            heeded = selfcheck.counts_work(trial, step, tokens, arguments, parts.unit or 1)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{must} fails with them: {error}") from error
+        if not heeded:
+            raise ValueError(f"{must} takes no heed of them")
     if kind is not None:
         tried[kind] = step
         _become(layer, step)
