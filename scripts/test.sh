@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Lint, types, the site and tests, in a virtual environment of its own: scripts/test.sh [fast|triton|cuda|models|all].
-#   fast    lint, types, the site, and the verbs in plain PyTorch and in the CPU kernels
+# Lint, types, the site, `verify` at one small shape, and tests, in a virtual environment of its own:
+# scripts/test.sh [fast|triton|cuda|models|all].
+#   fast    lint, types, the site, `verify`, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
 #   models  every way in which models are run, in every family
@@ -44,6 +45,7 @@ if [[ $what == fast || $what == all ]]; then
   $bin/ruff format --check .
   $bin/mypy
   NO_MKDOCS_2_WARNING=1 $bin/mkdocs build --strict --quiet
+  $bin/sttm-kernels verify --quick --shapes 2x61x7x12x20
 fi
 case $what in
   fast) tests tests/kernels ;;
