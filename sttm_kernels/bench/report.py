@@ -17,7 +17,8 @@ Times are medians of single calls, with the 20th and 80th percentile; inputs are
 it must take to read each input once, write each result once and do the arithmetic, at the rates of copies and products
 measured in the same run, over the time it took. *At most*: how many times faster than that row anything can be, by that
 floor. *Ours is*: how many times faster the package's best implementation is than that row. *Check* `none`: a
-yardstick, which computes a part or is not checked. Only rows of one run are compared; of every measurement the latest run is shown."""
+yardstick, which computes a part or is not checked. Only rows of one run are compared; of
+every measurement the latest run is shown."""
 HOW = {
     "GPU": """\
 Not yet measured. `benchmarks/gpu_check.sh OUT` measures all of it on a machine with an NVIDIA GPU; once `OUT/*.csv` is
