@@ -116,7 +116,10 @@ def _workload(row: Row) -> str:
 
 
 def _operations(rows: Sequence[Row]) -> list[str]:
-    head = "operation | impl | µs | p20-p80 | of floor | launches | host µs | graph µs | peak MB | at most | ours is | check"
+    head = (
+        "operation | impl | µs | p20-p80 | of floor | launches | host µs | "
+        "graph µs | peak MB | at most | ours is | check"
+    )
     cells = []
     for of in compare.grouped(rows, compare.point).values():
         for row in of:
