@@ -1,25 +1,6 @@
 """The verbs: check the arguments, bring them to one form, call the operator.
 
-Common to all of them. B is the batch, N tokens, K groups. Floating inputs are float32, bfloat16, float16 or float64, in
-any memory layout. Sums, scores, counts and positions are float32, float64 for float64 inputs. The same input gives the
-same bits in every run and whatever else is in the batch; `impl="torch"` and "reference" promise this on CPUs with the
-same number of threads, and on GPUs leave products to cuBLAS, whose choice of kernel may depend on the batch. Nothing
-synchronises with the host. NaN or infinite features may give a meaningless group, always inside [0, K).
-
-Packed sequences are tokens `(T, C)`, those of all S sequences one after another, and `lengths`, how many each has: a
-list, or an integer tensor `(S,)` on the CPU. Every sequence gets the bits that it has alone, whatever else is packed
-beside it. The results have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`. `merge`,
-`unmerge`, `compose`, and `match` by "alternate" without a grid and protected tokens, run once for all sequences; plain
-PyTorch's `match` and all else that finds groups run for one after another.
-
-Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
-batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come
-back as the inputs are sharded.
-
-`impl` is "cuda", "triton", "cpu", "torch", "reference", or "auto", the first of the first four that can run here.
-
-Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, range or name,
-`RuntimeError` if an `impl` asked for by name cannot run, with the reason.
+What is common to all of them is said by the package: `help(sttm_kernels)`.
 """
 
 from __future__ import annotations
@@ -143,7 +124,7 @@ def assign(
         temperature: positive; S is divided by it.
         weight: "softmax" gives every token the probability of its meta token, exp(score - lse); "uniform" gives 1.
         mask: bool `(B, N)`, True = a real token. The others get index -1 and take part in nothing.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
         lengths: of S packed sequences how many of the T tokens each has; then q is `(T, D)` or `(H, T, D)`, and meta
             `(S, K, D)` or `(K, D)`: the K meta tokens of sequence s are groups s K to (s + 1) K. Not with `mask`.
 
@@ -200,7 +181,7 @@ def match(
         grid: (T, H, W), or (H, W) for one frame; N = num_prefix + T * H * W.
         window: (t, h, w). Tokens meet only inside the blocks of this size that tile the grid, ragged at its end, so
             that the cost is linear in N. Not with "random2d".
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
         cell: (sy, sx) of "random2d".
         generator: draws for "random2d"; on any device.
         protect: P tokens anywhere that neither merge nor receive, the same in every batch item: a bool tensor `(N,)` or
@@ -363,7 +344,9 @@ def _check_grid(
     """Returns the grid as (T, H, W); None if neither the partition nor a window needs one and none was given."""
     by_name = partition if isinstance(partition, str) else "a mask"
     if window is not None and by_name == "random2d":
-        raise ValueError("window must be None with partition 'random2d', whose cells are windows already")
+        raise ValueError(
+            f"window must be None with partition 'random2d', whose cells are windows already, got {window}"
+        )
     if grid is None:
         if window is not None or by_name in ("frames", "random2d"):
             wanted_by = "window" if window is not None else f"partition {by_name!r}"
@@ -413,7 +396,7 @@ def merge(
             look at no weight. Positions are the weighted mean in every case.
         fill: `(B, K, C)` or `(K, C)`, x's dtype: what a group that no token, or only tokens of size 0, went to gets in
             place of 0. Its size and positions are 0 all the same.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
 
     Returns:
         `MergedTokens(x (B, K, C) in x's dtype, size (B, K), positions (B, K, P) or None)`.
@@ -464,7 +447,7 @@ def assign_merge(
         meta: `(B, K, D)` or `(K, D)`; the dtype and device of q.
         similarity, temperature, weight, mask: as in `assign`.
         size, positions, fill: as in `merge`.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
         lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`, fill `(S, K, C)` or `(K, C)`.
 
     Returns:
@@ -514,7 +497,7 @@ def unmerge(x: Tensor, plan: MergePlan, impl: str = "auto") -> Tensor:
     Args:
         x: `(B, K, C)`, K = plan.num_groups; or `(K, C)` with a plan of packed sequences.
         plan: the plan that led to the K groups.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
 
     Returns:
         `(B, N, C)` in x's dtype; `(T, C)` of `(K, C)`.
@@ -540,7 +523,7 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
     Args:
         plan1: `(B, N)` tokens to K1 groups.
         plan2: `(B, K1)` groups to K2 groups; of packed sequences if plan1 is, with the lengths that plan1 leads to.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
 
     Returns:
         A `MergePlan` of `(B, N)` tokens to K2 groups with uniform weight: it is the map, for `unmerge` and for tracing
@@ -589,7 +572,7 @@ def soft_merge(
         size: `(B, N)`, default ones.
         positions: `(B, N, P)` or `(N, P)`.
         mask: bool `(B, N)`, True = a real token. The others take part in nothing.
-        impl: see the module.
+        impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
         lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`.
 
     Returns:

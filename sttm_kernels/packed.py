@@ -49,7 +49,7 @@ def unbatched(merged: MergedTokens) -> MergedTokens:
 def checked(name: str, features: Any, lengths: Any, mask: Any, layout: str, *counts: int) -> tuple[Tensor, Lengths]:
     """Features of packed tokens with a batch of one, and their lengths."""
     if mask is not None:
-        raise ValueError("mask must be None with lengths: packed tokens are all real")
+        raise ValueError(f"mask must be None with lengths, for packed tokens are all real, got {type(mask).__name__}")
     features = row(name, features, layout, *counts)
     return features, validate.lengths("lengths", lengths, features.shape[-2])
 

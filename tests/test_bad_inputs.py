@@ -1,14 +1,18 @@
 """Wrong arguments: the exact type of the error, and a message that names the argument."""
 
+import ast
 import dataclasses
+import inspect
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import sttm_kernels as sttm
-from sttm_kernels import dispatch
+from sttm_kernels import dispatch, export
+from sttm_kernels.compat import tome, tomesd
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import assert_equal
 
@@ -334,3 +338,40 @@ def test_a_device_is_judged_by_its_own_capability(monkeypatch):
     dispatch.why_not.cache_clear()
     assert newer is None
     assert older == "the triton kernels need compute capability 8.0, this GPU has (7, 5)"
+
+
+def messages_of(path: Path) -> list[str]:
+    """Of the errors that a file raises for what it was given, the messages as they are written."""
+    raised = [node.exc for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    calls = [
+        each for each in raised if isinstance(each, ast.Call) and ast.unparse(each.func) in ("TypeError", "ValueError")
+    ]
+    return [ast.unparse(each.args[0]) for each in calls]
+
+
+def test_every_message_says_what_it_got():
+    """A model is no value that could be shown: there the message says what of it does not fit."""
+    messages = [text for path in Path(sttm.__file__).parent.rglob("*.py") for text in messages_of(path)]
+    said = [text for text in messages if " must " in text]
+    assert len(said) > 100
+    assert [text for text in said if "got " not in text and not re.match(r"""f?["']model must""", text)] == []
+
+
+def public_names():
+    for module in (sttm, sttm.nn):
+        yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
+    for module in (export, tome, tomesd):
+        own = {
+            name: found for name, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__
+        }
+        yield from ((f"{module.__name__}.{name}", found) for name, found in own.items() if not name.startswith("_"))
+
+
+@pytest.mark.parametrize(("name", "found"), public_names(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_public_name_is_explained_with_its_arguments(name, found):
+    """In its own docstring, or by the name of what it does in place of another package."""
+    text = found.__doc__
+    assert text, name
+    if callable(found) and not isinstance(found, type) and not name.startswith("sttm_kernels.compat"):
+        missing = [each for each in inspect.signature(found).parameters if each not in re.findall(r"\w+", text)]
+        assert missing == [], name

@@ -88,7 +88,7 @@ def test_a_merger_in_a_trained_network_leaves_its_parameters():
     jobs.take(fewer, base)
     every = base.backbone.positions().view(clips.FRAMES, -1, contenders.DIM)
     assert_equal("positions", fewer.backbone.positions().view(4, -1, contenders.DIM), every[fewer.frames])
-    with pytest.raises(ValueError, match="network must be the unmerged one and mergers, differs in"):
+    with pytest.raises(ValueError, match="network must be the unmerged one and mergers, got"):
         jobs.take(Network(), merging)
 
 

@@ -104,7 +104,7 @@ def of_folder(folder: str, shape: Shape | None = None) -> Model:
     frames = getattr(config, "frames_per_clip", None) or getattr(config, "num_frames", None)
     if shape is None:
         if size is None:
-            raise ValueError(f"shape must be given, for {folder} says no size of images")
+            raise ValueError(f"shape must be given, for {folder} says no size of images, got None")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         shape = (*([frames] if frames else []), config.num_channels, height, width)
     return Model(lambda: transformers.AutoModel.from_config(config), shape)

@@ -47,7 +47,7 @@ def measure(frames: Tensor, impl: str, device: torch.device) -> Measured:
     Args:
         frames: uint8 `(T, H, W, 3)`. They are scaled to 224 x 224; a token is 2 frames of 16 x 16 pixels, or 1 of a
             single frame.
-        impl: of the verbs.
+        impl: of the verbs, see `help(sttm_kernels)`.
         device: to run on.
     """
     tubelet = min(TUBELET, len(frames))

@@ -142,4 +142,4 @@ def take(network: Network, base: Network) -> None:
     missing = network.load_state_dict(state, strict=False)
     wrong = [name for name in missing.missing_keys if not name.startswith("backbone.merges.")]
     if wrong or missing.unexpected_keys:
-        raise ValueError(f"network must be the unmerged one and mergers, differs in {wrong + missing.unexpected_keys}")
+        raise ValueError(f"network must be the unmerged one and mergers, got {wrong + missing.unexpected_keys}")

@@ -204,7 +204,8 @@ def _wanted(
             stages = _stages(parts, layers, sttm)
     wanted = Wanted(amounts, stages, protected, prop_attn, window, keep, flops, by_intent)
     if protected and "protect" in parts.refused:
-        raise ValueError(f"protect must be left out for {type(model).__name__}: {parts.refused['protect']}")
+        text = f"protect must be left out for {type(model).__name__}, got {len(protected)} tokens"
+        raise ValueError(f"{text}: {parts.refused['protect']}")
     _check_grid(type(model).__name__, parts, method, window, wanted.merging, flops)
     return wanted
 

@@ -182,7 +182,7 @@ def _attend(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> t
     given = {name: value for name, value in arguments.items() if value is not None}
     for name in ("head_mask", "causal_attention_mask"):
         if name in given:
-            raise ValueError(f"{name} must be None in a model that merges tokens")
+            raise ValueError(f"{name} must be None in a model that merges tokens, got {type(given[name]).__name__}")
     if told.size is not None:
         given.pop("attention_mask", None)  # padding has a count of 0
     if hasattr(_inner(layer), "apply_rotary_embeddings"):

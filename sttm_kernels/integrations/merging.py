@@ -675,7 +675,7 @@ def real_tokens(name: str, mask: Tensor) -> Tensor:
         raise ValueError(f"{name} must be 0 or the lowest number there is in a model that merges tokens, got another")
     rows = allowed[:, 0]
     if rows.shape[1] > 1 and bool(((rows != real[:, None]) & real[..., None]).any()):
-        raise ValueError(f"{name} must be the same for every query in a model that merges tokens")
+        raise ValueError(f"{name} must be the same for every query in a model that merges tokens, got others")
     return real
 
 

@@ -80,7 +80,7 @@ def _heads(layer: Layer) -> int:
 def _attention(layer: Layer, x: Tensor, told: Told, arguments: dict[str, Any]) -> Tensor:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if arguments.pop("is_causal", False):
-        raise ValueError("is_causal must be False in a model that merges tokens")
+        raise ValueError("is_causal must be False in a model that merges tokens, got True")
     if told.ids is not None and "rope" in arguments:
         arguments["rope"] = rows(arguments["rope"], told.ids)
     if told.size is not None:

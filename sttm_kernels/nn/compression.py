@@ -73,7 +73,7 @@ def compress(
             are in no group.
         metric: like tokens, of D channels: what similarity is measured on; default the tokens.
         generator: draws for "random", clip after clip; on any device.
-        impl: of the verbs.
+        impl: of the verbs, see `help(sttm_kernels)`.
 
     Returns:
         `CompressedTokens`, in the order of their places. Every clip has the bits that it has alone, but for "random".

@@ -119,7 +119,7 @@ class STTM(nn.Module):
             group's extents in t, y and x, log(12 var + 1) / 2, 0 for a single token, and the correlations ty, tx and yx
             of cells of 1 frame by 1 patch by 1 patch, 12 cov / sqrt((12 var + 1)(12 var' + 1)): all of about one scale,
             where the moments themselves differ by a factor of 50.
-        impl: of the verbs.
+        impl: of the verbs, see `help(sttm_kernels)`.
         metric_dim: D of the metric features that meta tokens are made from, if `forward` is given others than x.
 
     State: `motion.weight` `(dim, 3)`, or `(dim, 9)` with `second_moment`, and the generators' parameters under
