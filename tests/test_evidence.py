@@ -13,8 +13,9 @@ from sttm_kernels.cli import main
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from sttm_kernels.evidence import clips, contenders, jobs, rows, table, train
+from sttm_kernels.evidence import clips, contenders, jobs, mergers, rows, table, train
 from sttm_kernels.evidence.network import Network
+from sttm_kernels.functional import soft_merge
 from sttm_kernels.testing import assert_equal
 
 EVERY = sorted(contenders.ALL)
@@ -90,6 +91,109 @@ def test_a_merger_in_a_trained_network_leaves_its_parameters():
     assert_equal("positions", fewer.backbone.positions().view(4, -1, contenders.DIM), every[fewer.frames])
     with pytest.raises(ValueError, match="network must be the unmerged one and mergers, got"):
         jobs.take(Network(), merging)
+
+
+# Mergers, each on tokens of which it is known what it must do
+
+
+GRID = (4, 2, 3)
+TOKENS, WIDTH = 24, 5
+
+
+def merged(merger, x):
+    """x (B, N, C) merged, and the plan as sets of tokens, a list for each item."""
+    out, plan = merger(x, GRID, return_plan=True)
+    assert out.x.shape[1] == plan.num_groups == np.prod(merger.output_grid(GRID))
+    groups = [[set((index == k).nonzero()[:, 0].tolist()) for k in range(plan.num_groups)] for index in plan.index]
+    for b, of_item in enumerate(groups):
+        for k, group in enumerate(of_item):
+            torch.testing.assert_close(out.x[b, k], x[b, sorted(group)].mean(0))
+            assert out.size[b, k] == len(group)
+    return out, groups
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def test_dropping_keeps_tokens_as_they_are(x):
+    torch.manual_seed(0)
+    _, first = merged(mergers.RandomDrop(7), x)
+    _, second = merged(mergers.RandomDrop(7), x)
+    assert first != second
+    assert first[0] != first[1]
+    _, largest = merged(mergers.NormPruning(7), x)
+    for of_item, norms in zip(largest, x.norm(dim=-1), strict=True):
+        assert of_item == [{n} for n in sorted(norms.topk(7).indices.tolist())]
+    for groups in (first, largest):
+        for of_item in groups:
+            assert [len(group) for group in of_item] == [1] * 7
+            assert sorted(of_item, key=min) == of_item
+
+
+def test_random_merging_loses_no_token(x):
+    torch.manual_seed(0)
+    _, first = merged(mergers.RandomMerging(7), x)
+    _, second = merged(mergers.RandomMerging(7), x)
+    assert first != second
+    for of_item in first:
+        assert set.union(*of_item) == set(range(TOKENS))
+        assert min(map(len, of_item)) >= 1
+        assert len({max(group) - min(group) for group in of_item}) > 2  # not neighbours, and not a stride
+
+
+def test_average_pooling_takes_cells_of_the_grid(x):
+    _, halves = merged(mergers.AveragePooling(12), x)
+    assert all(len(group) == 2 and max(group) // 6 == min(group) // 6 for group in halves[0])
+    _, eighths = merged(mergers.AveragePooling(4), x)
+    for group in eighths[0]:
+        times, places = {n // 6 for n in group}, {n % 6 for n in group}
+        assert group == {6 * t + place for t in times for place in places}
+        assert len(times) == 2
+        assert len(places) in (2, 4)  # a column or two of the three
+
+
+def test_matching_merges_the_most_similar(x):
+    x[:, 5] = 3 * x[:, 14]
+    x[:, 20] = 2 * x[:, 9]
+    _, groups = merged(mergers.Matching(2), x)
+    for of_item in groups:
+        assert [group for group in of_item if len(group) > 1] == [{5, 14}, {9, 20}]
+    assert mergers.Matching(20).keep(TOKENS) == 12
+    out, groups = merged(mergers.Matching(20, again=True), x)
+    assert out.x.shape[1] == 4
+    assert set.union(*groups[0]) == set(range(TOKENS))
+    _, windowed = merged(mergers.Matching(6, window=(1, 2, 3)), x)
+    assert all(max(group) // 6 == min(group) // 6 for group in windowed[0])
+
+
+def test_soft_merging_is_two_stages_of_soft_merge(x):
+    merger = mergers.SoftMerging(3, 4, 2)
+    out = merger(x, GRID)
+    frames = x.reshape(8, 6, WIDTH)
+    first = soft_merge(frames, frames, mergers.Distinct()(frames, 2, 3, 3), temperature=0.1)
+    windows, size = first.x.reshape(4, 6, WIDTH), first.size.reshape(4, 6)
+    second = soft_merge(windows, windows, mergers.Distinct()(windows, 2, 3, 4, size), temperature=0.1, size=size)
+    torch.testing.assert_close(out.x, second.x.reshape(2, 8, WIDTH))
+    torch.testing.assert_close(out.size.sum(1), torch.full((2,), float(TOKENS)))
+
+
+def test_what_is_near_counts_as_alike():
+    q = torch.tensor([[[1.0, 0.0], [1.0, 0.3], [1.0, 0.0], [1.0, 0.2]]])
+    positions = torch.tensor([[[0.0, 0, 0], [0, 0, 1], [0, 0, 20], [0, 0, 2]]])
+    meta = [
+        mergers.Near(nearness, 0.0)(q, 1, 4, 2, positions=positions, stage=stage)
+        for nearness, stage in ((0.0, "spatial"), (0.1, "spatial"), (0.1, "temporal"))
+    ]
+    assert_equal("alike by content alone", meta[0], q[:, [0, 1]])
+    assert_equal("far", meta[1], q[:, [0, 2]])
+    assert_equal("another stage", meta[2], meta[0])
+
+
+def test_frames_are_dropped_evenly():
+    frames = [contenders.CONTENDERS["even-frames"].settings(count)["frames"] for count in (1, 4, 8)]
+    assert frames == [(4,), (1, 3, 5, 7), tuple(range(8))]
 
 
 # Rows
