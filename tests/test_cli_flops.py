@@ -99,3 +99,9 @@ def test_a_folder_of_transformers(tmp_path, capsys):
     assert out[0].endswith(" without merging")
     assert "ToMe, r = " in out[1]
     assert "STTM, spatial_keep = temporal_keep = " in out[2]
+
+    r, keep = out[1].split("r = ")[1].split()[0], out[2].rsplit(" = ")[-1]
+    assert main(["flops", str(tmp_path), "--r", r, "--keep", keep]) == 0
+    assert capsys.readouterr().out.splitlines() == out
+    assert main(["flops", str(tmp_path), "--r", "0", "--keep", "1"]) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[:2]] == ["1.000", "1.000"]

@@ -118,8 +118,9 @@ class Setting:
     operations: int | None
 
 
-def settings(model: Model, share: float) -> Iterator[Setting]:
-    """Of the model without merging, with ToMe in every layer, and with STTM at its usual layers; nearest to `share`.
+def settings(model: Model, share: float, r: int | None = None, keep: float | None = None) -> Iterator[Setting]:
+    """Of the model without merging, with ToMe in every layer, and with STTM at its usual layers; nearest to `share`,
+    or with the `r` and the `keep` that are given.
 
     Images have no temporal stage. Where a method is refused, the reason stands in place of its setting.
     """
@@ -138,18 +139,20 @@ def settings(model: Model, share: float) -> Iterator[Setting]:
     traced = merging(r=1, trace=True)
     flops(Encoder(traced), shape)
     layers = sttm.trace(traced)
-    r = -nearest(share * full, -layers[0].index.shape[1] // 2, 0, lambda minus_r: cost(r=-minus_r))
+    if r is None:
+        r = -nearest(share * full, -layers[0].index.shape[1] // 2, 0, lambda minus_r: cost(r=-minus_r))
     yield Setting(f"ToMe, r = {r} in each of {len(layers)} layers", cost(r=r))
 
     image = len(model.shape) == 3
     stages = ("spatial_keep",) if image else ("spatial_keep", "temporal_keep")
     where: dict[str, Any] = {"layers": (len(layers) // 3, None)} if image else {}
 
-    def keeping(step: int) -> dict[str, Any]:
-        return {"method": "sttm", **where, **dict.fromkeys(stages, step / STEPS)}
+    def keeping(keep: float) -> dict[str, Any]:
+        return {"method": "sttm", **where, **dict.fromkeys(stages, keep)}
 
     try:
-        step = nearest(share * full, 1, STEPS, lambda step: cost(**keeping(step)))
-        yield Setting(f"STTM, {' = '.join(stages)} = {step / STEPS:.3f}", cost(**keeping(step)))
+        if keep is None:
+            keep = nearest(share * full, 1, STEPS, lambda step: cost(**keeping(step / STEPS))) / STEPS
+        yield Setting(f"STTM, {' = '.join(stages)} = {keep:.3f}", cost(**keeping(keep)))
     except ValueError as error:
         yield Setting(f"STTM: {error}", None)

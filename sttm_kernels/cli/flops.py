@@ -21,6 +21,12 @@ def _share(text: str) -> float:
     return value
 
 
+def _tokens(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(shares.MODELS)
     parser.add_argument(
@@ -30,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{known}; a name of timm's; or a folder with a config.json of transformers (default: the first, all)",
     )
     parser.add_argument("--share", type=_share, default=0.62, help="of the operations (default: %(default)s)")
+    parser.add_argument("--r", type=_tokens, metavar="N", help="tokens merged in every layer, in place of a share")
+    parser.add_argument("--keep", type=_share, metavar="PART", help="of each stage of STTM, in place of a share")
     parser.add_argument(
         "--shape",
         type=int,
@@ -44,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.models or shares.MODELS:
         full = None
         try:
-            for setting in shares.settings(_model(name, arguments.shape), arguments.share):
+            for setting in shares.settings(_model(name, arguments.shape), arguments.share, arguments.r, arguments.keep):
                 full = full or setting.operations
                 counted = ""
                 if full and setting.operations:
