@@ -111,10 +111,9 @@ for package, path in programs:
 """
 
 
-@pytest.mark.parametrize("loader", ["importlib", "kernels"])
-def test_laid_out_for_a_hub_several_versions_load_beside_an_installation(tmp_path: Path, loader: str) -> None:
-    if loader == "kernels" and not any(importlib.metadata.distributions(name="kernels")):
-        pytest.skip("needs the package kernels")  # tests/kernels can be imported, too
+def test_laid_out_for_a_hub_several_versions_load_beside_an_installation(tmp_path: Path) -> None:
+    """By the package kernels; where that is not installed (tests/kernels can be imported, too), in its way."""
+    loader = "kernels" if any(importlib.metadata.distributions(name="kernels")) else "importlib"
     spec = importlib.util.spec_from_file_location("hub", ROOT / "scripts/hub.py")
     assert spec is not None
     assert spec.loader is not None
