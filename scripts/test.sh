@@ -29,11 +29,12 @@ if [[ $what == all || ! -x $bin/pytest ]]; then
   }
   install --constraint constraints.txt --editable '.[test,hf]' requests
   # timm wants a torchvision, of which nothing compiled is used: without its dependencies, which pin another PyTorch.
-  # kernels loads a folder without its own, which check signatures of what it downloads.
-  install --constraint constraints.txt --no-deps timm torchvision kernels
+  install --constraint constraints.txt --no-deps timm torchvision
   # The older transformers also needs the requests installed above.
   install --upgrade --no-deps --target .venv-test/transformers-4 \
     'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+  # Aside, for that transformers does not load beside it; a folder loads without its dependencies, which check signatures.
+  install --upgrade --no-deps --target .venv-test/kernels --constraint constraints.txt kernels
 fi
 
 tests() {

@@ -112,8 +112,9 @@ for package, path in programs:
 
 
 def test_laid_out_for_a_hub_several_versions_load_beside_an_installation(tmp_path: Path) -> None:
-    """By the package kernels; where that is not installed (tests/kernels can be imported, too), in its way."""
-    loader = "kernels" if any(importlib.metadata.distributions(name="kernels")) else "importlib"
+    """By the package kernels where `scripts/test.sh` put it aside, else in its way."""
+    aside = Path(sys.prefix, "kernels")
+    loader = "kernels" if aside.is_dir() else "importlib"
     spec = importlib.util.spec_from_file_location("hub", ROOT / "scripts/hub.py")
     assert spec is not None
     assert spec.loader is not None
@@ -128,6 +129,9 @@ def test_laid_out_for_a_hub_several_versions_load_beside_an_installation(tmp_pat
         hub.ROOT = tree
         hub.lay_out(folder)
     command = [sys.executable, "-P", "-c", LOAD, loader, *map(str, folders)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT}:{aside}:{os.environ.get('PYTHONPATH', '')}",
+    }
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
