@@ -1,4 +1,4 @@
-"""match + merge of packed sequences on a CPU, against padding them and against one after another.
+"""Packed sequences on a CPU: match + merge against padding them, and all verbs against one sequence after another.
 
 Run `python -m benchmarks.packed_cpu`.
 
@@ -6,12 +6,16 @@ Half of the tokens of every sequence merge away. Padded, the longest gives all t
 what padding costs without a mask, and merges it with tokens. The work of putting tokens into padding and of taking them
 out again is not counted, the memory of padding is: all of it is on top of the packed x. Contenders take turns in one
 process, so that their ratio stands when the machine's speed does not.
+
+What packing saves is the price of a call. "the products alone" is what the similarities of match take at the rate of a
+bare product of the same depth: nothing that computes them, packed or not, takes less.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from sttm_kernels.bench.timing import device_name, peak_bytes, time_in_turns
 from sttm_kernels.testing import assert_equal
 
 CPU = torch.device("cpu")
-C, D = 384, 64
+C, D, K = 384, 64, 16
 
 
 def drawn(count: int, least: int, most: int) -> list[int]:
@@ -66,6 +70,45 @@ def contenders(lengths: list[int]) -> tuple[dict[str, Callable[[], list[Tensor]]
     return {**calls, "one after another": one_by_one}, {name: more * name.startswith("padded") for name in calls}
 
 
+def of_meta_tokens(lengths: list[int], gradients: bool) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+    """By verb: packed and one after another, with the gradients of x, q and meta or without."""
+    draw = torch.Generator().manual_seed(1)
+    x, q = (torch.randn(sum(lengths), width, generator=draw, requires_grad=gradients) for width in (C, D))
+    meta = torch.randn(len(lengths), K, D, generator=draw, requires_grad=gradients)
+
+    def found(outputs: list[Tensor]) -> list[Tensor]:
+        if not gradients:
+            return [torch.cat(outputs)]
+        return list(torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, q, meta]))  # type: ignore[arg-type]
+
+    calls: dict[str, dict[str, Callable[[], list[Tensor]]]] = {}
+    for name, verb in {
+        "assign_merge": lambda *given, **how: sttm.assign_merge(*given, temperature=0.1, **how)[0].x,
+        "soft_merge": lambda *given, **how: sttm.soft_merge(*given, temperature=0.1, **how).x,
+    }.items():
+
+        def packed(verb: Any = verb) -> list[Tensor]:
+            return found([verb(x, q, meta, lengths=lengths)])
+
+        def one_by_one(verb: Any = verb) -> list[Tensor]:
+            each = zip(x[None].split(lengths, 1), q[None].split(lengths, 1), meta.split(1), strict=True)
+            return found([verb(*given)[0] for given in each])
+
+        calls[name] = {"packed": packed, "one after another": one_by_one}
+        for got, expected in zip(packed(), one_by_one(), strict=True):
+            assert_equal(name, got, expected)
+
+    return calls
+
+
+def of_products(lengths: list[int]) -> float:
+    """Microseconds for the products of src and dst at the rate of a bare one."""
+    a = torch.randn(1024, D)
+    b = a.T.contiguous()
+    rate = 1024 * 1024 / time_in_turns({"": [lambda: a @ b]}, CPU, 0.2, least=3)[""].p50
+    return sum((n - n // 2) * (n // 2) for n in lengths) / rate
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each contender (%(default)s)")
@@ -83,6 +126,15 @@ def main() -> None:
             time, memory = samples[name].p50, peak_bytes(call, CPU) + more.get(name, 0)
             ratio = time / samples["packed"].p50
             print(f"  {name:28} {time / 1e3:9.2f} ms {ratio:6.2f} x {memory / 2**20:8.0f} MiB")
+        print(f"  {'the products alone':28} {of_products(lengths) / 1e3:9.2f} ms")
+        for gradients in (False, True):
+            for verb, pair in of_meta_tokens(lengths, gradients).items():
+                samples = time_in_turns({name: [call] for name, call in pair.items()}, CPU, given.seconds, least=3)
+                times = [samples[name].p50 / 1e3 for name in ("packed", "one after another")]
+                name = f"{verb}, with gradients" if gradients else verb
+                print(
+                    f"  {name:28} {times[0]:9.2f} ms, one after another {times[1]:9.2f} ms {times[1] / times[0]:6.2f} x"
+                )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: tor
         impl = choose(verb, device, dtype)
     if impl in ("torch", "reference") or why_not(verb, impl, device, dtype) is not None:
         return False
-    return hasattr(importlib.import_module(_MODULES[impl], __package__), f"{verb}_packed")
+    return verb in importlib.import_module(_MODULES[impl], __package__).SEQUENCES
 
 
 @cache

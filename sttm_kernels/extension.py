@@ -223,21 +223,38 @@ class Verbs:
         )  # fmt: skip
         return MergePlan(index, K, score, order=order, offsets=offsets)
 
-    def assign(self, q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
-        plan = _new_plan(q, meta.shape[1], weight)
+    def assign(
+        self,
+        q: Tensor,
+        meta: Tensor,
+        similarity: Similarity,
+        weight: str,
+        mask: Tensor | None,
+        sequences: Tensor | None = None,
+    ) -> MergePlan:
+        K = meta.shape[1] if sequences is None else meta.shape[0] * meta.shape[1]
+        plan = _new_plan(q, K, weight)
         self.run().assign(
-            q, meta, mask, *similarity, self.tf32(), plan.index, plan.score, plan.lse, plan.weight, self.stream(q)
-        )
+            q, meta, mask, sequences, *similarity, self.tf32(), plan.index, plan.score, plan.lse, plan.weight,
+            self.stream(q),
+        )  # fmt: skip
         return plan
 
     def assign_backward(
-        self, grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
+        self,
+        grads: PlanGrads,
+        q: Tensor,
+        meta: Tensor,
+        similarity: Similarity,
+        plan: MergePlan,
+        needs: OfAssign,
+        sequences: Tensor | None = None,
     ) -> OfAssign:
         found = OfAssign(q.new_empty(q.shape) if needs.q else None, meta.new_empty(meta.shape) if needs.meta else None)
         run, soft = self.run(), grads.lse is not None
         run.assign_backward(
             *grads, q, meta, plan.index.contiguous(), _dense(plan.score), _dense(plan.lse) if soft else None,
-            *similarity, self.tf32(), *found,
+            sequences, *similarity, self.tf32(), *found,
             _scratch(q, run.assign_scratch(q, meta)) if soft and needs.meta else None, self.stream(q),
         )  # fmt: skip
         return found
@@ -279,16 +296,17 @@ class Verbs:
         size: Tensor | None,
         positions: Tensor | None,
         mask: Tensor | None,
+        sequences: Tensor | None = None,
     ) -> SoftMerged:
-        (B, N, C), K = x.shape, meta.shape[1]
+        (items, N, C), (B, K) = x.shape, meta.shape[:2]
         dtype, (x, q, meta) = x.dtype, _alike(x, q, meta)
         over_meta = normalize == "meta"
-        size_out, positions_out, _ = _sums(x, K, positions)
-        y, lse = x.new_empty((B, K, C)), size_out.new_empty((B, N if over_meta else K))
+        y, (size_out, positions_out, _) = x.new_empty((B, K, C)), _sums(meta, K, positions)
+        lse = size_out.new_empty((items, N) if over_meta else (B, K))
         run, beside = self.run(), 2 + (0 if positions is None else positions.shape[2])
         scratch = _scratch(x, run.soft_merge_scratch(x, K, C, beside))
         run.soft_merge(
-            x, q, meta, size, positions, mask, *similarity, over_meta, self.tf32(),
+            x, q, meta, size, positions, mask, sequences, *similarity, over_meta, self.tf32(),
             y, size_out, positions_out, lse, scratch, self.stream(x),
         )  # fmt: skip
         return SoftMerged(y.to(dtype), size_out, positions_out, lse)
@@ -306,8 +324,9 @@ class Verbs:
         mask: Tensor | None,
         out: SoftMerged,
         needs: OfSoftMerge,
+        sequences: Tensor | None = None,
     ) -> OfSoftMerge:
-        (B, N, _), K = x.shape, meta.shape[1]
+        (items, N, _), (B, K) = x.shape, meta.shape[:2]
         dtypes = x.dtype, q.dtype, meta.dtype
         x, q, meta, y, grad_y = _alike(x, q, meta, out.x, grads.x)
         over_meta = normalize == "meta"
@@ -322,11 +341,11 @@ class Verbs:
                     constant.zero_()
             through_metric = False
         need_shift = through_metric or needs.size
-        grad_size = out.size.new_empty((B, N)) if needs.size or (over_meta and need_shift) else None
+        grad_size = out.size.new_empty((items, N)) if needs.size or (over_meta and need_shift) else None
         run, to_meta = self.run(), through_metric and grad_meta is not None
         run.soft_merge_backward(
             grad_y, grads.size, None if positions is None else grads.positions, x, q, meta, size, positions, mask,
-            y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
+            sequences, y.contiguous(), out.size.contiguous(), _dense(out.positions), out.lse.contiguous(),
             *similarity, over_meta, self.tf32(), grad_x,
             grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
             out.size.new_empty((B, K)) if need_shift else None,

@@ -137,6 +137,9 @@ def assign(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         q, lengths = packed.checked("q", q, lengths, mask, packed.QUERIES, 2, 3)
+        meta = packed.sets("meta", meta, "D", lengths)
+        if packed.together("assign", q, impl):
+            return _assign_packed(q, meta, similarity, temperature, weight, impl, lengths)
         return packed.assign(lambda q, m: assign(q, m, similarity, temperature, weight, impl=impl), q, meta, lengths)
     shape = validate.features("q", q, QUERIES, 3, 4)
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
@@ -144,6 +147,16 @@ def assign(
     if impl == "reference":
         return reference.assign(q, meta, comparison, weight, mask)
     return ops.assign(q, meta, comparison, weight, mask, impl)
+
+
+def _assign_packed(
+    q: Tensor, meta: Tensor, similarity: str, temperature: float, weight: str, impl: str, lengths: packed.Lengths
+) -> MergePlan:
+    """`assign` of all sequences together; q has a batch of one."""
+    meta, comparison = _check_comparison(q, (len(lengths), *q.shape[1:]), meta, similarity, temperature, None)
+    validate.one_of("weight", weight, validate.WEIGHTS)
+    table = packed.table(lengths, meta.shape[1], q.device)
+    return packed.with_lengths(ops.assign(q, meta, comparison, weight, None, impl, table), lengths)
 
 
 def match(
@@ -459,6 +472,13 @@ def assign_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+        meta = packed.sets("meta", meta, "D", lengths)
+        fill = None if fill is None else packed.sets("fill", fill, "C", lengths)
+        q, size, positions = packed.beside(x, q, size, positions)
+        if packed.together("assign", x if q is None else q, impl):
+            plan = _assign_packed(x if q is None else q, meta, similarity, temperature, weight, impl, lengths)
+            fill = None if fill is None else fill.expand(len(lengths), -1, -1).flatten(0, 1)
+            return packed.unbatched(merge(x, plan, size, positions, fill=fill, impl=impl)), plan
 
         def one(
             x: Tensor, q: Tensor | None, meta: Tensor, size: Any, positions: Any, fill: Any
@@ -586,6 +606,12 @@ def soft_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+        meta = packed.sets("meta", meta, "D", lengths)
+        q, size, positions = packed.beside(x, q, size, positions)
+        if packed.together("soft_merge", x, impl):
+            return _soft_merge_packed(
+                x, q, meta, similarity, temperature, normalize, size, positions, impl, lengths
+            )  # fmt: skip
 
         def one(x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any) -> MergedTokens:
             return soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, None, impl)
@@ -600,3 +626,18 @@ def soft_merge(
         return reference.soft_merge(x, q, meta, comparison, normalize, size, positions, mask)
     out = ops.soft_merge(x, q, meta, comparison, normalize, size, positions, mask, impl)
     return MergedTokens(out.x, out.size, out.positions)
+
+
+def _soft_merge_packed(
+    x: Tensor, q: Tensor, meta: Tensor, similarity: str, temperature: float, normalize: str, size: Tensor | None,
+    positions: Tensor | None, impl: str, lengths: packed.Lengths,
+) -> MergedTokens:  # fmt: skip
+    """`soft_merge` of all sequences together; x, q and size have a batch of one."""
+    shape = (len(lengths), *check_rows("q", q, x, (1, x.shape[1]))[1:])
+    meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, None)
+    validate.one_of("normalize", normalize, validate.NORMALIZATIONS)
+    size, positions = size_and_positions(x, size, positions)
+    table = packed.table(lengths, meta.shape[1], x.device)
+    out = ops.soft_merge(x, q, meta, comparison, normalize, size, positions, None, impl, table)
+    found = None if out.positions is None else out.positions.flatten(0, 1)
+    return MergedTokens(out.x.flatten(0, 1), out.size.flatten(), found, (meta.shape[1],) * len(lengths))

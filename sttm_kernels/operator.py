@@ -262,6 +262,8 @@ class Operator:
     def _batch(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """vmap: the mapped dimension joins the batch, of which no item knows of the others."""
         V, lead = info.batch_size, next(i for i, arg in enumerate(args) if isinstance(arg, Tensor))
+        if getattr(self.inputs(*args), "sequences", None) is not None:  # which have no batch that could be joined
+            return self._each(V, in_dims, args)
         B = args[lead].shape[0 if in_dims[lead] is None else int(in_dims[lead] == 0)]
 
         def joined(arg: Any, dim: Any) -> Any:
@@ -278,6 +280,19 @@ class Operator:
         ]
         dims = tuple(0 if was else None for was in asked)
         return (tuple(split), dims) if len(split) > 1 else (split[0], dims[0])
+
+    def _each(self, V: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        """vmap, one after another."""
+        pairs = list(zip(args, in_dims, strict=True))
+
+        def alone(v: int) -> Any:
+            return self.inputs(*(arg.select(dim, v) if isinstance(dim, int) else arg for arg, dim in pairs))
+
+        each = [self(alone(v)) for v in range(V)]
+        empty = _lead(args).new_empty(0)
+        asked = tuple(t is not None and t.dim() > 1 for t in each[0])
+        results = [torch.stack(ts) if was else empty for was, ts in zip(asked, zip(*each, strict=True), strict=True)]
+        return tuple(results), tuple(0 if was else None for was in asked)
 
     @cached_property
     def _differentiable(self) -> type[torch.autograd.Function]:

@@ -6,14 +6,17 @@ results and what is needed last. The flat lists are what the dispatcher sees. To
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sttm_kernels import reference
+from sttm_kernels import sequences as sequences_of
 from sttm_kernels.operator import NAMESPACE as NAMESPACE
 from sttm_kernels.operator import Operator, pull_back
 from sttm_kernels.plan import (
@@ -52,6 +55,36 @@ def _features(positions: Tensor | None) -> int:
     return 0 if positions is None else positions.shape[-1]
 
 
+def _given(sequences: Tensor | None) -> tuple[Tensor, ...]:
+    """The last argument of implementations that take all sequences together."""
+    return () if sequences is None else (sequences,)
+
+
+@cache
+def _takes_sequences(implementation: Callable[..., Any]) -> bool:
+    return "sequences" in inspect.signature(implementation).parameters
+
+
+def _by_sequence(run: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+    """`run` of an operator; one sequence after another where the implementation does not take all together."""
+
+    def run_all(implementation: Any, a: Any) -> Any:
+        if a.sequences is None or _takes_sequences(implementation):
+            return run(implementation, a)
+        return outputs(*sequences_of.apart(lambda own, _: run(implementation, own), a, outputs._fields))
+
+    return run_all
+
+
+def _formula_by_sequence(formula: Callable[..., Any]) -> Callable[..., Any]:
+    def of_all(a: Any, out: Any) -> Any:
+        if a.sequences is None:
+            return formula(a, out)
+        return sequences_of.apart(formula, a, out._fields, out)
+
+    return of_all
+
+
 # assign
 
 
@@ -59,6 +92,7 @@ class AssignIn(NamedTuple):
     q: Tensor
     meta: Tensor
     mask: Tensor | None
+    sequences: Tensor | None
     similarity: str
     temperature: float
     weight: str
@@ -80,6 +114,7 @@ class AssignBackwardIn(NamedTuple):
     index: Tensor  # type: ignore[assignment]
     score: Tensor
     lse: Tensor
+    sequences: Tensor | None
     similarity: str
     temperature: float
     needs: Sequence[bool]
@@ -107,7 +142,7 @@ def _assign_fake(a: AssignIn) -> Sequence[Tensor | None]:
 
 
 def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    """score and lse of `reference.assign` at the groups that were chosen."""
+    """score and lse of `reference.assign` at the groups that were chosen, without sequences."""
     real = index >= 0
     S = reference.pairwise_similarity(torch.where(real[..., None], reference.mean_over_heads(q), 0), meta, similarity)
     score = S.gather(-1, index.long().clamp_min(0)[..., None]).squeeze(-1)
@@ -134,13 +169,18 @@ def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfA
     if not any(needs) or (score is None and lse is None):
         return OfAssign(None, None)
     grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
-    return assign_backward(grads, q, meta, _similarity(a), _plan(out, meta.shape[1], a.weight), needs, a.impl)
+    plan, at = _plan(out, meta.shape[1], a.weight), getattr(a, "sequences", None)
+    return assign_backward(grads, q, meta, _similarity(a), plan, needs, a.impl, at)
+
+
+def _assign_run(run: Any, a: AssignIn) -> AssignOut:
+    return AssignOut(*_of_plan(run(a.q, a.meta, _similarity(a), a.weight, a.mask, *_given(a.sequences))))
 
 
 def _assign_backward_run(run: Any, a: AssignBackwardIn) -> Sequence[Tensor | None]:
     plan = MergePlan(a.index, a.meta.shape[1], a.score, a.lse)
     grads = PlanGrads(a.grad_score, a.grad_lse)
-    return run(grads, a.q, a.meta, _similarity(a), plan, OfAssign(*a.needs))
+    return run(grads, a.q, a.meta, _similarity(a), plan, OfAssign(*a.needs), *_given(a.sequences))
 
 
 def _assign_backward_formula(a: AssignBackwardIn, out: AssignBackwardOut) -> Sequence[Tensor | None]:
@@ -154,9 +194,9 @@ _assign = Operator(
     "assign",
     AssignIn,
     AssignOut,
-    lambda run, a: AssignOut(*_of_plan(run(a.q, a.meta, _similarity(a), a.weight, a.mask))),
+    _by_sequence(_assign_run, AssignOut),
     _assign_fake,
-    _assign_formula,
+    _formula_by_sequence(_assign_formula),
     _assign_gradient,
     differentiable=("score", "lse", "weight"),
     shape=lambda a: (a.q.shape[-2], a.meta.shape[-2], a.q.shape[-1]),
@@ -165,12 +205,12 @@ _assign_backward = Operator(
     "assign_backward",
     AssignBackwardIn,
     AssignBackwardOut,
-    _assign_backward_run,
+    _by_sequence(_assign_backward_run, AssignBackwardOut),
     lambda a: [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((a.q, a.meta), a.needs, strict=True)
     ],
-    _assign_backward_formula,
+    _formula_by_sequence(_assign_backward_formula),
     differentiable=("grad_q", "grad_meta"),
     constants=("score", "lse"),
     shape=lambda a: (a.q.shape[-2], a.meta.shape[-2], a.q.shape[-1]),
@@ -181,20 +221,26 @@ def _of_plan(plan: MergePlan) -> tuple[Any, ...]:
     return plan.index, plan.score, plan.lse, plan.weight
 
 
-def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None, impl: str) -> MergePlan:
-    a = (q, meta, mask, *similarity, weight, impl)
-    if (run := _assign.implementation(a)) is not None:
+def assign(
+    q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None, impl: str,
+    sequences: Tensor | None = None,
+) -> MergePlan:  # fmt: skip
+    """With `sequences`, as `sequences.table` makes them, of one item of q and a set of meta tokens each."""
+    a = (q, meta, mask, sequences, *similarity, weight, impl)
+    if sequences is None and (run := _assign.implementation(a)) is not None:
         return run(q, meta, similarity, weight, mask)
+    if sequences is not None:
+        return _plan(_assign(AssignIn(*a)), meta.shape[0] * meta.shape[1], weight)
     return _plan(_assign.listened(a), meta.shape[1], weight)
 
 
 def assign_backward(
     grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign,
-    impl: str,
+    impl: str, sequences: Tensor | None = None,
 ) -> OfAssign:  # fmt: skip
     assert plan.score is not None
     lse = plan.score if plan.lse is None else plan.lse
-    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, *similarity, list(needs), impl)
+    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, sequences, *similarity, list(needs), impl)
     return OfAssign(*map(_needed, needs, _assign_backward(a)))
 
 
@@ -509,7 +555,7 @@ def _assign_merge_run(run: Any, a: AssignMergeIn) -> AssignMergeOut:
 
 
 def _assign_merge_fake(a: AssignMergeIn) -> Sequence[Tensor | None]:
-    plan = _assign_fake(AssignIn(_metric(a), a.meta, a.mask, a.similarity, a.temperature, a.weight, a.impl))
+    plan = _assign_fake(AssignIn(_metric(a), a.meta, a.mask, None, a.similarity, a.temperature, a.weight, a.impl))
     index = plan[0]
     assert index is not None
     merged = MergeIn(a.x, index, a.meta.shape[1], None, a.size, a.positions, a.fill, None, None, "mean", a.impl)
@@ -517,7 +563,7 @@ def _assign_merge_fake(a: AssignMergeIn) -> Sequence[Tensor | None]:
 
 
 def _assign_merge_formula(a: AssignMergeIn, out: AssignMergeOut) -> Sequence[Tensor | None]:
-    assigned = AssignIn(_metric(a), a.meta, a.mask, a.similarity, a.temperature, a.weight, a.impl)
+    assigned = AssignIn(_metric(a), a.meta, a.mask, None, a.similarity, a.temperature, a.weight, a.impl)
     _, score, lse, weight = _assign_formula(assigned, AssignOut(out.index, None, None, None))  # type: ignore[arg-type]
     merged = reference.merge(
         a.x, MergePlan(out.index, a.meta.shape[1], weight=weight), a.size, a.positions, "mean", a.fill
@@ -657,6 +703,7 @@ class SoftMergeIn(NamedTuple):
     size: Tensor | None
     positions: Tensor | None
     mask: Tensor | None
+    sequences: Tensor | None
     similarity: str
     temperature: float
     normalize: str
@@ -680,6 +727,7 @@ class SoftMergeBackwardIn(NamedTuple):
     size: Tensor | None
     positions: Tensor | None
     mask: Tensor | None
+    sequences: Tensor | None
     y: Tensor
     mass: Tensor
     positions_out: Tensor | None
@@ -700,7 +748,7 @@ class SoftMergeBackwardOut(NamedTuple):
 
 
 def _soft_merge_fake(a: SoftMergeIn) -> Sequence[Tensor | None]:
-    groups = (a.x.shape[0], a.meta.shape[1])
+    groups = a.meta.shape[:2]
     mass = a.x.new_empty(groups, dtype=acc_dtype(a.x.dtype))
     return (
         a.x.new_empty((*groups, a.x.shape[-1])),
@@ -710,13 +758,14 @@ def _soft_merge_fake(a: SoftMergeIn) -> Sequence[Tensor | None]:
     )
 
 
-def _soft_merge_run(run: Any, a: SoftMergeIn) -> Sequence[Tensor | None]:
-    return run(a.x, a.q, a.meta, _similarity(a), a.normalize, a.size, a.positions, a.mask)
+def _soft_merge_run(run: Any, a: SoftMergeIn) -> SoftMergeOut:
+    given = a.x, a.q, a.meta, _similarity(a), a.normalize, a.size, a.positions, a.mask
+    return SoftMergeOut(*run(*given, *_given(a.sequences)))
 
 
 def _soft_merge_formula(a: SoftMergeIn, out: SoftMergeOut) -> Sequence[Tensor | None]:
-    merged = _soft_merge_run(reference.soft_merge, a)
-    return merged.x, merged.size, merged.positions, None  # type: ignore[attr-defined]
+    merged = reference.soft_merge(a.x, a.q, a.meta, _similarity(a), a.normalize, a.size, a.positions, a.mask)
+    return merged.x, merged.size, merged.positions, None
 
 
 def _soft_merge_gradient(
@@ -727,8 +776,8 @@ def _soft_merge_gradient(
         return {}
     wanted = OfSoftMerge(needs.x, needs.q, needs.meta, needs.size, needs.positions)
     flat = SoftMergeBackwardIn(
-        *grads, a.x, a.q, a.meta, a.size, a.positions, a.mask, out.y, out.size_out, _if(a.positions, out.positions_out),
-        out.lse, a.similarity, a.temperature, a.normalize, list(wanted), a.impl,
+        *grads, a.x, a.q, a.meta, a.size, a.positions, a.mask, a.sequences, out.y, out.size_out,
+        _if(a.positions, out.positions_out), out.lse, a.similarity, a.temperature, a.normalize, list(wanted), a.impl,
     )  # fmt: skip
     return OfSoftMerge(*map(_needed, wanted, _soft_merge_backward(flat)))._asdict()
 
@@ -737,7 +786,7 @@ def _soft_merge_backward_run(run: Any, a: SoftMergeBackwardIn) -> Sequence[Tenso
     return run(
         MergedGrads(a.grad_y, a.grad_size, a.grad_positions), a.x, a.q, a.meta, _similarity(a),
         a.normalize, a.size, a.positions, a.mask, SoftMerged(a.y, a.mass, a.positions_out, a.lse),
-        OfSoftMerge(*a.needs),
+        OfSoftMerge(*a.needs), *_given(a.sequences),
     )  # fmt: skip
 
 
@@ -764,9 +813,9 @@ _soft_merge = Operator(
     "soft_merge",
     SoftMergeIn,
     SoftMergeOut,
-    _soft_merge_run,
+    _by_sequence(_soft_merge_run, SoftMergeOut),
     _soft_merge_fake,
-    _soft_merge_formula,
+    _formula_by_sequence(_soft_merge_formula),
     _soft_merge_gradient,
     differentiable=("y", "size_out", "positions_out"),
     shape=lambda a: (a.x.shape[1], a.meta.shape[1], a.x.shape[2]),
@@ -775,9 +824,9 @@ _soft_merge_backward = Operator(
     "soft_merge_backward",
     SoftMergeBackwardIn,
     SoftMergeBackwardOut,
-    _soft_merge_backward_run,
+    _by_sequence(_soft_merge_backward_run, SoftMergeBackwardOut),
     _soft_merge_backward_fake,
-    _soft_merge_backward_formula,
+    _formula_by_sequence(_soft_merge_backward_formula),
     differentiable=SoftMergeBackwardOut._fields,
     constants=("y", "mass", "positions_out", "lse"),
     shape=lambda a: (a.x.shape[1], a.meta.shape[1], a.x.shape[2]),
@@ -786,10 +835,11 @@ _soft_merge_backward = Operator(
 
 def soft_merge(
     x: Tensor, q: Tensor, meta: Tensor, similarity: Similarity, normalize: str, size: Tensor | None,
-    positions: Tensor | None, mask: Tensor | None, impl: str,
+    positions: Tensor | None, mask: Tensor | None, impl: str, sequences: Tensor | None = None,
 ) -> SoftMerged:  # fmt: skip
-    a = (x, q, meta, size, positions, mask, *similarity, normalize, impl)
-    if (run := _soft_merge.implementation(a)) is not None:
+    """With `sequences`, as `sequences.table` makes them, of one item of x and q and a set of meta tokens each."""
+    a = (x, q, meta, size, positions, mask, sequences, *similarity, normalize, impl)
+    if sequences is None and (run := _soft_merge.implementation(a)) is not None:
         return run(x, q, meta, similarity, normalize, size, positions, mask)
-    out = _soft_merge.listened(a)
+    out = _soft_merge.listened(a) if sequences is None else _soft_merge(SoftMergeIn(*a))
     return SoftMerged(out.y, out.size_out, _if(positions, out.positions_out), out.lse)

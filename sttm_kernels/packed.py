@@ -59,15 +59,18 @@ def split(values: Tensor | None, lengths: Lengths, dim: int) -> Sequence[Any]:
     return (None,) * len(lengths) if values is None else values.split(lengths, dim)
 
 
-def items(name: str, values: Tensor | None, lengths: Lengths) -> Sequence[Any]:
-    """Of each sequence: (1, K, ...) of values (S, K, ...), or what is alike for all, (K, ...) or None."""
-    S = len(lengths)
-    if values is None or values.dim() == 2:
-        return (values,) * S
-    if values.shape[0] != S:
+def sets(name: str, values: Any, channels: str, lengths: Lengths) -> Tensor:
+    """What each sequence has of its own, (S, K, ...), or what is alike for all, (K, ...); as it is."""
+    validate.features(name, values, f"(S, K, {channels}) or (K, {channels})", 2, 3)
+    if values.dim() == 3 and values.shape[0] != len(lengths):
         shape = validate.shape_text(values.shape)
-        raise ValueError(f"{name} must have S = {S} items, one for each sequence, got {shape}")
-    return values.split(1)
+        raise ValueError(f"{name} must have S = {len(lengths)} items, one for each sequence, got {shape}")
+    return values
+
+
+def items(values: Tensor | None, lengths: Lengths) -> Sequence[Any]:
+    """Of each sequence: (1, K, ...) of values (S, K, ...), or what is alike for all, (K, ...) or None."""
+    return (values,) * len(lengths) if values is None or values.dim() == 2 else values.split(1)
 
 
 def merges(r: Any, lengths: Lengths, num_prefix: int) -> Lengths:
@@ -107,7 +110,7 @@ def match(
     if threshold is not None:
         validate.finite("threshold", threshold)
     plain = grid is None and window is None and not protected
-    if plain and isinstance(partition, str) and partition == "alternate" and _at_once(metric, impl):
+    if plain and isinstance(partition, str) and partition == "alternate" and together("match", metric, impl):
         return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl)
     start = starts(lengths)
     plans: dict[int, MergePlan] = {}
@@ -118,11 +121,13 @@ def match(
     return joined(plans, lengths, threshold=threshold is not None)
 
 
-def _at_once(metric: Tensor, impl: str) -> bool:
+def together(verb: str, features: Tensor, impl: str) -> bool:
     """Whether an implementation takes all sequences together, here: not in a transform, where a batch joins theirs."""
-    if torch_private.transforming() or hasattr(metric, "device_mesh"):
+    if torch_private.transforming() or hasattr(features, "device_mesh"):
         return False
-    return dispatch.takes_sequences("match", impl, metric.device, metric.dtype)
+    if verb != "match" and torch.compiler.is_exporting():  # what is exported can become plain ATen
+        return False
+    return dispatch.takes_sequences(verb, impl, features.device, features.dtype)
 
 
 def _match_at_once(
@@ -143,9 +148,19 @@ def _match_at_once(
     return plan if threshold is None else sequences.without_empty_groups(plan)
 
 
+def table(lengths: Lengths, groups: int, device: torch.device) -> Tensor:
+    """Of sequences that have so many groups each."""
+    return sequences.table(lengths, (groups,) * len(lengths), (0,) * len(lengths), device)
+
+
+def with_lengths(plan: MergePlan, lengths: Lengths) -> MergePlan:
+    """A plan of sequences that have equally many groups."""
+    S = len(lengths)
+    return dataclasses.replace(plan, lengths=lengths, merged_lengths=(plan.num_groups // S,) * S)
+
+
 def assign(one: Callable[..., MergePlan], q: Tensor, meta: Tensor, lengths: Lengths) -> MergePlan:
-    validate.features("meta", meta, "(S, K, D) or (K, D)", 2, 3)
-    pairs = zip(q.split(lengths, -2), items("meta", meta, lengths), strict=True)
+    pairs = zip(q.split(lengths, -2), items(meta, lengths), strict=True)
     plans = {s: one(*pair) for s, pair in enumerate(pairs) if lengths[s] > 0}
     return joined(plans, lengths, meta.shape[-2])
 
@@ -155,10 +170,8 @@ def assign_merge(
     positions: Any, fill: Any, lengths: Lengths,
 ) -> tuple[MergedTokens, MergePlan]:  # fmt: skip
     given = _of_each(x, q, meta, size, positions, lengths)
-    if fill is not None:
-        validate.features("fill", fill, "(S, K, C) or (K, C)", 2, 3)
     merged, plans = [], {}
-    for s, (own, own_fill) in enumerate(zip(given, items("fill", fill, lengths), strict=True)):
+    for s, (own, own_fill) in enumerate(zip(given, items(fill, lengths), strict=True)):
         if lengths[s] > 0:
             out, plans[s] = one(*own, own_fill)
             merged.append(out)
@@ -176,16 +189,13 @@ def soft_merge(
     return _in_row([one(*own) if lengths[s] > 0 else nothing for s, own in enumerate(given)])
 
 
-def _of_each(
-    x: Tensor, q: Tensor | None, meta: Tensor, size: Any, positions: Any, lengths: Lengths
-) -> list[tuple[Any, ...]]:
-    """x, q, meta, size and positions of every sequence; x has a batch of one."""
+def beside(x: Tensor, q: Any, size: Any, positions: Any) -> tuple[Any, Tensor | None, Tensor | None]:
+    """q and size with a batch of one, as x has, and positions; checked to be of the tokens of x."""
     T = x.shape[1]
     if q is not None:
         q = row("q", q, QUERIES, 2, 3)
         if q.shape[-2] != T:
             raise ValueError(f"q must have the T = {T} tokens of x, got {q.shape[-2]}")
-    validate.features("meta", meta, "(S, K, D) or (K, D)", 2, 3)
     size = None if size is None else column("size", size)
     if size is not None:
         validate.shape("size", size[0], "(T,)", (T,))
@@ -193,7 +203,14 @@ def _of_each(
         validate.tensor("positions", positions)
         validate.shape("positions", positions, "(T, P)", (T, *positions.shape[1:]))
         validate.dims("positions", positions, "(T, P)", 2, batched=1)
-    parts = x.split(lengths, 1), split(q, lengths, -2), items("meta", meta, lengths)
+    return q, size, positions
+
+
+def _of_each(
+    x: Tensor, q: Tensor | None, meta: Tensor, size: Tensor | None, positions: Tensor | None, lengths: Lengths
+) -> list[tuple[Any, ...]]:
+    """x, q, meta, size and positions of every sequence; x, q and size have a batch of one."""
+    parts = x.split(lengths, 1), split(q, lengths, -2), items(meta, lengths)
     return list(zip(*parts, split(size, lengths, 1), split(positions, lengths, 0), strict=True))
 
 

@@ -6,12 +6,15 @@ What is found in the sequences one after another is put together here, too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import accumulate
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sttm_kernels import torch_private
 from sttm_kernels.plan import MergePlan
 
 Lengths = tuple[int, ...]
@@ -43,11 +46,14 @@ def table(lengths: Lengths, merged: Lengths, limits: Lengths, device: torch.devi
 
 def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """int32, without waiting for a GPU."""
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not torch_private.dispatching():
+        numbers = array("i", chain.from_iterable(rows))  # which torch.tensor would look through
+        return torch.frombuffer(numbers, dtype=torch.int32).view(len(rows), -1)
     if device.type != "cuda" or torch.compiler.is_compiling():
         return torch.tensor(rows, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():  # a graph would copy again what the host has here by then
-        numbers = [torch.full((1,), number, dtype=torch.int32, device=device) for row in rows for number in row]
-        return torch.cat(numbers).view(len(rows), -1)
+        each = [torch.full((1,), number, dtype=torch.int32, device=device) for row in rows for number in row]
+        return torch.cat(each).view(len(rows), -1)
     return torch.tensor(rows, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
 
 
@@ -97,3 +103,46 @@ def without_empty_groups(plan: MergePlan) -> MergePlan:
         offsets=offsets.new_empty(K + 1).scatter(0, place, begins)[None] if K < T else plan.offsets,
         merged_lengths=merged,
     )
+
+
+_ROWS = dict.fromkeys(
+    ("x", "mask", "size", "positions", "index", "score", "weight", "lse", "grad_score", "grad_lse", "grad_x",
+     "grad_size_in", "grad_positions_in"), 1,
+) | {"q": -2, "grad_q": -2}  # fmt: skip
+"""Which dimension of arguments and results of operators is rows of tokens. Others have sets of groups, the first."""
+
+
+def _row_dim(a: Any, field: str) -> int | None:
+    over_tokens = field == "lse" and getattr(a, "normalize", None) == "tokens"
+    return None if over_tokens else _ROWS.get(field)
+
+
+def _alone(a: Any, values: Any, row: Sequence[int]) -> Any:
+    """The arguments or results of an operator of one sequence, where it is as the table says."""
+    start, length, first_group, groups = row[:4]
+    s = first_group // groups
+
+    def own(field: str, value: Any) -> Any:
+        if field == "sequences" or not isinstance(value, Tensor) or value.dim() < 2:
+            return None if field == "sequences" else value
+        if field == "index":
+            value = value - first_group
+        dim = _row_dim(a, field)
+        return value[s : s + 1] if dim is None else value.narrow(dim, start, length)
+
+    return type(values)(*map(own, values._fields, values))
+
+
+def apart(run: Callable[[Any, Any], Any], a: Any, fields: Sequence[str], out: Any = None) -> list[Tensor | None]:
+    """The results, named by `fields`, of `run` of each sequence of an operator's arguments `a` and results `out`, put
+    together. Reads where they are, which a GPU is waited for."""
+    rows = sorted(a.sequences.tolist(), key=lambda row: row[2])
+    found = [run(_alone(a, a, row), None if out is None else _alone(a, out, row)) for row in rows]
+
+    def together(i: int, field: str) -> Tensor | None:
+        if found[0][i] is None:
+            return None
+        values = [each[i] + row[2] if field == "index" else each[i] for each, row in zip(found, rows, strict=True)]
+        return torch.cat(values, 0 if (dim := _row_dim(a, field)) is None else dim)
+
+    return [together(i, field) for i, field in enumerate(fields)]

@@ -47,7 +47,9 @@ SRC, DST = torch.tensor([[[0, 2, 4]]], dtype=torch.int32), torch.tensor([[[1, 3,
 PADDED = torch.tensor([[[0, 2], [4, -1]]], dtype=torch.int32), torch.tensor([[[1, 3], [5, -1]]], dtype=torch.int32)
 SEQUENCES = sequences.table((4, 5), (3, 3), (1, 2), torch.device("cpu"))
 OPS = torch.ops.sttm_kernels
-ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL)
+ASSIGNED = OPS.assign(bare(2, 6, 4), bare(2, 3, 4), None, None, "cosine", 1.0, "softmax", IMPL)
+EACH = sequences.table((4, 5), (3, 3), (0, 0), torch.device("cpu"))
+APART = OPS.assign(bare(1, 9, 4), bare(2, 3, 4), None, EACH, "cosine", 1.0, "softmax", IMPL)
 FREE = (None, IMPL)  # the last arguments of a match without a threshold
 MATCHED = OPS.match(bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
@@ -63,26 +65,39 @@ def merge_backward_sample(reduce, needs, order=None, offsets=None, index=INDEX, 
     )  # fmt: skip
 
 
-def soft_backward_sample(normalize, needs, mask=None, positions=POSITIONS):
-    x, q, meta = bare(2, 6, 5), bare(2, 6, 4), bare(2, 3, 4)
+def soft_backward_sample(normalize, needs, mask=None, positions=POSITIONS, at=None):
+    rows = (2, 6) if at is None else (1, 9)
+    x, q, meta, size = bare(*rows, 5), bare(*rows, 4), bare(2, 3, 4), bare(*rows, seed=1)
     settings = ("dot", 0.5, normalize)
-    y, mass, positions_out, lse = OPS.soft_merge(x, q, meta, SIZE, positions, mask, *settings, IMPL)
+    y, mass, positions_out, lse = OPS.soft_merge(x, q, meta, size, positions, mask, at, *settings, IMPL)
     grad_positions = None if positions is None else bare(*positions_out.shape, seed=9)
     return (
-        bare(*y.shape, seed=7), None, grad_positions, x, q, meta, SIZE, positions, mask, y, mass, positions_out, lse,
-        *settings, needs, IMPL,
+        bare(*y.shape, seed=7), None, grad_positions, x, q, meta, size, positions, mask, at, y, mass,
+        positions_out, lse, *settings, needs, IMPL,
     )  # fmt: skip
 
 
 SAMPLES = {
     "assign": [
-        (leaf(2, 6, 4), leaf(2, 3, 4), None, "cosine", 1.0, "softmax", IMPL),
-        (leaf(2, 3, 6, 4), leaf(2, 3, 4), MASK, "l2", 0.5, "uniform", IMPL),
-        (bare(2, 6, 4, dtype=torch.bfloat16), bare(2, 3, 4, dtype=torch.bfloat16), MASK, "dot", 1.0, "softmax", "auto"),
+        (leaf(2, 6, 4), leaf(2, 3, 4), None, None, "cosine", 1.0, "softmax", IMPL),
+        (leaf(2, 3, 6, 4), leaf(2, 3, 4), MASK, None, "l2", 0.5, "uniform", IMPL),
+        (
+            bare(2, 6, 4, dtype=torch.bfloat16),
+            bare(2, 3, 4, dtype=torch.bfloat16),
+            MASK,
+            None,
+            "dot",
+            1.0,
+            "softmax",
+            "auto",
+        ),
+        (leaf(1, 2, 9, 4), leaf(2, 3, 4), None, EACH, "l2", 0.5, "softmax", IMPL),
+        (leaf(1, 9, 4), leaf(2, 3, 4), None, EACH, "dot", 0.5, "uniform", "auto"),
     ],
     "assign_backward": [
-        (bare(2, 6), bare(2, 6), bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], "cosine", 1.0, [True, True], IMPL),
-        (bare(2, 6), None, bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], "l2", 0.5, [False, True], IMPL),
+        (bare(2, 6), bare(2, 6), bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], None, "cosine", 1.0, [True, True], IMPL),
+        (bare(2, 6), None, bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], None, "l2", 0.5, [False, True], IMPL),
+        (bare(1, 9), bare(1, 9), bare(1, 9, 4), bare(2, 3, 4), *APART[:3], EACH, "cosine", 1.0, [True, True], IMPL),
     ],
     "match": [
         (bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE),
@@ -110,12 +125,14 @@ SAMPLES = {
     "unmerge": [(leaf(2, 3, 5), INDEX, 3, None, None, IMPL), (leaf(2, 4, 5), MATCHED[0], 4, *MATCHED[2:], IMPL)],
     "compose": [(INDEX, make_index(2, 3, 2), 2, IMPL)],
     "soft_merge": [
-        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), None, None, None, "cosine", 1.0, "meta", IMPL),
-        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), leaf(2, 6), leaf(2, 6, 2), MASK, "l2", 0.5, "tokens", IMPL),
+        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), None, None, None, None, "cosine", 1.0, "meta", IMPL),
+        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), leaf(2, 6), leaf(2, 6, 2), MASK, None, "l2", 0.5, "tokens", IMPL),
+        (leaf(1, 9, 5), leaf(1, 9, 4), leaf(2, 3, 4), leaf(1, 9), leaf(1, 9, 2), None, EACH, "l2", 0.5, "tokens", IMPL),
     ],
     "soft_merge_backward": [
         soft_backward_sample("meta", [True] * 5),
         soft_backward_sample("tokens", [True, False, True, False, False], MASK, None),
+        soft_backward_sample("meta", [True] * 5, None, bare(1, 9, 2), EACH),
     ],
 }
 

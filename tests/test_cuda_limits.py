@@ -47,7 +47,8 @@ def match(B, N):
 
 def assign(B, N):
     C.assign(
-        huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1), None, "dot", 1.0, False, None, huge(FLOAT, B, N), None, None, 0
+        huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1), None, None, "dot", 1.0, False,
+        None, huge(FLOAT, B, N), None, None, 0,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def assign_backward(B, N, K, soft, of_meta):
     lse = rows if soft else None
     scratch = huge(FLOAT, C.assign_scratch(tokens, metas))
     C.assign_backward(
-        rows, lse, tokens, metas, huge(INT, B, N), rows, lse, "dot", 1.0, False,
+        rows, lse, tokens, metas, huge(INT, B, N), rows, lse, None, "dot", 1.0, False,
         None if of_meta else tokens, metas if of_meta else None, scratch, 0,
     )  # fmt: skip
 
@@ -64,7 +65,7 @@ def assign_backward(B, N, K, soft, of_meta):
 def soft_merge(B, N):
     tokens, metas = huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1)
     C.soft_merge(
-        tokens, tokens, metas, None, None, None, "dot", 1.0, True, False,
+        tokens, tokens, metas, None, None, None, None, "dot", 1.0, True, False,
         metas, huge(FLOAT, B, 1), None, huge(FLOAT, B, N), huge(FLOAT, C.soft_merge_scratch(tokens, 1, 1, 2)), 0,
     )  # fmt: skip
 
@@ -72,8 +73,8 @@ def soft_merge(B, N):
 def soft_merge_backward(B, N):
     tokens, metas = huge(FLOAT, B, N, 1), huge(FLOAT, B, 1, 1)
     C.soft_merge_backward(
-        metas, None, None, tokens, tokens, metas, None, None, None, metas, huge(FLOAT, B, 1), None, huge(FLOAT, B, N),
-        "dot", 1.0, True, False, tokens, None, None, None, None, None, None, 0,
+        metas, None, None, tokens, tokens, metas, None, None, None, None, metas, huge(FLOAT, B, 1), None,
+        huge(FLOAT, B, N), "dot", 1.0, True, False, tokens, None, None, None, None, None, None, 0,
     )  # fmt: skip
 
 

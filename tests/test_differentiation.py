@@ -16,8 +16,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import sttm_kernels as sttm
-from sttm_kernels import validate
+from sttm_kernels import ops, sequences, validate
 from sttm_kernels.functional import assign_merge
+from sttm_kernels.plan import Similarity
 from sttm_kernels.testing import make_index, make_tokens
 
 pytestmark = pytest.mark.unpoisoned
@@ -87,6 +88,38 @@ def matched(x: Tensor, impl: str) -> list[Tensor]:
     return [sttm.merge(x, sttm.match(x, 2, impl=impl), impl=impl).x]
 
 
+LENGTHS = (4, 0, 2)
+EACH = sequences.table(LENGTHS, (K,) * 3, (0,) * 3, torch.device("cpu"))
+PACKED = HEADS[:1], floats(3, K, D, seed=10)
+
+
+def assigned_together(q: Tensor, meta: Tensor, impl: str) -> list[Tensor]:
+    """One call of the operator for all sequences, as kernels take them."""
+    if impl == "reference":
+        plan = sttm.assign(q[0], meta, "l2", 0.7, lengths=LENGTHS, impl=impl)
+    else:
+        plan = ops.assign(q, meta, Similarity("l2", 0.7), "softmax", None, impl, EACH)
+    return given(plan.score, plan.lse, plan.weight)
+
+
+def softly_together(
+    x: Tensor, q: Tensor, meta: Tensor, size: Tensor, positions: Tensor, normalize: str, impl: str
+) -> list[Tensor]:
+    if impl == "reference":
+        rows = {"size": size[0], "positions": positions[0], "lengths": LENGTHS, "impl": impl}
+        out = sttm.soft_merge(x[0], q[0], meta, "cosine", 0.7, normalize, **rows)
+        return given(out.x.unflatten(0, (3, K)), out.size.unflatten(0, (3, K)), out.positions.unflatten(0, (3, K)))
+    found = ops.soft_merge(x, q, meta, Similarity("cosine", 0.7), normalize, size, positions, None, impl, EACH)
+    return given(found.x, found.size, found.positions)
+
+
+def packed(x: Tensor, q: Tensor, meta: Tensor, impl: str) -> list[Tensor]:
+    """Of the public verbs, which a transform takes one sequence after another."""
+    out, plan = assign_merge(x[0], q[0], meta, "dot", 0.7, lengths=LENGTHS, impl=impl)
+    again = sttm.match(out.x, 1, lengths=out.lengths, impl=impl)
+    return given(sttm.merge(out.x, again, out.size, impl=impl).x, plan.score)
+
+
 VERBS: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {
     **{
         f"merge {reduce}": (partial(merged, reduce=reduce), (X, WEIGHT, SIZE, POSITIONS, FILL))
@@ -109,6 +142,15 @@ VERBS: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {
     },
     "unmerge": (unmerged, (floats(B, GROUPS, C, seed=9),)),
     "match": (matched, (X,)),
+    "assign together": (assigned_together, PACKED),
+    **{
+        f"soft_merge together {normalize}": (
+            partial(softly_together, normalize=normalize),
+            (X[:1], *PACKED, SIZE[:1], POSITIONS[:1]),
+        )
+        for normalize in validate.NORMALIZATIONS
+    },
+    "packed": (packed, (X[:1], *PACKED)),
 }
 
 

@@ -2,16 +2,16 @@
 
 namespace sttm {
 
-static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& mask, const std::string& similarity,
-                          double temperature, bool tf32, const MaybeArray& index, const MaybeArray& score,
-                          const MaybeArray& lse, const MaybeArray& weight, uint64_t stream) {
+static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& mask, const MaybeArray& sequences,
+                          const std::string& similarity, double temperature, bool tf32, const MaybeArray& index,
+                          const MaybeArray& score, const MaybeArray& lse, const MaybeArray& weight, uint64_t stream) {
     Validate validate("assign");
     AssignArguments a{};
     a.B = validate.extent(meta, "meta", 3, 0);
     a.N = validate.metric_extent(q, "q", 0);
     a.dtype = validate.dtype(q, "q");
-    read_similarity(validate, a, q, meta, similarity, temperature, tf32);
-    a.mask = validate.mask(mask, a.B, a.N);
+    read_similarity(validate, a, q, meta, sequences, similarity, temperature, tf32);
+    a.mask = validate.mask(mask, items_of(a), a.N);
     read_assignment(validate, a, index, score, lse, weight);
     if (weight && !lse) throw py::value_error("weight needs lse");
     validate.run(assign, a, stream);
@@ -27,20 +27,21 @@ static int64_t assign_scratch(const Array& q, const Array& meta) {
 
 static void assign_backward_arrays(const Array& grad_score, const MaybeArray& grad_lse, const Array& q,
                                    const Array& meta, const Array& index, const Array& score, const MaybeArray& lse,
-                                   const std::string& similarity, double temperature, bool tf32,
-                                   const MaybeArray& grad_q, const MaybeArray& grad_meta, const MaybeArray& scratch,
-                                   uint64_t stream) {
+                                   const MaybeArray& sequences, const std::string& similarity, double temperature,
+                                   bool tf32, const MaybeArray& grad_q, const MaybeArray& grad_meta,
+                                   const MaybeArray& scratch, uint64_t stream) {
     Validate validate("assign_backward");
     AssignBackwardArguments a{};
     a.B = validate.extent(meta, "meta", 3, 0);
     a.N = validate.metric_extent(q, "q", 0);
     a.dtype = validate.dtype(q, "q");
-    read_similarity(validate, a, q, meta, similarity, temperature, tf32);
-    a.index = validate.dense<int32_t>(index, "index", {a.B, a.N});
-    a.score = validate.dense<float>(score, "score", {a.B, a.N});
-    a.lse = validate.dense<float>(lse, "lse", {a.B, a.N});
-    a.grad_score = validate.column(grad_score, "grad_score", a.B, a.N);
-    a.grad_lse = validate.column(grad_lse, "grad_lse", a.B, a.N);
+    read_similarity(validate, a, q, meta, sequences, similarity, temperature, tf32);
+    const int items = items_of(a);
+    a.index = validate.dense<int32_t>(index, "index", {items, a.N});
+    a.score = validate.dense<float>(score, "score", {items, a.N});
+    a.lse = validate.dense<float>(lse, "lse", {items, a.N});
+    a.grad_score = validate.column(grad_score, "grad_score", items, a.N);
+    a.grad_lse = validate.column(grad_lse, "grad_lse", items, a.N);
     if (grad_lse && !lse) throw py::value_error("grad_lse needs lse");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
     if (grad_lse && grad_meta)
@@ -49,16 +50,18 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
 }
 
 void bind_assign(py::module_& m) {
-    m.def("assign", &assign_arrays, py::arg("q"), py::arg("meta"), py::arg("mask"), py::arg("similarity"),
-          py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"), py::arg("lse"),
-          py::arg("weight"), py::arg("stream"),
-          "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q");
+    m.def("assign", &assign_arrays, py::arg("q"), py::arg("meta"), py::arg("mask"), py::arg("sequences"),
+          py::arg("similarity"), py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"),
+          py::arg("lse"), py::arg("weight"), py::arg("stream"),
+          "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q; "
+          "(1, N) "
+          "with sequences int32 (B, 6)");
     m.def("assign_scratch", &assign_scratch, py::arg("q"), py::arg("meta"),
           "floats of scratch that the gradient of lse with respect to meta takes");
     m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"), py::arg("q"),
-          py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"), py::arg("similarity"),
-          py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"), py::arg("scratch"),
-          py::arg("stream"), "Gradients of score and lse with respect to q and meta, each or None");
+          py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"), py::arg("sequences"),
+          py::arg("similarity"), py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"),
+          py::arg("scratch"), py::arg("stream"), "Gradients of score and lse with respect to q and meta, each or None");
 }
 
 }  // namespace sttm

@@ -18,7 +18,7 @@ static void assign_merge_arrays(const Array& x, const Array& q, const Array& met
     m.N = a.N = validate.extent(x, "x", 3, 1);
     m.C = validate.extent(x, "x", 3, 2);
     m.P = validate.extent(positions_out, "positions_out", 3, 2);
-    read_similarity(validate, a, q, meta, similarity, temperature, tf32);
+    read_similarity(validate, a, q, meta, std::nullopt, similarity, temperature, tf32);
     m.K = a.K;
     if (a.N > kAssignMergeTokens || a.K > kAssignMergeGroups)
         throw py::value_error("x and meta must have at most " + std::to_string(kAssignMergeTokens) + " and " +

@@ -36,9 +36,22 @@ inline void look(const Floats (&S)[kRows][kVectors], int first, int K, Found& fo
     }
 }
 
+// The arguments of an item alone.
+AssignArguments alone(AssignArguments a, const Item& item) {
+    const int64_t row = item.b * a.N + item.start;
+    advance(a.q.data, a.dtype, item.b * a.q.stride_b + item.start * a.q.stride_n);
+    advance(a.mask.data, item.b * a.mask.stride_b + item.start * a.mask.stride_n);
+    advance(a.index, row);
+    advance(a.score, row);
+    advance(a.lse, row);
+    advance(a.weight, row);
+    a.N = item.N;
+    return a;
+}
+
 template <class T, bool kSoft>
-void assign_panel(const AssignArguments& a, const Meta& meta, int64_t b, int start, Panel& panel) {
-    load_panel<T>(a, b, start, [&](int64_t n) { return is_real(a.mask, b, n); }, panel);
+void assign_panel(const AssignArguments& a, const Meta& meta, int32_t first_group, int start, Panel& panel) {
+    load_panel<T>(a, start, [&](int64_t n) { return is_real(a.mask, n); }, panel);
     Found found;
     for (int v = 0; v < kVectors; ++v) {
         found.best[v] = splat(-kInfinity);
@@ -47,19 +60,19 @@ void assign_panel(const AssignArguments& a, const Meta& meta, int64_t b, int sta
     }
     for (int block = 0; block < meta.num_blocks; ++block) {
         Floats S[kRows][kVectors];
-        similarities(a, meta, b, block, panel, S);
+        similarities(a, meta, block, panel, S);
         look<kSoft>(S, block * kRows, a.K, found);
     }
     for (int v = 0; v < kVectors; ++v) {
         const Floats lse = kSoft ? found.best[v] + log(found.sum[v]) : Floats{};
         const Floats weight = kSoft ? exp(found.best[v] - lse) : Floats{};
         for (int i = 0; i < kWidth && start + v * kWidth + i < a.N; ++i) {
-            const int64_t n = start + v * kWidth + i, at = b * a.N + n;
-            const bool real = is_real(a.mask, b, n);
-            if (a.index != nullptr) a.index[at] = real ? found.index[v][i] : -1;
-            if (a.score != nullptr) a.score[at] = real ? found.best[v][i] : 0;
-            if (kSoft) a.lse[at] = real ? lse[i] : 0;
-            if (kSoft && a.weight != nullptr) a.weight[at] = real ? weight[i] : 0;
+            const int64_t n = start + v * kWidth + i;
+            const bool real = is_real(a.mask, n);
+            if (a.index != nullptr) a.index[n] = real ? first_group + found.index[v][i] : -1;
+            if (a.score != nullptr) a.score[n] = real ? found.best[v][i] : 0;
+            if (kSoft) a.lse[n] = real ? lse[i] : 0;
+            if (kSoft && a.weight != nullptr) a.weight[n] = real ? weight[i] : 0;
         }
     }
 }
@@ -70,18 +83,22 @@ void assign(const AssignArguments& a, Stream stream) {
     if (a.B == 0) return;  // one set of meta tokens may be given to no item
     with_type(a.dtype, [&](auto type) {
         using T = decltype(type);
-        const Meta meta = pack_meta<T>(a, stream);
-        const int64_t panels = ceil_div(a.N, kPanel), panel_size = int64_t(a.D) * kPanel;
-        const int threads = threads_for(stream, int64_t(a.B) * a.N * (a.K + kRows) * a.D / 8);
+        const Meta meta = pack_meta<T>(a, stream, 0, a.B);
+        const Tasks panels = tasks_of(a, 0, a.B, [](int N) { return ceil_div(N, kPanel); });
+        const int64_t panel_size = int64_t(a.D) * kPanel;
+        const int threads = threads_for(stream, tokens_of(a) * (a.K + kRows) * a.D / 8);
         float* const packed = take<float>(threads * panel_size);
-        parallel_for(a.B * panels, threads, [&](int64_t task, int slot) {
+        parallel_for(panels.count(), threads, [&](int64_t task, int slot) {
+            const int64_t i = panels.whose(task);
+            const Item item = item_of(a, i);
+            const AssignArguments own = alone(a, item);
             Panel panel;
             panel.q = packed + slot * panel_size;
-            const int start = static_cast<int>(task % panels) * kPanel;
+            const int start = static_cast<int>(task - panels.first_of(i)) * kPanel;
             if (a.lse != nullptr)
-                assign_panel<T, true>(a, meta, task / panels, start, panel);
+                assign_panel<T, true>(own, meta.of(i), item.first_group, start, panel);
             else
-                assign_panel<T, false>(a, meta, task / panels, start, panel);
+                assign_panel<T, false>(own, meta.of(i), item.first_group, start, panel);
         });
     });
 }

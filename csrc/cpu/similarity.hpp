@@ -11,6 +11,27 @@ constexpr int64_t kScratch = 16 << 20;  // bytes
 constexpr int kTokens = 128;            // that a sum over tokens takes at a time: it is fetched and put back as often
 constexpr int kTogether = kTokens / kPanel;
 
+// Where an item is: item b of a batch, or a sequence, from row `start` on of those of the only item. Its groups are
+// those of the `group`-th set of meta tokens, numbered from first_group on.
+struct Item {
+    int64_t b, start;
+    int N;
+    int64_t group;
+    int32_t first_group;
+};
+template <class Arguments>
+Item item_of(const Arguments& a, int64_t i) {
+    if (a.sequences == nullptr) return {i, 0, a.N, i, 0};
+    const PackedSequence& s = a.sequences[i];
+    return {0, s.start, s.length, s.first_group / max(1, a.K), s.first_group};
+}
+
+// Tokens of all items.
+template <class Arguments>
+int64_t tokens_of(const Arguments& a) {
+    return a.sequences == nullptr ? int64_t(a.B) * a.N : a.N;
+}
+
 // The panels of an item in consecutive chunks, each of which sums over its tokens; then the chunks are summed in order.
 // The number of chunks depends on N alone.
 struct Chunks {
@@ -22,9 +43,33 @@ inline Chunks chunks_of(int N) {
     return {panels, step, static_cast<int>(ceil_div(panels, step))};
 }
 
-inline bool is_real(const Mask& mask, int64_t b, int64_t n) {
-    return mask.data == nullptr || mask.data[b * mask.stride_b + n * mask.stride_n] != 0;
+// Tasks of the items from the `begin`-th on, `of(N)` for each: those of an item follow those of the one before.
+struct Tasks {
+    int64_t begin, items;
+    const int64_t* first;  // of each item, and how many there are
+
+    int64_t count() const { return first[items]; }
+    int64_t first_of(int64_t i) const { return first[i - begin]; }
+    int count_of(int64_t i) const { return static_cast<int>(first[i - begin + 1] - first[i - begin]); }
+    // Whose a task is.
+    int64_t whose(int64_t task) const {
+        int64_t low = 0, high = items;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (first[middle] <= task ? low : high) = middle;
+        }
+        return begin + low;
+    }
+};
+template <class Arguments, class F>
+Tasks tasks_of(const Arguments& a, int64_t begin, int64_t end, const F& of) {
+    int64_t* const first = take<int64_t>(end - begin + 1);
+    first[0] = 0;
+    for (int64_t i = begin; i < end; ++i) first[i - begin + 1] = first[i - begin] + of(item_of(a, i).N);
+    return {begin, end - begin, first};
 }
+
+inline bool is_real(const Mask& mask, int64_t n) { return mask.data == nullptr || mask.data[n * mask.stride_n] != 0; }
 
 // Takes a pointer that is not null `elements` on, of features by their dtype.
 template <class T>
@@ -38,18 +83,19 @@ inline void advance(void*& data, DType dtype, int64_t elements) {
     if (data != nullptr) data = static_cast<char*>(data) + elements * size_of(dtype);
 }
 
-// Runs `verb` for a few items of the batch at a time, whose scratch, `floats` for each, stays in a cache.
-// `from(some, b)` makes item b the first of `some`.
-template <class Arguments, class From, class F>
-void by_items(const Arguments& a, Stream stream, int64_t floats, const From& from, const F& verb) {
-    const int64_t busy = ceil_div(stream.threads, max(1, chunks_of(a.N).count));
-    const int64_t step = max<int64_t>(max<int64_t>(1, busy), kScratch / (4 * max<int64_t>(1, floats)));
-    for (int64_t b = 0; b < a.B; b += step) {
-        if (b > 0) release();
-        Arguments some = a;
-        from(some, b);
-        some.B = static_cast<int>(min(step, a.B - b));
-        verb(some);
+// Runs `verb(begin, end)` for a few items at a time, whose scratch, `floats(N)` for each, stays in a cache.
+template <class Arguments, class Size, class F>
+void by_items(const Arguments& a, Stream stream, const Size& floats, const F& verb) {
+    for (int64_t begin = 0, end = 0; begin < a.B; begin = end) {
+        if (begin > 0) release();
+        int64_t used = 0, chunks = 0;
+        for (; end < a.B; ++end) {
+            const int N = item_of(a, end).N;
+            used += 4 * floats(N);
+            if (chunks >= stream.threads && used > kScratch) break;
+            chunks += max(1, chunks_of(N).count);
+        }
+        verb(begin, end);
     }
 }
 
@@ -58,21 +104,29 @@ struct Meta {
     const float *blocks, *rows;     // block_size(D) floats of each block; all rows of each item, if asked for
     const float *inverse, *square;  // 1 / |m| and |m|^2 of each meta token
     int num_blocks;
-    int64_t size, columns, items;  // of a block; of a row; 1 if all items have the same ones
+    int64_t size, columns, begin, items;  // of a block; of a row; the first item; 1 if all items have the same ones
 
     int64_t num_rows() const { return int64_t(num_blocks) * kRows; }
-    int64_t at(int64_t b) const { return (items == 1 ? 0 : b) * num_blocks; }
-    const float* block(int64_t b, int block) const { return blocks + (at(b) + block) * size; }
-    const float* rows_of(int64_t b) const { return rows + at(b) * kRows * columns; }
+    // Those of the i-th item alone.
+    Meta of(int64_t i) const {
+        const int64_t at = items == 1 ? 0 : (i - begin) * num_blocks;
+        Meta own = *this;
+        own.blocks += at * size;
+        if (rows != nullptr) own.rows += at * kRows * columns;
+        own.inverse += at * kRows;
+        own.square += at * kRows;
+        return own;
+    }
 };
 
 template <class T, class Arguments>
-Meta pack_meta(const Arguments& a, Stream stream, bool with_rows = false) {
+Meta pack_meta(const Arguments& a, Stream stream, int64_t begin, int64_t end, bool with_rows = false) {
     Meta meta{};
     meta.num_blocks = static_cast<int>(ceil_div(a.K, kRows));
     meta.size = block_size(a.D);
     meta.columns = columns_of(a.D);
-    meta.items = a.meta.stride_b == 0 && a.B != 0 ? 1 : a.B;
+    meta.begin = begin;
+    meta.items = a.meta.stride_b == 0 ? 1 : end - begin;
     const int64_t blocks = meta.items * meta.num_blocks, rows_size = kRows * meta.columns;
     const int64_t count = with_rows ? meta.num_rows() : kRows;
     const int threads = threads_for(stream, blocks * meta.size * 4);
@@ -85,8 +139,9 @@ Meta pack_meta(const Arguments& a, Stream stream, bool with_rows = false) {
         float* const to =
             with_rows ? rows + b * count * meta.columns + in_strip(count, first, 0) : rows + slot * rows_size;
         pack_block<T>(
-            a.meta, b, a.D, a.similarity == Similarity::cosine, packed + task * meta.size, to, count,
-            [&](int r) { return first + r < a.K ? first + r : -1; }, inverse + task * kRows, square + task * kRows);
+            a.meta, item_of(a, begin + b).group, a.D, a.similarity == Similarity::cosine, packed + task * meta.size, to,
+            count, [&](int r) { return first + r < a.K ? first + r : -1; }, inverse + task * kRows,
+            square + task * kRows);
     });
     meta.blocks = packed;
     meta.rows = with_rows ? rows : nullptr;
@@ -102,9 +157,9 @@ struct Panel {
 };
 
 template <class T, class Arguments, class F>
-void load_panel(const Arguments& a, int64_t b, int start, const F& real, Panel& panel) {
+void load_panel(const Arguments& a, int start, const F& real, Panel& panel) {
     pack_panel<T>(
-        a.q, b, a.D, panel.q, [&](int i) { return start + i < a.N && real(start + i) ? start + i : -1; }, panel.rows,
+        a.q, 0, a.D, panel.q, [&](int i) { return start + i < a.N && real(start + i) ? start + i : -1; }, panel.rows,
         kTokens);
     for (int v = 0; v < kVectors; ++v) panel.inverse[v] = splat(1.0f);
     if (a.similarity != Similarity::dot) squares(panel.q, a.D, panel.square);
@@ -115,13 +170,13 @@ void load_panel(const Arguments& a, int64_t b, int start, const F& real, Panel& 
 
 // S of a panel and a block; -infinity behind the last meta token.
 template <class Arguments>
-STTM_INLINE void similarities(const Arguments& a, const Meta& meta, int64_t b, int block, const Panel& panel,
+STTM_INLINE void similarities(const Arguments& a, const Meta& meta, int block, const Panel& panel,
                               Floats (&S)[kRows][kVectors]) {
     STTM_UNROLL
     for (int r = 0; r < kRows; ++r) STTM_UNROLL
     for (int v = 0; v < kVectors; ++v) S[r][v] = Floats{};
-    product_of<kRows, 1>(a.K - block * kRows, S, a.D, meta.block(b, block), panel.q, kPanel);
-    const float* const square = meta.square + (meta.at(b) + block) * kRows;
+    product_of<kRows, 1>(a.K - block * kRows, S, a.D, meta.blocks + block * meta.size, panel.q, kPanel);
+    const float* const square = meta.square + block * kRows;
     STTM_UNROLL
     for (int r = 0; r < kRows; ++r) STTM_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -170,13 +225,14 @@ inline void sum_over_meta(const float* tile, const float* rows, int64_t K, int64
 template <class T, class Arguments>
 class PullBack {
 public:
-    PullBack(const Arguments& a, const Meta& meta, const Chunks& chunks, int threads)
+    // a: of all items, of which those of `chunks` are looked at.
+    PullBack(const Arguments& a, const Meta& meta, const Tasks& chunks, int threads)
         : a_(a), meta_(meta), chunks_(chunks), columns_(meta.columns) {
         rows_ = take<float>(threads * kTokens * columns_);
         if (a.grad_q != nullptr) grad_ = take<float>(threads * columns_ * kPanel);
         if (a.grad_meta == nullptr) return;
-        partial_ = take<float>(int64_t(a.B) * chunks.count * meta.num_rows() * columns_);
-        totals_ = take<float>(int64_t(a.B) * chunks.count * meta.num_rows());
+        partial_ = take<float>(chunks.count() * meta.num_rows() * columns_);
+        totals_ = take<float>(chunks.count() * meta.num_rows());
     }
 
     // Room for the rows of the i-th panel of some that `add_up` takes together.
@@ -191,16 +247,17 @@ public:
         __builtin_memset(totals_ + chunk * meta_.num_rows(), 0, sizeof(float) * meta_.num_rows());
     }
 
-    // dS (K, kPanel) of the tokens from `start` on, zeros for those that are not real.
-    void panel(const Panel& p, int64_t b, int64_t chunk, int start, const float* dS, int slot) const {
+    // dS (K, kPanel) of the tokens from `start` on of an item, zeros for those that are not real.
+    void panel(const Panel& p, const Item& item, const Meta& meta, int64_t chunk, int start, const float* dS,
+               int slot) const {
         const bool is_l2 = a_.similarity == Similarity::l2;
         if (grad_ != nullptr) {
             float* const grad = grad_ + slot * columns_ * kPanel;
             Floats total[kVectors] = {};
-            sum_over_meta(dS, meta_.rows_of(b), a_.K, meta_.num_rows(), columns_, grad);
+            sum_over_meta(dS, meta.rows, a_.K, meta_.num_rows(), columns_, grad);
             for (int64_t k = 0; k < a_.K && is_l2; ++k)
                 for (int v = 0; v < kVectors; ++v) total[v] += load(dS + k * kPanel + v * kWidth);
-            finish_q(p, b, start, total, grad);
+            finish_q(p, item, start, total, grad);
         }
         for (int64_t k = 0; k < a_.K && is_l2 && partial_ != nullptr; ++k) {
             Floats sum{};
@@ -217,7 +274,8 @@ public:
     }
 
     // A panel whose tokens have a gradient g at one meta token each, k; -1 for tokens that are not real.
-    void chosen(const Panel& p, int64_t b, int64_t chunk, int start, const int32_t* k, const float* g, int slot) const {
+    void chosen(const Panel& p, const Item& item, const Meta& meta, int64_t chunk, int start, const int32_t* k,
+                const float* g, int slot) const {
         float* const grad = grad_ + slot * columns_ * kPanel;
         float* const partial = partial_ + chunk * meta_.num_rows() * columns_;
         Floats total[kVectors] = {};
@@ -225,7 +283,7 @@ public:
             const bool real = k[i] >= 0;
             total[i / kWidth][i % kWidth] = real ? g[i] : 0;
             for (int64_t d = 0; d < columns_ && grad_ != nullptr; d += kWidth)
-                store(grad + in_strip(kPanel, i, d), real ? g[i] * load(meta_row(b, k[i], d)) : Floats{});
+                store(grad + in_strip(kPanel, i, d), real ? g[i] * load(meta_row(meta, k[i], d)) : Floats{});
             if (!real || partial_ == nullptr) continue;
             for (int64_t d = 0; d < columns_; d += kWidth) {
                 float* const to = partial + in_strip(meta_.num_rows(), k[i], d);
@@ -233,34 +291,38 @@ public:
             }
             totals_[chunk * meta_.num_rows() + k[i]] += g[i];
         }
-        if (grad_ != nullptr) finish_q(p, b, start, total, grad);
+        if (grad_ != nullptr) finish_q(p, item, start, total, grad);
     }
 
-    // Meta token k of item b, when all chunks are done.
-    void finish(int64_t b, int64_t k) const {
-        T* const to = static_cast<T*>(a_.grad_meta) + (b * a_.K + k) * a_.D;
-        const int64_t first = b * chunks_.count, size = meta_.num_rows() * columns_;
+    // Meta token k of the i-th item, when all chunks are done.
+    void finish(int64_t i, int64_t k) const {
+        T* const to = static_cast<T*>(a_.grad_meta) + (item_of(a_, i).group * a_.K + k) * a_.D;
+        const int64_t first = chunks_.first_of(i), size = meta_.num_rows() * columns_;
+        const int count = chunks_.count_of(i);
+        const Meta meta = meta_.of(i);
+        for (int64_t d = 0; d < a_.D && count == 0; d += kWidth) store_up_to(to + d, Floats{}, a_.D - d);
+        if (count == 0) return;
         const auto sum = [&](int64_t d) { return partial_ + first * size + in_strip(meta_.num_rows(), k, d); };
         float total = 0;
-        for (int chunk = 0; chunk < chunks_.count; ++chunk) total += totals_[(first + chunk) * meta_.num_rows() + k];
+        for (int chunk = 0; chunk < count; ++chunk) total += totals_[(first + chunk) * meta_.num_rows() + k];
         Floats along{};
         for (int64_t c = 0; c < columns_; c += kPanel) {
             float* const to = sum(c);
-            const float* const row = meta_row(b, k, c);
+            const float* const row = meta_row(meta, k, c);
             STTM_UNROLL
             for (int v = 0; v < kPanel; v += kWidth) {
                 Floats here = load(to + v);
-                for (int chunk = 1; chunk < chunks_.count; ++chunk) here += load(to + v + chunk * size);
+                for (int chunk = 1; chunk < count; ++chunk) here += load(to + v + chunk * size);
                 if (a_.similarity == Similarity::l2) here = 2 * (here - total * load(row + v));
                 along += here * load(row + v);
                 store(to + v, here);
             }
         }
         const bool is_cosine = a_.similarity == Similarity::cosine;
-        const float inverse = is_cosine ? meta_.inverse[meta_.at(b) * kRows + k] : 1;
+        const float inverse = is_cosine ? meta.inverse[k] : 1;
         const float radial = inverse < 1 / kNormFloor ? sum_of(along) : 0;
         for (int64_t c = 0; c < a_.D; c += kPanel) {
-            const float *const from = sum(c), *const row = meta_row(b, k, c);
+            const float *const from = sum(c), *const row = meta_row(meta, k, c);
             STTM_UNROLL
             for (int v = 0; v < kPanel; v += kWidth) {
                 Floats here = load(from + v);
@@ -271,13 +333,15 @@ public:
     }
 
 private:
-    const float* meta_row(int64_t b, int64_t k, int64_t d) const {
-        return meta_.rows_of(b) + in_strip(meta_.num_rows(), k, d);
+    static const float* meta_row(const Meta& meta, int64_t k, int64_t d) {
+        return meta.rows + in_strip(meta.num_rows(), k, d);
     }
 
     // Of what each token gets from meta tokens, and the total of its dS: the gradient of q, written out.
-    void finish_q(const Panel& p, int64_t b, int start, const Floats (&total)[kVectors], const float* grad) const {
-        const int heads = a_.q.heads, count = min(kPanel, a_.N - start);
+    void finish_q(const Panel& p, const Item& item, int start, const Floats (&total)[kVectors],
+                  const float* grad) const {
+        const int heads = a_.q.heads, count = min(kPanel, item.N - start);
+        const int64_t first = item.b * heads * a_.N + item.start + start;
         const float factor = (a_.similarity == Similarity::l2 ? 2.0f : 1.0f) / static_cast<float>(heads);
         for (int v = 0; v * kWidth < count; ++v) {
             Floats along = total[v];  // how much of q is not in its gradient
@@ -295,7 +359,7 @@ private:
                 along = p.inverse[v] >= 1 / kNormFloor ? Floats{} : along;
             }
             for (int row = v * kWidth; row < min(count, (v + 1) * kWidth); ++row) {
-                T* const to = static_cast<T*>(a_.grad_q) + (b * heads * a_.N + start + row) * a_.D;
+                T* const to = static_cast<T*>(a_.grad_q) + (first + row) * a_.D;
                 const float inward = a_.similarity == Similarity::dot ? 0 : along[row % kWidth];
                 for (int64_t c = 0; c < a_.D; c += kPanel) {
                     const float* const g = grad + in_strip(kPanel, row, c);
@@ -314,7 +378,7 @@ private:
 
     const Arguments& a_;
     const Meta& meta_;
-    Chunks chunks_;
+    const Tasks& chunks_;
     int64_t columns_;
     float *grad_ = nullptr, *rows_ = nullptr, *partial_ = nullptr, *totals_ = nullptr;
 };

@@ -6,31 +6,31 @@
 namespace sttm::cpu::STTM_ISA {
 namespace {
 
-inline void inputs_from_item(SoftMergeInputs& a, int64_t b) {
-    advance(a.x.data, a.dtype, b * a.x.stride_b);
-    advance(a.q.data, a.dtype, b * a.q.stride_b);
-    advance(a.meta.data, a.dtype, b * a.meta.stride_b);
-    advance(a.size.data, b * a.size.stride_b);
-    advance(a.mask.data, b * a.mask.stride_b);
-    advance(a.positions.data, DType::float32, b * a.positions.stride_b);
+// Makes the inputs those of an item alone.
+inline void inputs_of(SoftMergeInputs& a, const Item& item) {
+    const auto at = [&](const auto& rows) { return item.b * rows.stride_b + item.start * rows.stride_n; };
+    advance(a.x.data, a.dtype, at(a.x));
+    advance(a.q.data, a.dtype, at(a.q));
+    advance(a.size.data, at(a.size));
+    advance(a.mask.data, at(a.mask));
+    advance(a.positions.data, DType::float32, at(a.positions));
+    a.N = item.N;
 }
 
 // 1 or the size of the tokens of a panel, 0 for those that are not real.
-inline void load_sizes(const SoftMergeInputs& a, int64_t b, int start, float* real, float* size) {
+inline void load_sizes(const SoftMergeInputs& a, int start, float* real, float* size) {
     for (int i = 0; i < kPanel; ++i) {
         const int64_t n = start + i;
-        real[i] = n < a.N && is_real(a.mask, b, n);
-        size[i] = real[i] == 0             ? 0
-                  : a.size.data == nullptr ? 1
-                                           : a.size.data[b * a.size.stride_b + n * a.size.stride_n];
+        real[i] = n < a.N && is_real(a.mask, n);
+        size[i] = real[i] == 0 ? 0 : a.size.data == nullptr ? 1 : a.size.data[n * a.size.stride_n];
     }
 }
 
 // S (K, kPanel) of a panel.
-inline void load_similarities(const SoftMergeInputs& a, const Meta& meta, int64_t b, const Panel& panel, float* tile) {
+inline void load_similarities(const SoftMergeInputs& a, const Meta& meta, const Panel& panel, float* tile) {
     for (int block = 0; block < meta.num_blocks; ++block) {
         Floats S[kRows][kVectors];
-        similarities(a, meta, b, block, panel, S);
+        similarities(a, meta, block, panel, S);
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v)
                 store(tile + (int64_t(block) * kRows + r) * kPanel + v * kWidth, S[r][v]);

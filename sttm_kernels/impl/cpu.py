@@ -47,6 +47,9 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
     return _reason()
 
 
+SEQUENCES = frozenset({"match", "assign", "soft_merge"})
+"""Verbs that take all sequences of a packed batch together."""
+
 _verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, float("inf"))
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
 match_packed = _verbs.match_packed

@@ -61,6 +61,9 @@ def _stream(t: Tensor) -> int:
 SORT_ROOM = 2  # kSortRoom of csrc/include/sttm/arguments.hpp
 READ_AGAIN = 128
 
+SEQUENCES = frozenset({"match"})
+"""Verbs that take all sequences of a packed batch together."""
+
 _verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, READ_AGAIN)
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
 match_packed = _verbs.match_packed

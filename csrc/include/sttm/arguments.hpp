@@ -182,6 +182,11 @@ struct MergeBackwardArguments {
 };
 Error merge_backward(const MergeBackwardArguments&, Stream);
 
+// Sequences in the verbs below: each of the B is an item whose rows are among the N of all of them. Then whatever has
+// rows of tokens (q, x, a mask, ..., and results for tokens) has 1 item in place of B, and what has meta tokens or
+// groups has B as without sequences. first_group / K says which of those is a sequence's own, and the index of its
+// tokens counts from first_group on.
+
 // Every row of q (B, heads, N, D) finds its most similar row of meta (B, heads, K, D). Results are (B, N): index and
 // score; lse; weight, which needs lse. Rows of q that `mask` leaves out have index -1 and 0s, rows of meta that
 // `meta_mask` leaves out are not looked at.
@@ -191,6 +196,7 @@ struct AssignArguments {
     Similarity similarity;
     float inverse_temperature;
     int B, N, K, D;
+    const PackedSequence* sequences;  // B of them, or null
     Metric q, meta;
     Mask mask, meta_mask;
     int32_t* index;
@@ -207,6 +213,7 @@ struct AssignBackwardArguments {
     Similarity similarity;
     float inverse_temperature;
     int B, N, K, D;
+    const PackedSequence* sequences;
     Metric q, meta;
     const int32_t* index;
     const float *score, *lse;
@@ -240,6 +247,7 @@ struct SoftMergeInputs {
     float inverse_temperature;
     bool over_meta;
     int B, N, K, C, D, P;
+    const PackedSequence* sequences;
     Rows x;
     Metric q, meta;
     Column size;

@@ -21,6 +21,8 @@ from sttm_kernels.impl.triton.unmerge import compose as compose
 from sttm_kernels.impl.triton.unmerge import unmerge as unmerge
 
 MIN_TRITON = (3, 5)
+SEQUENCES = frozenset({"match"})
+"""Verbs that take all sequences of a packed batch together."""
 
 
 def why_not(verb: str, device: torch.device | str) -> str | None:
