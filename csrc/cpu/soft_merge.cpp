@@ -73,6 +73,28 @@ void lse_over_tokens(const SoftMergeArguments& all, const Meta& metas, const Tas
         }
 }
 
+// S becomes size_n A, 0 for tokens that are not real, with the softmax over meta tokens; and its lse.
+void attend_over_meta(int K, int64_t rows, const float* real, const float* size, float* tile, float* lse) {
+    for (int v = 0; v < kVectors; ++v) {
+        float* const at = tile + v * kWidth;
+        Floats best = splat(-kInfinity), sum{};
+        for (int64_t k = 0; k < K; ++k) {
+            const Floats S = load(at + k * kPanel);
+            best = S > best ? S : best;
+        }
+        for (int64_t k = 0; k < K; ++k) {
+            const Floats e = exp(load(at + k * kPanel) - best);
+            sum += e;
+            store(at + k * kPanel, e);
+        }
+        store(lse + v * kWidth, best + log(sum));
+        const Ints is_real = load(real + v * kWidth) != 0.0f;
+        const Floats scale = load(size + v * kWidth) / sum;
+        for (int64_t k = 0; k < rows; ++k)
+            store(at + k * kPanel, k < K ? (is_real ? load(at + k * kPanel) * scale : Floats{}) : Floats{});
+    }
+}
+
 // The tokens of a panel as rows of what is summed: features, positions, 1. Zeros for those that are not real.
 template <class T>
 void load_rows(const SoftMergeArguments& a, int start, const float* real, int64_t columns, float* rows) {
@@ -121,14 +143,15 @@ void soft_merge_typed(const SoftMergeArguments& all, int64_t begin, int64_t end,
             load_panel<T>(a, start, [&](int64_t n) { return is_real(a.mask, n); }, panel);
             load_similarities(a, meta, panel, tile);
             if (a.over_meta) {
-                lse_over_meta(a, tile, lse);
+                attend_over_meta(a.K, meta.num_rows(), real, size, tile, lse);
                 for (int j = 0; j < kPanel && start + j < a.N; ++j) a.lse[start + j] = real[j] == 0 ? 0 : lse[j];
+            } else {
+                attend(a, a.lse, real, meta.num_rows(), tile);
+                for (int64_t k = 0; a.size.data != nullptr && k < meta.num_rows(); ++k)
+                    for (int v = 0; v < kVectors; ++v)
+                        store(tile + k * kPanel + v * kWidth,
+                              load(tile + k * kPanel + v * kWidth) * load(size + v * kWidth));
             }
-            attend(a, a.over_meta ? lse : a.lse, real, meta.num_rows(), tile);
-            for (int64_t k = 0; a.size.data != nullptr && k < meta.num_rows(); ++k)
-                for (int v = 0; v < kVectors; ++v)
-                    store(tile + k * kPanel + v * kWidth,
-                          load(tile + k * kPanel + v * kWidth) * load(size + v * kWidth));
             load_rows<T>(a, start, real, columns, row + in_strip(kTokens, at * kPanel, 0));
             if (at + 1 == kTogether || i + 1 == last)
                 sum_over_tokens(W, at + 1, a.K, meta.num_rows(), row, columns, i - first != at,

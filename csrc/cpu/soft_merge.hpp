@@ -37,19 +37,6 @@ inline void load_similarities(const SoftMergeInputs& a, const Meta& meta, const 
     }
 }
 
-// lse over the meta tokens of the tokens of a panel, of S.
-inline void lse_over_meta(const SoftMergeInputs& a, const float* tile, float* lse) {
-    for (int v = 0; v < kVectors; ++v) {
-        Floats best = splat(-kInfinity), sum{};
-        for (int64_t k = 0; k < a.K; ++k) {
-            const Floats S = load(tile + k * kPanel + v * kWidth);
-            best = S > best ? S : best;
-        }
-        for (int64_t k = 0; k < a.K; ++k) sum += exp(load(tile + k * kPanel + v * kWidth) - best);
-        store(lse + v * kWidth, best + log(sum));
-    }
-}
-
 // S becomes A, 0 for tokens that are not real. lse is of the lanes if over_meta, else of the meta tokens.
 inline void attend(const SoftMergeInputs& a, const float* lse, const float* real, int64_t rows, float* tile) {
     for (int64_t k = 0; k < rows; ++k)
