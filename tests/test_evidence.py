@@ -180,7 +180,7 @@ def test_soft_merging_is_two_stages_of_soft_merge(x):
 
 
 def test_what_is_near_counts_as_alike():
-    q = torch.tensor([[[1.0, 0.0], [1.0, 0.3], [1.0, 0.0], [1.0, 0.2]]])
+    q = torch.tensor([[[1.0, 0.0], [1.0, 0.3], [4.0, 0.0], [1.0, 0.2]]])
     positions = torch.tensor([[[0.0, 0, 0], [0, 0, 1], [0, 0, 20], [0, 0, 2]]])
     meta = [
         mergers.Near(nearness, 0.0)(q, 1, 4, 2, positions=positions, stage=stage)

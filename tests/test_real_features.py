@@ -80,6 +80,18 @@ def test_what_merges_nothing_changes_nothing(models, frames):
         assert model.operations(name, knob) < model.unmerged, name
 
 
+def test_a_merger_behind_the_class_token_sees_what_it_would_see_alone():
+    x, keys = torch.randn(2, 13, DIM), torch.randn(2, HEADS, 13, 4)
+    size = torch.randint(1, 5, (2, 13)).float()
+    merger = real_features.ways.mergers.Matching(4)
+    alone, plan = merger(x[:, 1:], (1, 3, 4), size[:, 1:], None, keys[:, :, 1:], return_plan=True)
+    out, whole = real_features.BesideClassToken(merger)(x, (1, 3, 4), size, None, keys, return_plan=True)
+    assert_equal("class token", out.x[:, 0], x[:, 0])
+    assert_equal("tokens", out.x[:, 1:], alone.x)
+    assert_equal("counts", out.size[:, 1:], alone.size)
+    assert_equal("plan", whole.index[:, 1:], plan.index + 1)
+
+
 def test_dropped_tokens_take_those_of_the_nearest():
     index = torch.tensor([[-1, 4, -1, 7, -1, -1, -1, 9]])
     told = real_features.tell(index, (2, 2, 2))
