@@ -288,7 +288,8 @@ class Bench:
         )
         title = f"{film.name}: {grid[0] * grid[1] * grid[2]} tokens of DINOv2 ViT-S/14 in {len(used)} groups"
         lines = [f"{name}, after block {AFTER} of 12, at {100 - percent} % of the operations, without training."]
-        picture.sheet(frames, groups, [f"{time:.1f} s" for time in film.times], title, lines).save(path)
+        sheet = picture.sheet(frames, groups, [f"{time:.1f} s" for time in film.times], title, lines)
+        sheet.reduce(2).save(path, optimize=True)
 
 
 def command(key: Key) -> str:
