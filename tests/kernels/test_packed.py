@@ -167,6 +167,17 @@ def test_sequences_of_many_tiles_and_of_none(backend):
     as_each_alone(backend, "match", lengths, given, lambda s: {"r": lengths[s] // 2}, r=0.5)
 
 
+@pytest.mark.parametrize("normalize", [None, *NORMALIZATIONS])
+def test_sequences_of_several_spans_and_of_none(backend, normalize):
+    """Long enough that sums over their tokens are split; by assign if there is no `normalize`."""
+    if backend.impl == "triton":
+        pytest.skip("takes one sequence after another")
+    lengths = [3, 300, 0, 1, 140]
+    verb, how = ("assign", {}) if normalize is None else ("soft_merge", {"normalize": normalize})
+    given = inputs_of(sum(lengths), len(lengths), 3, 16, 0, torch.float32, True, 0)
+    as_each_alone(backend, verb, lengths, given, temperature=0.3, **how)
+
+
 GRIDS = [(2, 3, 4), (3, 2, 2), (1, 4, 2)]
 
 
