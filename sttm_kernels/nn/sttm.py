@@ -108,7 +108,8 @@ class STTM(nn.Module):
             least 1), or as a count, an int: note that 1.0 is all and 1 is one. None leaves the stage out.
         temporal_keep: K_t, likewise, of the T * K_s survivors of a clip or of the tokens of each temporal window.
         meta: the generator: "pool", "kmeans", "distinct", "farthest", "topk", "learned", "dpc_knn", of which each
-            stage gets its own, or a module, which both stages share. See `sttm_kernels.nn.generators`.
+            stage gets its own, or a module, which both stages share. See `sttm_kernels.nn.generators`. A module whose
+            attribute `told` names "positions" or "stage" is given them by name.
         motion: whether to add motion features.
         num_prefix: how many tokens at the front (class, distillation, registers) are left as they are, bit for bit.
         similarity, temperature, weight: of `sttm_kernels.assign`. The parameters of "topk" and "learned" learn through
