@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
@@ -108,15 +107,16 @@ class Verbs:
         run: the extension.
         stream: where a launch that has this tensor among its arguments goes.
         tf32: whether float32 products may round to TF32.
-        sort_room: how often N integers are the scratch that sorting the tokens of an item takes.
-        read_again: with more src tokens than this, the mean over the heads of a metric is taken by a launch of its own.
+        sort_room, match_room: how often N integers are the scratch that sorting the tokens of an item takes, and match.
+        takes_mean: whether a metric that is no row of aligned memory for every token is first made one.
     """
 
     run: Callable[[], Any]
     stream: Callable[[Tensor], int]
     tf32: Callable[[], bool]
     sort_room: int
-    read_again: float
+    match_room: int
+    takes_mean: bool
 
     def _groups(self, plan: MergePlan) -> tuple[Tensor, Tensor, Tensor | None]:
         """Its `order` and `offsets`; if it has none, room for them and scratch to make them with."""
@@ -187,6 +187,14 @@ class Verbs:
         )  # fmt: skip
         return found
 
+    def _mean(self, metric: Tensor) -> Tensor | None:
+        """Room for the mean over heads of a metric, or for a copy that can be read 16 bytes at a time."""
+        *_, N, D = metric.shape
+        plain = metric.dim() == 3 and metric.stride(2) == 1 and D % 8 == 0 and metric.data_ptr() % 16 == 0
+        if not self.takes_mean or (plain and not metric.stride(0) % 8 and not metric.stride(1) % 8):
+            return None
+        return metric.new_empty((metric.shape[0], N, -(-D // 8) * 8))
+
     def match(
         self,
         metric: Tensor,
@@ -196,15 +204,12 @@ class Verbs:
         dst: Tensor | None,
         bounds: MatchBounds | None = None,
     ) -> MergePlan:
-        B, N, D = metric.shape[0], metric.shape[-2], metric.shape[-1]
+        B, N = metric.shape[0], metric.shape[-2]
         K, mask, limit, threshold = bounds or MatchBounds(N - r)
         index = metric.new_empty((B, N), dtype=torch.int32)
         score = metric.new_empty((B, N), dtype=torch.float32)
         order, offsets = (None, None) if mask is not None else (torch.empty_like(index), index.new_empty((B, K + 1)))
-        scratch = index.new_empty(B * (self.sort_room * N + 1))
-        mean = None
-        if metric.dim() == 4 and (N // 2 if src is None else src.shape[2]) > self.read_again:
-            mean = metric.new_empty((B, N, D))
+        scratch, mean = index.new_empty(B * (self.match_room * N + 1)), self._mean(metric)
         self.run().match(
             metric, _dense(src), _dense(dst), mask, _dense(limit), r, K, num_prefix, threshold, self.tf32(),
             index, score, order, offsets, scratch, mean, self.stream(metric),
@@ -212,11 +217,15 @@ class Verbs:
         return MergePlan(index, K, score, order=order, offsets=offsets)
 
     def match_packed(self, metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
-        T, D, K = metric.shape[-2], metric.shape[-1], packed.num_groups
+        T, K = metric.shape[-2], packed.num_groups
         index = metric.new_empty((1, T), dtype=torch.int32)
         score = metric.new_empty((1, T), dtype=torch.float32)
-        order, offsets, scratch = torch.empty_like(index), index.new_empty((1, K + 1)), index.new_empty(T)
-        mean = metric.new_empty((1, T, D)) if metric.dim() == 4 and self.read_again < math.inf else None
+        order, offsets, scratch = (
+            torch.empty_like(index),
+            index.new_empty((1, K + 1)),
+            index.new_empty(self.match_room * T),
+        )
+        mean = self._mean(metric)
         self.run().match_packed(
             metric, _dense(packed.sequences), packed.tiles, K, num_prefix, packed.threshold, self.tf32(),
             index, score, order, offsets, scratch, mean, self.stream(metric),

@@ -38,7 +38,7 @@ def merge_backward(B, N, D, reduce="mean"):
 
 def match(B, N):
     tokens, metric = huge(INT, B, N), huge(FLOAT, B, N, 1)
-    scratch = huge(INT, B * (N + 1))
+    scratch = huge(INT, B * (cuda.MATCH_ROOM * N + 1))
     C.match(
         metric, None, None, None, None, 0, N, 0, -math.inf, False,
         tokens, huge(FLOAT, B, N), tokens, huge(INT, B, N + 1), scratch, None, 0,

@@ -24,8 +24,8 @@ ARCHITECTURES = ("80", "90a")
 COLUMNS = ("regs", "shared", "spills", "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "128-bit")
 DOTS = COLUMNS[3:6]
 PRODUCTS = (
-    "assign_kernel", "assign_backward_kernel", "nearest_kernel", "soft_merge_kernel", "soft_merge_grad_x_kernel",
-    "soft_merge_grad_metric_kernel", "assign_merge_kernel",
+    "assign_kernel", "assign_backward_kernel", "nearest_kernel", "nearest_any_kernel", "soft_merge_kernel",
+    "soft_merge_grad_x_kernel", "soft_merge_grad_metric_kernel", "assign_merge_kernel",
 )  # fmt: skip
 """Kernels that multiply matrices: on tensor cores, but for exact float32."""
 
@@ -40,6 +40,9 @@ class Report:
     shared: int
     spills: int
     instructions: Counter[str] = field(default_factory=Counter)
+    loops: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of every loop with tensor cores or several loads of 16 bytes: its instructions, HMMA and such loads among them,
+    those of inner loops once."""
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -70,9 +73,9 @@ def build(verb: str, arch: str) -> list[Report]:
         if done.returncode != 0:
             raise RuntimeError(f"nvcc failed: {done.stderr}")
         found = {report.name: report for report in _resources(done.stderr, arch)}
-        for name, instructions in _instructions(cubin):
+        for name, instructions, loops in _instructions(cubin):
             if name in found:
-                found[name].instructions = instructions
+                found[name].instructions, found[name].loops = instructions, loops
     for report, name in zip(found.values(), _readable(found), strict=True):
         report.name = name
     return list(found.values())
@@ -89,7 +92,7 @@ def _resources(log: str, arch: str) -> Iterable[Report]:
         yield Report(name, arch, int(registers[1]), int(shared[1]) if shared else 0, sum(spills))
 
 
-def _instructions(cubin: str) -> Iterable[tuple[str, Counter[str]]]:
+def _instructions(cubin: str) -> Iterable[tuple[str, Counter[str], list[tuple[int, int, int]]]]:
     tool = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if tool is None and triton is not None and triton.origin is not None:
@@ -99,10 +102,26 @@ def _instructions(cubin: str) -> Iterable[tuple[str, Counter[str]]]:
     code = subprocess.run([tool, "-sass", cubin], check=True, capture_output=True, text=True).stdout
     for part in code.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", body, re.MULTILINE)
+        lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)", body, re.MULTILINE)
+        opcodes = [opcode for _, opcode, _ in lines]
         counts = Counter(opcode.split(".")[0] for opcode in opcodes)
         counts["128-bit"] = sum(opcode.startswith("LDG.") and ".128" in opcode for opcode in opcodes)
-        yield name.strip(), counts
+        yield name.strip(), counts, _loops(lines)
+
+
+def _loops(lines: list[tuple[str, str, str]]) -> list[tuple[int, int, int]]:
+    """Of (address, opcode, operands): what lies between a branch that goes back and where it goes."""
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    found = []
+    for i, (_, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+        first = at.get(int(target[1], 16), i) if target else i
+        body = [one for _, one, _ in lines[first : i + 1]]
+        products = sum(one.startswith("HMMA") for one in body)
+        loads = sum(one.startswith("LDG.") and ".128" in one for one in body)
+        if first < i and (products or loads > 1):
+            found.append((len(body), products, loads))
+    return found
 
 
 def _readable(names: Iterable[str]) -> list[str]:

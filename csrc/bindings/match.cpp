@@ -2,6 +2,14 @@
 
 namespace sttm {
 
+// Room for the mean over heads, which the kernels of a GPU take of a metric that has several.
+static void* read_mean(Validate& validate, const MatchArguments& a, const MaybeArray& mean) {
+#if !defined(STTM_CPU)
+    if (a.metric.heads > 1 && !mean) throw py::value_error("mean is needed for a metric of several heads");
+#endif
+    return validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, (int64_t(a.D) + 7) / 8 * 8});
+}
+
 static void match_arrays(const Array& metric, const MaybeArray& src, const MaybeArray& dst, const MaybeArray& mask,
                          const MaybeArray& limit, int r, int num_groups, int num_prefix, double threshold, bool tf32,
                          const Array& index, const Array& score, const MaybeArray& order, const MaybeArray& offsets,
@@ -50,9 +58,8 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
         throw py::value_error("order and offsets must both be arrays or both be None");
     a.order = validate.dense<int32_t>(order, "order", {a.B, a.N});
     a.offsets = validate.dense<int32_t>(offsets, "offsets", {a.B, int64_t(num_groups) + 1});
-    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(kSortRoom) * a.N + 1)});
-    a.arrived = a.partner + int64_t(kSortRoom) * a.B * a.N;
-    a.mean = validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, a.D});
+    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.B * (int64_t(kMatchRoom) * a.N + 1)});
+    a.mean = read_mean(validate, a, mean);
     validate.run(match, a, stream);
 }
 
@@ -96,8 +103,8 @@ static void match_packed_arrays(const Array& metric, const Array& sequences, int
     a.score = validate.dense<float>(score, "score", {1, a.N});
     a.order = validate.dense<int32_t>(order, "order", {1, a.N});
     a.offsets = validate.dense<int32_t>(offsets, "offsets", {1, int64_t(num_groups) + 1});
-    a.partner = validate.dense<int32_t>(scratch, "scratch", {a.N});
-    a.mean = validate.dense_features(mean, "mean", a.dtype, {1, a.N, a.D});
+    a.partner = validate.dense<int32_t>(scratch, "scratch", {int64_t(kMatchRoom) * a.N});
+    a.mean = read_mean(validate, a, mean);
     check(a);
     validate.run(match, a, stream);
 }
@@ -133,7 +140,7 @@ void bind_match(py::module_& m) {
           py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"), py::arg("index"),
           py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
           py::arg("stream"),
-          "the same of sequences int32 (S, 6), one after another in metric (1, T, D); scratch int32 (T)");
+          "the same of sequences int32 (S, 6), one after another in metric (1, T, D); scratch int32 (kMatchRoom * T)");
 }
 
 }  // namespace sttm

@@ -454,6 +454,14 @@ inline T atomicAdd(T* at, T value) {
     return old;
 }
 
+template <class T>
+inline T atomicMax(T* at, T value) {
+    static_assert(std::is_integral_v<T>, "no atomics of floats");
+    const T old = *at;
+    if (old < value) *at = value;
+    return old;
+}
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline unsigned __float_as_uint(float value) { return sttm::host::from_bits<unsigned>(sttm::host::to_bits(value)); }

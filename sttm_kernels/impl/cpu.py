@@ -50,7 +50,7 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
 SEQUENCES = frozenset({"match", "assign", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
 
-_verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, float("inf"))
+_verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, 1, False)
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
 match_packed = _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge

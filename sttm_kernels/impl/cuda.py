@@ -58,13 +58,12 @@ def _stream(t: Tensor) -> int:
     return raw_stream(t.device.index) if t.is_cuda else 0
 
 
-SORT_ROOM = 2  # kSortRoom of csrc/include/sttm/arguments.hpp
-READ_AGAIN = 128
+SORT_ROOM, MATCH_ROOM = 2, 8  # kSortRoom and kMatchRoom of csrc/include/sttm/arguments.hpp
 
 SEQUENCES = frozenset({"match"})
 """Verbs that take all sequences of a packed batch together."""
 
-_verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, READ_AGAIN)
+_verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, MATCH_ROOM, True)
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
 match_packed = _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge

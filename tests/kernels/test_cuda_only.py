@@ -25,7 +25,7 @@ if dispatch.why_not("merge", "cuda", DEVICE) is not None:
     pytest.skip(str(dispatch.why_not("merge", "cuda", DEVICE)), allow_module_level=True)
 
 ORDERS = ("forward", "reverse", "shuffle:1")
-ONE_LAUNCH = 2048  # kOneLaunch of csrc/include/sttm/match.cuh
+ONE_LAUNCH = 1024  # kOneLaunch of csrc/include/sttm/match_tokens.cuh
 ONE_BLOCK = 8192  # kOneBlock of csrc/include/sttm/csr.cuh
 TINY = combinations.Extents(B=1, N=5, C=8, D=8, P=2, H=2)
 
@@ -137,6 +137,26 @@ def test_selection_by_several_blocks_is_that_by_one(r, masked, threshold):
     assert_equal("index", plan.index[:, ONE_BLOCK:], (alone.index + ONE_BLOCK * (alone.index >= 0)).int())
     if mask is None:
         assert_order(plan.index, plan.num_groups, plan.order, plan.offsets)
+
+
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("D", [8, 40, 64, 72, 88, 90, 112, 128, 136])
+def test_match_of_every_depth_by_parts_of_the_dst(D, dtype):
+    """Dst are shared out among blocks where there are few: packed, they are not, with the same bits."""
+    metric = make_tokens(1, 300, D, dtype, DEVICE)
+    check_match("cuda", metric, 70, 1)
+    plan, whole = sttm.match(metric, 70, 1, impl="cuda"), sttm.match(metric, 70, 1, lengths=[300], impl="cuda")
+    for name, value in fields(whole).items():
+        assert_equal(name, getattr(plan, name), value)
+
+
+def test_the_lowest_of_equal_dst_in_several_parts():
+    """And of rising negative scores the highest, which as integers are in the other order."""
+    metric = torch.zeros(1, 512, 8, dtype=torch.float16, device=DEVICE)
+    metric[0, ::2, 0], metric[0, 1::2, 0] = 1, -1
+    metric[0, 1::2, 1] = torch.arange(256, device=DEVICE) // 2 / 256
+    index = sttm.match(metric, 255, impl="cuda").index[0]
+    assert bool((index[:510:2] == index[509]).all())
 
 
 @each("name", ["src", "dst"])

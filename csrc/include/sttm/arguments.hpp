@@ -62,11 +62,11 @@ Error compose(const ComposeArguments&, Stream);
 Error probe();
 #endif
 
-// How often N numbers are the scratch that sorting the tokens of an item takes.
+// How often N numbers are the scratch that sorting the tokens of an item takes, and match.
 #if defined(STTM_CPU)
-constexpr int kSortRoom = 1;
+constexpr int kSortRoom = 1, kMatchRoom = 1;
 #else
-constexpr int kSortRoom = 2;
+constexpr int kSortRoom = 2, kMatchRoom = 8;
 #endif
 
 // order (B, N), the tokens sorted by group and then by token, those without a group last; offsets (B, K + 1), where in
@@ -116,8 +116,9 @@ constexpr int kSequenceTile = 128;
 // as if it were alone, without lists, mask, limit and r.
 //
 // index, order and score are (B, N), offsets (B, num_groups + 1); score is -inf where there was nothing to find. order
-// and offsets may be null. partner (kSortRoom, B, N) and arrived (B) are scratch; so is mean (B, N, D) of the metric's dtype: if
-// given, the mean over heads is taken once, beforehand, else by every block that reads a token.
+// and offsets may be null. partner, of kMatchRoom * B * N + B numbers, at a multiple of 8 bytes, is scratch; so is mean
+// (B, N, D rounded up to a multiple of 8) of the metric's dtype, which a metric of several heads needs, and one of
+// 16-bit features that cannot be read 16 bytes at a time is faster with.
 struct MatchArguments {
     DType dtype;
     bool tf32;  // whether float32 products may round to TF32
@@ -135,14 +136,15 @@ struct MatchArguments {
     float threshold;
     float* score;
     int32_t *index, *order, *offsets;
-    int32_t *partner, *arrived;
+    int32_t* partner;
     void* mean;
 };
 Error match(const MatchArguments&, Stream);
 
 // merge x (B, N, C) to y (B, K, C); positions (B, N, P), items dense; fill (B, K, C), items dense, or null.
 // The tokens of each group come from `order` (B, N) and `offsets` (B, K + 1). If `other` (kSortRoom, B, N), scratch, is
-// given, they are made here of `index` (B, N), else `index` is not read. Sizes and masses are (B, K), positions (B, K, P).
+// given, they are made here of `index` (B, N), else `index` is not read. Sizes and masses are (B, K), positions (B, K,
+// P).
 struct MergeArguments {
     DType dtype;
     Reduce reduce;

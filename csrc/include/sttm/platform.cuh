@@ -166,6 +166,12 @@ template <class T>
 inline T shuffle(T value, int source, STTM_HOST_SITE) {
     return host::from_bits<T>(host::exchange(host::to_bits(value), {"shuffle", file, line})[source & 31]);
 }
+// From lane `source` of every WIDTH lanes.
+template <int WIDTH, class T>
+inline T shuffle(T value, int source, STTM_HOST_SITE) {
+    const int first = lane_index() / WIDTH * WIDTH;
+    return host::from_bits<T>(host::exchange(host::to_bits(value), {"shuffle", file, line})[first + source]);
+}
 template <class T>
 inline T shuffle_xor(T value, int mask, STTM_HOST_SITE) {
     const uint64_t* all = host::exchange(host::to_bits(value), {"shuffle_xor", file, line});
@@ -195,6 +201,10 @@ inline unsigned match_any(int value, STTM_HOST_SITE) {
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int source) {
     return __shfl_sync(kAllLanes, value, source);
+}
+template <int WIDTH, class T>
+__device__ __forceinline__ T shuffle(T value, int source) {
+    return __shfl_sync(kAllLanes, value, source, WIDTH);
 }
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {

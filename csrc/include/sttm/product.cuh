@@ -31,13 +31,40 @@ __device__ __forceinline__ int anew(int value) {
 }
 
 // 16 bytes from global to shared memory, the first `bytes` of them read and the rest zero.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #ifdef STTM_HOST
+inline void copy_async(void* shared, const void* global, int bytes) {
     std::memset(shared, 0, 16);
     std::memcpy(shared, global, bytes);
+}
+#else
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+    copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global, bytes);
+}
+#endif
+
+// The same of 4 bytes.
+__device__ __forceinline__ void copy_4_async(void* shared, const void* global) {
+#ifdef STTM_HOST
+    std::memcpy(shared, global, 4);
 #else
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(global) : "memory");
+#endif
+}
+
+// Own copies so far become a group; all groups have arrived but the last COUNT.
+__device__ __forceinline__ void commit_copies() {
+#ifndef STTM_HOST
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int COUNT>
+__device__ __forceinline__ void wait_for_copies_but() {
+#ifndef STTM_HOST
+    asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
 #endif
 }
 
