@@ -77,7 +77,7 @@ def _is_tensor(argument: Any) -> bool:
 
 def _choices(argument: Any, results: int) -> tuple[Any, ...]:
     """What is passed for an argument, the usual value first: settings, and for tensors whether they are there."""
-    if argument.name == "sequences":
+    if argument.name == "sequences" and str(argument.type) == "Optional[Tensor]":
         return (None,)
     if _is_tensor(argument):
         return (True, False) if str(argument.type) == "Optional[Tensor]" and argument.name not in ALONG else (True,)
