@@ -3,8 +3,9 @@
 # scripts/test.sh [fast|triton|cuda|models|all].
 #   fast    lint, types, the site, `verify`, and the verbs in plain PyTorch and in the CPU kernels
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
-#   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers
-#   models  every way in which models are run, in every family
+#   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers; and the
+#           registers of all CUDA kernels
+#   models  every way in which models are run, in every family; all that is exported
 #   all     one in eight of the cases of all of this; every other test; the older of the two major versions of
 #           transformers, in a process of its own; and last the ratios to rivals, with nothing beside them; what is run
 #           where nothing is named
@@ -54,8 +55,8 @@ case $what in
     TRITON_INTERPRET=1 tests tests/kernels
     tests tests/test_triton_compile.py tests/test_triton_combinations.py
     ;;
-  cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py ;;
-  models) tests tests/test_how_models_are_run.py ;;
+  cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py tests/test_cuda_compile.py ;;
+  models) tests tests/test_how_models_are_run.py tests/test_export.py ;;
   all)
     tests --tables-one-in 8
     TRITON_INTERPRET=1 tests --one-in 8 tests/kernels

@@ -17,6 +17,7 @@ if codegen_cuda.nvcc() is None:
 EXAMPLE = codegen_cuda.CSRC / "examples" / "merge_tokens.cu"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("verb", codegen_cuda.VERBS)
 def test_nothing_spills(verb):
     """On one architecture, to save minutes; `python -m benchmarks.codegen --impl cuda` has more."""
