@@ -35,7 +35,7 @@ def merge_arguments(**changed):
         "fill": None,
         "order": torch.empty(B, N, dtype=torch.int32),
         "offsets": torch.empty(B, K + 1, dtype=torch.int32),
-        "other": torch.empty(B, N, dtype=torch.int32),
+        "other": torch.empty(cuda.SORT_ROOM * B, N, dtype=torch.int32),
         "reduce": "mean",
         "y": torch.empty(B, K, D),
         "size_out": torch.empty(B, K),
