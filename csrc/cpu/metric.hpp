@@ -94,24 +94,47 @@ inline Floats sums_of(Floats (&values)[kWidth]) {
     return total;
 }
 
+// kWidth tokens, null for zeros.
+template <class T>
+struct Tokens {
+    const T* at[kWidth];
+    bool dense, beside;  // features, or tokens, one after another in memory
+
+    template <class F>
+    Tokens(const Metric& m, int64_t b, const F& token) : dense(m.heads == 1 && m.stride_d == 1) {
+        beside = m.heads == 1 && m.stride_n == 1 && token(0) >= 0;
+        for (int i = 0; i < kWidth; ++i) {
+            at[i] = features_of<T>(m, b, token(i));
+            beside = beside && at[i] == at[0] + i;
+        }
+    }
+
+    // Features [d, d + kWidth) or up to D of each.
+    STTM_INLINE void load_features(const Metric& m, int d, int D, Floats (&part)[kWidth]) const {
+        if (d + kWidth <= D && dense) {
+            STTM_UNROLL
+            for (int i = 0; i < kWidth; ++i) part[i] = at[i] == nullptr ? Floats{} : load(at[i] + d);
+        } else if (d + kWidth <= D && beside) {
+            STTM_UNROLL
+            for (int i = 0; i < kWidth; ++i) part[i] = load(at[0] + (d + i) * m.stride_d);
+            transpose<kWidth / 2>(part);
+        } else {
+            for (int i = 0; i < kWidth; ++i) part[i] = features(m, at[i], d, D);
+        }
+    }
+};
+
 // A panel: kPanel tokens, one to a lane, feature d of them at panel[d kPanel]. `token(lane)` is the token in a lane, -1
 // for zeros. Unless `rows` is null, the same goes there, as rows of `count`, zeros behind D.
 template <class T, class F>
 void pack_panel(const Metric& m, int64_t b, int D, float* panel, const F& token, float* rows = nullptr,
                 int64_t count = 0) {
     const int64_t columns = columns_of(D);
-    const bool dense = m.heads == 1 && m.stride_d == 1;
     for (int v = 0; v < kVectors; ++v) {
-        const T* tokens[kWidth];
-        for (int i = 0; i < kWidth; ++i) tokens[i] = features_of<T>(m, b, token(v * kWidth + i));
+        const Tokens<T> tokens(m, b, [&](int i) { return token(v * kWidth + i); });
         for (int d = 0; d < (rows == nullptr ? D : columns); d += kWidth) {
             Floats part[kWidth];
-            if (dense && d + kWidth <= D) {
-                STTM_UNROLL
-                for (int i = 0; i < kWidth; ++i) part[i] = tokens[i] == nullptr ? Floats{} : load(tokens[i] + d);
-            } else {
-                for (int i = 0; i < kWidth; ++i) part[i] = features(m, tokens[i], d, D);
-            }
+            tokens.load_features(m, d, D, part);
             if (rows != nullptr) {
                 STTM_UNROLL
                 for (int i = 0; i < kWidth; ++i) store(rows + in_strip(count, v * kWidth + i, d), part[i]);

@@ -98,13 +98,19 @@ void attend_over_meta(int K, int64_t rows, const float* real, const float* size,
 // The tokens of a panel as rows of what is summed: features, positions, 1. Zeros for those that are not real.
 template <class T>
 void load_rows(const SoftMergeArguments& a, int start, const float* real, int64_t columns, float* rows) {
+    const Metric x{a.x.data, 1, a.x.stride_b, 0, a.x.stride_n, a.x.stride_c};
+    for (int v = 0; v < kPanel; v += kWidth) {
+        const Tokens<T> tokens(x, 0, [&](int i) { return real[v + i] == 0 ? -1 : start + v + i; });
+        for (int64_t c = 0; c < columns; c += kWidth) {
+            Floats part[kWidth];
+            tokens.load_features(x, static_cast<int>(c), a.C, part);
+            STTM_UNROLL
+            for (int i = 0; i < kWidth; ++i) store(rows + in_strip(kTokens, v + i, c), part[i]);
+        }
+    }
     for (int i = 0; i < kPanel; ++i) {
         const int64_t n = start + i;
-        const T* const x = static_cast<const T*>(a.x.data) + n * a.x.stride_n;
         const float* const p = static_cast<const float*>(a.positions.data);
-        for (int64_t c = 0; c < columns; c += kWidth)
-            store(rows + in_strip(kTokens, i, c),
-                  real[i] == 0 || c >= a.C ? Floats{} : load_up_to(x + c * a.x.stride_c, a.C - c, a.x.stride_c));
         if (real[i] == 0) continue;
         for (int j = 0; j < a.P; ++j)
             rows[in_strip(kTokens, i, a.C + j)] = p[n * a.positions.stride_n + j * a.positions.stride_c];
