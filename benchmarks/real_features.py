@@ -45,7 +45,7 @@ from sttm_kernels.nn.sttm import Grid, grid_positions
 from sttm_kernels.plan import MergedTokens, MergePlan
 
 FRAME, CLIP = SETTINGS = ("frame", "clip")
-RATES = (25, 38, 60)
+RATES = (25, 38, 50, 70)
 """By how many percent operations are cut."""
 AFTER = 3
 """The block, of 12, that whatever merges once merges after."""

@@ -191,6 +191,14 @@ def test_what_is_near_counts_as_alike():
     assert_equal("another stage", meta[2], meta[0])
 
 
+def test_what_merges_is_split_over_blocks():
+    merge = contenders.ALL["tome-1-3"].settings(48)["merge"]
+    assert {block: matching.r for block, matching in merge.items()} == {1: 60, 2: 180}
+    merge = contenders.ALL["sttm-1-1-1"].settings(12)["merge"]
+    kept = {block: (sttm.spatial_keep, sttm.temporal_keep) for block, sttm in merge.items()}
+    assert kept == {1: (31, 52), 2: (32, None), 3: (12, None)}
+
+
 def test_frames_are_dropped_evenly():
     frames = [contenders.CONTENDERS["even-frames"].settings(count)["frames"] for count in (1, 4, 8)]
     assert frames == [(4,), (1, 3, 5, 7), tuple(range(8))]
@@ -269,7 +277,7 @@ def test_a_goal_is_met_where_the_whole_interval_says_so(better, verdict):
         found[rows.Key(jobs.TRAINED, name, jobs.GOAL, 0, 1)] = {
             "seed": "0", "clips": "1000", "right": rows.packed(of)
         }  # fmt: skip
-    (line,) = (line for line in table.verdicts(found, 1) if "ToMe" in line)
+    (line,) = (line for line in table.verdicts(found, 1) if "above ToMe" in line)
     assert f": {verdict}, {(better - 15) / 10:+.1f} points" in line
 
 
@@ -284,6 +292,12 @@ def test_settings_are_chosen_on_other_clips(tmp_path, monkeypatch):
     assert splits == ["choose", "report"]
     chosen, reported = (next(iter(rows.read(tmp_path / name).values())) for name in (rows.CHOOSING, rows.FILE))
     assert chosen["command"] == reported["command"].replace("evidence", "evidence --choose")
+
+
+def test_the_command_of_a_further_seed_names_its_row(tmp_path, capsys):
+    command = jobs.command(rows.Key(jobs.TRAINED, "sttm-motion", jobs.GOAL, 3, 600), "report").split()[1:]
+    assert main([*command, "--list", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("trained sttm-motion 38 3 600\n1 of 1")
 
 
 @pytest.mark.parametrize(

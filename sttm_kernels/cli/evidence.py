@@ -95,14 +95,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _wanted(arguments: argparse.Namespace) -> Iterator[rows.Key]:
+    seeds = max(arguments.seeds, (arguments.seed or 0) + 1)
     if arguments.quick:
         keys = jobs.quick(arguments.steps or jobs.QUICK_STEPS)
     elif arguments.goals:
-        keys = jobs.goals(arguments.seeds, arguments.steps or train.STEPS)
+        keys = jobs.goals(seeds, arguments.steps or train.STEPS)
     elif arguments.choose:
         keys = jobs.choices(arguments.steps or train.STEPS)
     else:
-        keys = jobs.table(arguments.seeds, arguments.steps or train.STEPS)
+        keys = jobs.table(seeds, arguments.steps or train.STEPS)
     for key in keys:
         if (
             arguments.setting in (None, key.setting)

@@ -23,9 +23,11 @@ from sttm_kernels.evidence.rows import Key
 APPLIED, TUNED, TRAINED = SETTINGS = ("applied", "tuned", "trained")
 GOAL = 38
 """The percent that the goals are about."""
+CHOSEN_BELOW = 50
+"""The percent at which settings are looked at beside it: there they differ more."""
 JUDGED = ("sttm-motion", "tome", "sttm")
 """What the goals compare, beside the unmerged network, with several seeds."""
-FLOORS = ("random-drop", "even-frames", "sttm-moments")
+FLOORS = ("random-drop", "even-frames", "sttm-moments", "tome-once")
 """What else they compare, when the others have their seeds."""
 QUICK = ("unmerged", "sttm-motion", "tome")
 QUICK_STEPS = 600
@@ -64,9 +66,10 @@ def table(seeds: int, steps: int) -> Iterator[Key]:
 def choices(steps: int) -> Iterator[Key]:
     """Settings of ToMe and STTM, for the clips on which they are chosen."""
     yield Key(TRAINED, "unmerged", 0, 0, steps)
-    for name in ALL:
-        if name.startswith(("tome", "sttm")):
-            yield Key(APPLIED, name, GOAL, 0, steps)
+    for percent in (GOAL, CHOSEN_BELOW):
+        for name in ALL:
+            if name.startswith(("tome", "sttm")):
+                yield Key(APPLIED, name, percent, 0, steps)
 
 
 def command(key: Key, split: str) -> str:

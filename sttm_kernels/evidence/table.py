@@ -19,6 +19,7 @@ LEVEL = 0.95
 COMPARISONS = (
     ("sttm-motion", "unmerged", -1.0, "within 1 point of the unmerged network"),
     ("sttm-motion", "tome", 1.7, "at least 1.7 points above ToMe"),
+    ("sttm-motion", "tome-once", 1.7, "at least 1.7 points above one matching, after block 1"),
     ("sttm-motion", "random-drop", 0.0, "above dropping tokens at random"),
     ("sttm-motion", "even-frames", 0.0, "above dropping frames evenly"),
     ("sttm-motion", "sttm", 1.0, "motion features worth at least 1 point"),

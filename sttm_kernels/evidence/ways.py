@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from sttm_kernels.nn import DPCKNN, STTM
 from sttm_kernels.nn.sttm import Grid
 
 Settings = dict[str, Any]
+SHARES = ((3, 1), (1, 1), (1, 3), (1, 1, 1))
+"""How what merges may be split over blocks."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ class Place:
         merge = {block: mergers.Matching(-minus_r) for block in range(1, self.depth + 1)}
         return {"merge": merge, "merge_place": place}
 
+    def matched_in_shares(self, shares: Sequence[int], keep: int) -> Settings:
+        left = [self.tokens, *_left(self.tokens, keep, shares)]
+        rs = (before - then for before, then in pairwise(left))
+        return {"merge": {self.after + i: mergers.Matching(r, again=True) for i, r in enumerate(rs) if r}}
+
+    def sttm_in_shares(self, shares: Sequence[int], keep: int) -> Settings:
+        """Both stages first, then the spatial one of what is left of each window."""
+        first, *later = _left(self.window * self.in_frame, keep, shares)
+        again = [STTM(self.dim, left, None, meta="distinct", motion=False) for left in later]
+        return {"merge": {**self.sttm(first)["merge"], **{self.after + i: sttm for i, sttm in enumerate(again, 1)}}}
+
     def even_frames(self, count: int) -> Settings:
         return {"frames": tuple((2 * i + 1) * self.grid[0] // (2 * count) for i in range(count))}
 
@@ -105,6 +119,11 @@ class Place:
         """What the spatial stage leaves of a frame where `keep` of a window are left; `part` is how much of the merging
         it does, 0.5 where both stages take the same share."""
         return max(-(-keep // window), round(self.in_frame * (keep / (window * self.in_frame)) ** part))
+
+
+def _left(tokens: int, keep: int, shares: Sequence[int]) -> list[int]:
+    """How many tokens are left after each of several merges, which take away these shares of what merges."""
+    return [tokens - (tokens - keep) * merged // sum(shares) for merged in accumulate(shares)]
 
 
 def contenders(place: Place) -> dict[str, Contender]:
@@ -153,6 +172,18 @@ def variants(place: Place) -> dict[str, Contender]:
     of_window = range(1, place.window * place.in_frame + 1)
     every_block = partial(place.matched_in_every_block, place="after")
     return {
+        **{
+            f"{method}-{'-'.join(map(str, shares))}": Contender(
+                f"{says}, after block {place.after} and those behind it in shares of {':'.join(map(str, shares))}",
+                knobs,
+                partial(settings, shares),
+            )
+            for shares in SHARES
+            for method, says, knobs, settings in (
+                ("tome", "ToMe by x", range(1, place.tokens + 1), place.matched_in_shares),
+                ("sttm", "STTM, distinct", of_window, place.sttm_in_shares),
+            )
+        },
         "tome-x": Contender("ToMe after every block, by x", range(-place.tokens // 2, 1), every_block),
         **{
             f"sttm-{name}": Contender(f"STTM, distinct, {says}", of_window, partial(place.sttm, **settings))
