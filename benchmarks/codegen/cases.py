@@ -109,7 +109,6 @@ def _merge() -> list[Specialization]:
                     f"merge {dtype} C={C}".replace("torch.", ""),
                     partial(_merge_example, dtype, C),
                     arch,
-                    ("merge_few_kernel",),
                 )
     return found
 

@@ -254,3 +254,19 @@ def test_an_index_outside_means_no_group(backend, reduce, dtype, N, outputs_amid
     for name, value in expected.items():
         assert_equal(name, found[name], value)
     assert backend.impl == "torch" or len(outputs_amid_poison) >= 8
+
+
+# What is no token
+
+
+@pytest.mark.kernels_only
+@each_reduction
+def test_a_plan_that_points_outside_touches_nothing_there(backend, reduce, outputs_amid_poison):
+    index = make_index(2, 20, 5, backend.device)
+    order = torch.tensor([-(2**31), -1, 20, 35, 3, 2**31 - 1, 7, 19, 41, -20] * 2, dtype=torch.int32).repeat(2, 1)
+    offsets = torch.tensor([[0, 4, 8, 12, 16, 20], [-7, 3, 2**31 - 1, -(2**31), 50, 21]], dtype=torch.int32)
+    shortcut = {"order": order.to(backend.device), "offsets": offsets.to(backend.device)}
+    with unwritten(tokens(backend, 2, 20, 5, 24, given=("weight", "size", "positions"))) as held:
+        found = run(through(backend, index, 5, reduce, **shortcut), held)
+    for name in ("x", "size", "positions"):
+        assert bool(found[name].isfinite().all()), name

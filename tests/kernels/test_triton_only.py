@@ -1,6 +1,7 @@
-"""What only the Triton kernels have: how many launches, chunks of their sort, a product for few groups, far offsets."""
+"""What only the Triton kernels have: how many launches, chunks of their sort, far offsets."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from cases import draw, each, each_dtype_and_reduction, only, run, short
 
 import sttm_kernels as sttm
 from sttm_kernels import dispatch
-from sttm_kernels.checks import check_match, check_merge
+from sttm_kernels.checks import check_match, fields
 from sttm_kernels.functional import assign_merge
 from sttm_kernels.testing import assert_equal, assert_order, guarded, make_index, make_tokens
 
@@ -19,39 +20,38 @@ csr = importlib.import_module("sttm_kernels.impl.triton.csr")
 launch = importlib.import_module("sttm_kernels.impl.triton.launch")
 match_file = importlib.import_module("sttm_kernels.impl.triton.match")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 # Blocks of the sizes that users get
 
 
 @pytest.mark.shipped_blocks
-@each("reduce", ["mean", "sum"])
-@each("extras", [(), ("size", "weight", "positions", "fill")], ids=["bare", "everything"])
-@each("dtype", DTYPES[1:], ids=short)
-def test_merge_of_few_groups_by_a_product(reduce, extras, dtype):
-    inputs = draw((1, 70, 66, 1, 72), dtype)
-    check_merge("triton", inputs["x"], make_index(1, 70, 66), 66, reduce=reduce, **only(inputs, *extras))
-
-
-@pytest.mark.shipped_blocks
-@each(
-    ("K", "dtype", "ordered", "launches"),
-    [
-        (9, torch.float16, False, 1),
-        (200, torch.float16, False, 2),
-        (9, torch.float32, False, 2),
-        (200, torch.float16, True, 1),
-    ],
-)
-def test_how_many_launches_merge_takes(K, dtype, ordered, launches):
+@each(("K", "ordered", "launches"), [(9, False, 2), (200, False, 2), (9, True, 1)])
+def test_how_many_launches_merge_takes(K, ordered, launches):
     index = make_index(2, 300, K, left_out=0.0)
     order, offsets = index.argsort(dim=1, stable=True).to(torch.int32), torch.zeros(2, K + 1, dtype=torch.int32)
     shortcut = {"order": order, "offsets": offsets} if ordered else {}
     seen = []
     with launch.launching_instead(lambda *args: seen.append(args[0].__name__)):
-        sttm.merge(make_tokens(2, 300, 20, dtype), sttm.MergePlan(index, K, **shortcut), impl="triton")
+        sttm.merge(make_tokens(2, 300, 20), sttm.MergePlan(index, K, **shortcut), impl="triton")
     assert len(seen) == launches, seen
+
+
+@pytest.mark.shipped_blocks
+@each("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_a_group_has_the_bits_that_it_has_alone(dtype):
+    """Whether groups are long on average, which decides who owns them, or only this one is."""
+    index = torch.arange(41).repeat_interleave(torch.tensor([40, 9, 3, *[1] * 38]))[None].int()
+    inputs = only(draw((1, 90, 41, 1, 300), dtype), "x", "weight", "size", "positions")
+
+    def merge(index, K, x, weight, size, positions):
+        return fields(sttm.merge(x, sttm.MergePlan(index, K, weight=weight), size, positions, impl="triton"))
+
+    together = run(partial(merge, index, 41), inputs)
+    for groups in ([0], [1], [2], [0, 2]):
+        mine = torch.isin(index[0], torch.tensor(groups))
+        own = torch.searchsorted(torch.tensor(groups), index[:, mine]).int()
+        alone = run(partial(merge, own, len(groups)), {name: value[:, mine] for name, value in inputs.items()})
+        for name, value in alone.items():
+            assert_equal(f"{name} of groups {groups}", together[name][:, mine if "gradient" in name else groups], value)
 
 
 # Sorting tokens by group

@@ -1,13 +1,12 @@
 """merge: features, positions, counts and masses of each group in one pass over x; and the way back.
 
 `merge_kernel` takes the tokens of each group from a CSR, which `match` supplies and `csr` makes of any other index. A
-program owns a few groups and a slice of the channels. It walks through its groups side by side, one token of each at a
-time, and then through what long groups have left, many tokens of one at a time: everything is added up in float32, in
-an order that depends on the group alone.
-
-`merge_few_kernel` is for few groups and half precision: a product with the weighted one-hot matrix on tensor cores, one
-launch. Shapes alone decide, so that a plan with its CSR and one without give the same bits. The way back is a gather by
+program owns a few groups and a slice of the channels. It walks through its short groups side by side, one token of each
+at a time, and then through its long ones, many tokens of one at a time. Everything is added up in float32, in an order
+that the group's own tokens decide: not who owns it, nor what is beside it. The way back is a gather by
 `merge_backward_kernel`.
+
+A plan may be the caller's, and its `order` and `offsets` anything: what is no token is not read.
 """
 
 from __future__ import annotations
@@ -21,14 +20,11 @@ from sttm_kernels.impl.triton.config import Config, configured, fixed
 from sttm_kernels.impl.triton.csr import csr, parts
 from sttm_kernels.impl.triton.launch import launch
 from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
-from sttm_kernels.impl.triton.similarity import power_of_two, product
+from sttm_kernels.impl.triton.similarity import power_of_two
 from sttm_kernels.plan import Merged, MergedGrads, MergePlan, OfMerge
 
-MAX_FEW = 128
-"""The most groups, and MAX_FEW_TOKENS the most tokens, that are merged by a one-hot product."""
-MAX_FEW_TOKENS = 4096
 LONG_GROUPS = 16
-"""Tokens per group on average from which on a program owns fewer groups and takes more tokens of each at a time."""
+"""Tokens per group on average from which on a program owns one group; the order of its sums is the same."""
 
 _EXTENTS = ["N", "K", "stride_xb", "stride_xn", "stride_pb", "stride_fb", "stride_gb", "stride_qb"]
 
@@ -52,36 +48,67 @@ def _larger(a, b):
 
 
 @triton.jit
-def _rest_of_group(
-    x_at, step, order, weight, size, positions, tokens, start, end, c, p, lead,
+def _span(offsets, k, N, K):
+    """Where the tokens of groups k start and end in `order`, within it."""
+    start = tl.minimum(tl.maximum(tl.load(offsets + k, mask=k < K, other=0), 0), N)
+    end = tl.load(offsets + k + 1, mask=k < K, other=0)
+    return start, tl.maximum(tl.minimum(end, N), start)
+
+
+@triton.jit
+def _members(order, at, inside, N):
+    """The tokens at these places of `order`, and which of them are tokens."""
+    n = tl.load(order + at, mask=inside, other=-1)
+    return n, (n >= 0) & (n < N)
+
+
+@triton.jit
+def _long_group(
+    x_at, step, order, weight, size, positions, tokens, N, start, end, c, p, lead,
     REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens at [start, end) of `order` add to their group: features, mass, count, positions."""
-    total = tl.full([BLOCK_C], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+    """Of the tokens at [start, end) of `order`: features, mass, count, positions.
+
+    Every BLOCK_R-th token goes into one sum, and in the end these are added up.
+    """
+    total = tl.full([BLOCK_R, BLOCK_C], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     mass = tl.zeros([BLOCK_R], tl.float32)
     count = tl.zeros([BLOCK_R], tl.float32)
-    position = tl.zeros([BLOCK_P], tl.float32)
-    for first in range(start, end, BLOCK_R):
+    position = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
+    for first in tl.range(start, end, BLOCK_R, loop_unroll_factor=UNROLL):
         i = first + tl.arange(0, BLOCK_R)
-        here = i < end
-        n = tl.load(order + i, mask=here, other=0)
+        n, here = _members(order, i, i < end, N)
         w, one = _weights(weight, size, tokens + n, here)
         mass += w
         count += one
-        if REDUCE != "first":
-            at = x_at + (n.to(tl.int64) * step)[:, None]
-            value = tl.load(at, mask=here[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-            if REDUCE == "max":
-                value = tl.where(here[:, None], value, float("-inf"))
-                total = _larger(total, tl.reduce(value, 0, _larger))
-            else:
-                total += tl.sum(w[:, None] * value, 0)
+        read = here
+        if REDUCE == "first":
+            read = here & (i == start)
+        at = x_at + (n.to(tl.int64) * step)[:, None]
+        value = tl.load(at, mask=read[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        total = _add(total, value, w, here, weight is None and size is None, REDUCE)
         if P > 0:
             at_position = positions + n.to(tl.int64)[:, None] * P + p[None, :]
             place = tl.load(at_position, mask=here[:, None] & (p < P)[None, :] & lead, other=0.0)
-            position += tl.sum(w[:, None] * place, 0)
-    return total, tl.sum(mass, 0), tl.sum(count, 0), position
+            position += w[:, None] * place
+    if REDUCE == "max":
+        feature = tl.reduce(total, 0, _larger)
+    else:
+        feature = tl.sum(total, 0)
+    return feature, tl.sum(mass, 0), tl.sum(count, 0), tl.sum(position, 0)
+
+
+@triton.jit
+def _add(total, value, w, here, ONES: tl.constexpr, REDUCE: tl.constexpr):
+    """`total` and the tokens `value`, which are 0 where there is none. ONES: they weigh 1."""
+    if REDUCE == "max":
+        total = tl.where(here[:, None], _larger(total, value), total)
+    elif REDUCE == "first" or ONES:
+        total += value
+    else:
+        total += w[:, None] * value
+    return total
 
 
 @triton.jit
@@ -118,6 +145,7 @@ def merge_kernel(
     y, size_out, positions_out, mass_out, N, K,
     REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program per block of groups and slice of channels; those of the first slice write what has no channels.
 
@@ -139,17 +167,16 @@ def merge_kernel(
     tokens = item * N
     if P > 0:
         positions += item * stride_pb
-    begin = tl.load(offsets + k, mask=k < K, other=0)
-    length = tl.load(offsets + k + 1, mask=k < K, other=0) - begin
+    begin, end = _span(offsets, k, N, K)
+    length = end - begin
 
     total = tl.full([BLOCK_K, BLOCK_C], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     mass = tl.zeros([BLOCK_K], tl.float32)
     count = tl.zeros([BLOCK_K], tl.float32)
     position = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
-    longest = tl.max(length, 0)
-    for i in range(tl.minimum(longest, STEPS)):
-        here = i < length
-        n = tl.load(order + begin + i, mask=here, other=0)
+    short = tl.where(length <= STEPS, length, 0)
+    for i in range(tl.max(short, 0)):
+        n, here = _members(order, begin + i, i < short, N)
         w, one = _weights(weight, size, tokens + n, here)
         mass += w
         count += one
@@ -158,121 +185,29 @@ def merge_kernel(
             read = here & (i == 0)
         at = x_at + (n.to(tl.int64) * step)[:, None]
         value = tl.load(at, mask=read[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-        if REDUCE == "max":
-            total = tl.where(here[:, None], _larger(total, value), total)
-        elif REDUCE == "first":
-            total += value
-        elif weight is None and size is None:
-            total += value
-        else:
-            total += w[:, None] * value
+        total = _add(total, value, w, here, weight is None and size is None, REDUCE)
         if P > 0:
             at_position = positions + n.to(tl.int64)[:, None] * P + p[None, :]
             place = tl.load(at_position, mask=here[:, None] & (p < P)[None, :] & lead, other=0.0)
             position += w[:, None] * place
-    if longest > STEPS:
+    if tl.max(length, 0) > STEPS:
         for j in range(BLOCK_K):
-            start = tl.load(offsets + first + j, mask=first + j < K, other=0) + STEPS
-            end = tl.load(offsets + first + j + 1, mask=first + j < K, other=0)
-            if start < end:
+            start, stop = _span(offsets, first + j, N, K)
+            if stop - start > STEPS:
                 mine = tl.arange(0, BLOCK_K) == j
-                rest, rest_mass, rest_count, rest_position = _rest_of_group(
-                    x_at, step, order, weight, size, positions, tokens,
-                    start, end, c, p, lead, REDUCE, C, P, BLOCK_R, BLOCK_C, BLOCK_P,
+                long_total, long_mass, long_count, long_position = _long_group(
+                    x_at, step, order, weight, size, positions, tokens, N,
+                    start, stop, c, p, lead, REDUCE, C, P, BLOCK_R, BLOCK_C, BLOCK_P, UNROLL,
                 )  # fmt: skip
-                if REDUCE == "max":
-                    rest = _larger(total, rest[None, :])
-                else:
-                    rest = total + rest[None, :]
-                total = tl.where(mine[:, None], rest, total)
-                mass = tl.where(mine, mass + rest_mass, mass)
-                count = tl.where(mine, count + rest_count, count)
-                position = tl.where(mine[:, None], position + rest_position[None, :], position)
+                total = tl.where(mine[:, None], long_total[None, :], total)
+                mass = tl.where(mine, long_mass, mass)
+                count = tl.where(mine, long_count, count)
+                position = tl.where(mine[:, None], long_position[None, :], position)
     if fill is not None:
         fill += item * stride_fb
     _store_groups(
         y, size_out, positions_out, mass_out, fill,
         total, mass, count, position, item * K + k, k, c, p, k < K, lead, REDUCE, C, P,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_EXTENTS[:6], do_not_specialize_on_alignment=["stride_xc"])
-def merge_few_kernel(
-    x, stride_xb, stride_xn, stride_xc, index, weight, size,
-    positions, stride_pb, fill, stride_fb,
-    y, size_out, positions_out, mass_out, N, K,
-    REDUCE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """One program per block of groups and slice of channels streams all tokens.
-
-    A token's share w_n / mass_k goes into the product as the sum of two numbers of x's dtype, so that it keeps twice
-    its digits. A feature that is not finite would spoil every group of its channel (0 times NaN is NaN): if a sum is
-    not finite, the program adds up again token by token.
-    """
-    tiles = tl.cdiv(K, BLOCK_K)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    lead = tl.program_id(1) == 0
-    x_at = x + item * aligned(stride_xb, ALIGN) + (c.to(tl.int64) * stride_xc)[None, :]
-    step = aligned(stride_xn, ALIGN).to(tl.int64)
-    tokens = item * N
-
-    mass = tl.zeros([BLOCK_K], tl.float32)
-    count = tl.zeros([BLOCK_K], tl.float32)
-    position = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        group = tl.load(index + tokens + n, mask=n < N, other=-1)
-        member = group[None, :] == tl.where(k < K, k, -2)[:, None]
-        w, one = _weights(weight, size, tokens + n, n < N)
-        mass += tl.sum(tl.where(member, w[None, :], 0.0), 1)
-        count += tl.sum(tl.where(member, one[None, :], 0.0), 1)
-        if P > 0:
-            for i in range(tl.where(lead, P, 0)):
-                value = w * tl.load(positions + item * stride_pb + n.to(tl.int64) * P + i, mask=n < N, other=0.0)
-                value = tl.sum(tl.where(member, value[None, :], 0.0), 1)
-                position += tl.where((p == i)[None, :], value[:, None], 0.0)
-
-    share = 1.0 / tl.where(mass == 0, 1.0, mass)
-    total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        group = tl.load(index + tokens + n, mask=n < N, other=-1)
-        member = group[None, :] == tl.where(k < K, k, -2)[:, None]
-        value = tl.load(x_at + (n * step)[:, None], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        if weight is None and size is None:
-            total = product(member.to(tl.float32).to(value.dtype), value, total, "tf32")
-        else:
-            w, one = _weights(weight, size, tokens + n, n < N)
-            shares = tl.where(member, share[:, None] * w[None, :], 0.0)
-            high = shares.to(value.dtype)
-            low = (shares - high.to(tl.float32)).to(value.dtype)
-            total = product(high, value, total, "tf32")
-            total = product(low, value, total, "tf32")
-    if weight is None and size is None:
-        total *= share[:, None]
-
-    spoiled = tl.zeros([BLOCK_K], tl.int32)
-    for _ in range(0, N, N):  # one round: Triton 3.7 cannot lay out this sum for sm_100 outside of a loop
-        spoiled += tl.sum((total - total != 0).to(tl.int32), 1)
-    if tl.sum(spoiled, 0) > 0:
-        total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-        for n in range(N):
-            mine = tl.load(index + tokens + n) == k
-            w, one = _weights(weight, size, tokens + n, n < N)
-            value = tl.load(x_at + n * step, mask=(c < C)[None, :], other=0.0).to(tl.float32)
-            total = tl.where(mine[:, None], total + w * value, total)
-        total *= share[:, None]
-    if REDUCE == "sum":
-        total *= mass[:, None]
-    if fill is not None:
-        fill += item * stride_fb
-    _store_groups(
-        y, size_out, positions_out, mass_out, fill,
-        total, mass, count, position, item * K + k, k, c, p, k < K, lead, "sum", C, P,
     )  # fmt: skip
 
 
@@ -282,26 +217,14 @@ def _channels(C: int) -> int:
 
 @configured("merge")
 def _merge_config(arch: int, C: int, P: int, long: bool, element: int) -> tuple[Config, ...]:
-    """Tiles small enough that nothing spills: the compiler aims at many programs per SM, lowest on sm_100."""
+    """Tiles small enough that nothing spills: the compiler aims at many programs per SM, lowest on sm_100.
+
+    `long` decides who owns a group, and nothing of its sums.
+    """
     block_c, block_p = _channels(C), power_of_two(max(P, 1), 1)
-    if long:
-        groups, rows, steps = 1, (4096 if arch < 100 else 2048) // block_c, 1
-    else:
-        rows = (2048 if element == 2 and arch < 100 else 1024) // block_c
-        groups, steps = rows, 8
-    blocks = {"BLOCK_K": groups, "BLOCK_R": rows, "BLOCK_C": block_c, "BLOCK_P": block_p, "STEPS": steps}
-    return (Config(4, 1, blocks),)
-
-
-def _shared_few(config: Config, C: int, P: int) -> int:
-    blocks = config.blocks
-    return 2 * blocks["BLOCK_N"] * (config.num_stages * blocks["BLOCK_C"] + 2 * blocks["BLOCK_K"])
-
-
-@configured("merge_few", _shared_few)
-def _few_config(arch: int, C: int, P: int) -> tuple[Config, ...]:
-    blocks = {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_C": min(power_of_two(C), 128), "BLOCK_P": power_of_two(max(P, 1), 1)}
-    return (Config(4, 3, blocks), Config(4, 2, blocks))
+    rows = (2048 if element == 2 and arch < 100 else 1024) // block_c
+    blocks = {"BLOCK_R": rows, "BLOCK_C": block_c, "BLOCK_P": block_p, "STEPS": 8}
+    return (Config(4, 1, blocks | ({"BLOCK_K": 1, "UNROLL": 2} if long else {"BLOCK_K": rows, "UNROLL": 1})),)
 
 
 def merge(
@@ -315,13 +238,6 @@ def merge(
     mass, positions_out = torch.empty_like(size_out), size_out.new_empty(B, K, P)
     features = (dense(weight), dense(size), *items(positions), *items(fill), y, size_out, positions_out, mass, N, K)
     constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment(strides)}
-    half = x.dtype != torch.float32
-    if half and reduce in ("mean", "sum") and K <= MAX_FEW and N <= MAX_FEW_TOKENS:
-        config = _few_config(x.device, C, P)
-        grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
-        args = (x, *strides, index.contiguous(), *features)
-        launch(merge_few_kernel, grid, *args, config=config, **constants)
-        return Merged(y, size_out, None if positions is None else positions_out, mass)
     if order is None or offsets is None:
         order, offsets = csr(index.contiguous(), K), None
     else:
@@ -365,8 +281,8 @@ def merge_backward_kernel(
     if REDUCE == "mean":
         coefficient = share
     if REDUCE == "first":
-        head = tl.load(offsets + item * (K + 1) + k, mask=member, other=0)
-        head = tl.load(order + item * N + head, mask=member, other=-1)
+        head = tl.load(offsets + item * (K + 1) + k, mask=member, other=-1)
+        head = tl.load(order + item * N + head, mask=(head >= 0) & (head < N), other=-1)
         coefficient = (full & (head == n)).to(tl.float32)
     row = k.to(tl.int64)[:, None]
 
@@ -450,8 +366,8 @@ def centre_kernel(
     item = (tl.program_id(0) // tiles).to(tl.int64)
     second = (tl.num_programs(0) // tiles).to(tl.int64) * N
     k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    begin = tl.load(offsets + item * (K + 1) + k, mask=k < K, other=0)[:, None]
-    length = tl.load(offsets + item * (K + 1) + k + 1, mask=k < K, other=0)[:, None] - begin
+    begin, end = _span(offsets + item * (K + 1), k, N, K)
+    begin, length = begin[:, None], (end - begin)[:, None]
     group_mass = tl.load(mass + item * K + k, mask=k < K, other=0.0)[:, None]
     full = group_mass != 0
     inverse = tl.where(full, 1.0 / tl.where(full, group_mass, 1.0), 0.0)
@@ -459,14 +375,14 @@ def centre_kernel(
     at = tl.arange(0, BLOCK_R)[None, :]
     total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     for start in range(0, longest, BLOCK_R):
-        here = start + at < length
-        token = item * N + tl.load(order + item * N + begin + start + at, mask=here, other=0)
+        n, here = _members(order + item * N, begin + start + at, start + at < length, N)
+        token = item * N + n
         w, one = _weights(weight, size, token, here)
         total += w * tl.load(dot + token, mask=here, other=0.0)
     mean = tl.sum(total, 1)[:, None] * inverse
     for start in range(0, longest, BLOCK_R):
-        here = start + at < length
-        token = item * N + tl.load(order + item * N + begin + start + at, mask=here, other=0)
+        n, here = _members(order + item * N, begin + start + at, start + at < length, N)
+        token = item * N + n
         # A token alone in its group is its mean: its weight moves nothing, rounding aside.
         grad_w = tl.where(length > 1, (tl.load(dot + token, mask=here, other=0.0) - mean) * inverse, 0.0)
         if REDUCE == "sum":
@@ -490,9 +406,8 @@ def merge_max_backward_kernel(
     item = (tl.program_id(0) // (K + 1)).to(tl.int64)
     k = tl.program_id(0) % (K + 1)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    begin = tl.load(offsets + item * (K + 1) + k)
-    end = tl.load(offsets + item * (K + 1) + k + 1, mask=k < K, other=0)
-    end = tl.where(k < K, end, N)
+    begin = tl.minimum(tl.maximum(tl.load(offsets + item * (K + 1) + k), 0), N)
+    end = tl.minimum(tl.load(offsets + item * (K + 1) + k + 1, mask=k < K, other=2147483647), N)
     real = (k < K) & (tl.load(mass + item * K + k, mask=k < K, other=0.0) != 0)
     inside = (c < C) & real
     best = tl.load(y + (item * K + k) * C + c, mask=inside, other=0.0)
@@ -502,16 +417,16 @@ def merge_max_backward_kernel(
     winner = tl.full([BLOCK_C], 2147483647, tl.int32)
     for start in range(begin, end, BLOCK_R):
         i = start + rows
-        here = (i < end)[:, None] & inside[None, :]
-        n = tl.load(order + item * N + i, mask=i < end, other=0)
+        n, is_token = _members(order + item * N, i, i < end, N)
+        here = is_token[:, None] & inside[None, :]
         value = tl.load(x_at + (n.to(tl.int64) * aligned(stride_xn, ALIGN))[:, None], mask=here, other=0.0)
         hit = (value == best[None, :]) | ((value != value) & (best != best)[None, :])
         winner = tl.minimum(winner, tl.min(tl.where(here & hit, i[:, None], 2147483647), 0))
     for start in range(begin, end, BLOCK_R):
         i = start + rows
-        n = tl.load(order + item * N + i, mask=i < end, other=0)
+        n, is_token = _members(order + item * N, i, i < end, N)
         value = tl.where(i[:, None] == winner[None, :], g[None, :], tl.zeros_like(g)[None, :])
-        tl.store(grad_x + (item * N + n)[:, None] * C + c[None, :], value, mask=(i < end)[:, None] & (c < C)[None, :])
+        tl.store(grad_x + (item * N + n)[:, None] * C + c[None, :], value, mask=is_token[:, None] & (c < C)[None, :])
 
 
 @configured("merge_backward")
