@@ -475,7 +475,7 @@ def assign_merge(
         meta = packed.sets("meta", meta, "D", lengths)
         fill = None if fill is None else packed.sets("fill", fill, "C", lengths)
         q, size, positions = packed.beside(x, q, size, positions)
-        if packed.together("assign", x if q is None else q, impl):
+        if packed.together("assign_merge", x if q is None else q, impl):
             plan = _assign_packed(x if q is None else q, meta, similarity, temperature, weight, impl, lengths)
             fill = None if fill is None else fill.expand(len(lengths), -1, -1).flatten(0, 1)
             return packed.unbatched(merge(x, plan, size, positions, fill=fill, impl=impl)), plan

@@ -25,7 +25,7 @@ from sttm_kernels.impl import cuda
 
 EXTENTS = Extents(B=2, N=49, C=48, D=32, P=3, H=2)
 MANY = EXTENTS._replace(N=301)
-"""More groups than Triton merges by a product, and more tokens than `assign_merge` takes in one launch."""
+"""More tokens than `assign_merge` takes in one launch."""
 FULL = (torch.bfloat16, 90)
 """Where every combination is compiled by Triton; in other dtypes and for other architectures the ends."""
 

@@ -47,7 +47,7 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
     return _reason()
 
 
-SEQUENCES = frozenset({"match", "assign", "soft_merge"})
+SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
 
 _verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, 1, False)

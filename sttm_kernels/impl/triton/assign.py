@@ -21,45 +21,50 @@ from sttm_kernels.impl.triton.similarity import (
     finish,
     inverse_norm,
     paired,
+    place_of_program,
     power_of_two,
     precision,
     products,
     pull_back,
     resident,
     rows_at,
-    rows_of_item,
+    rows_for,
+    rows_of_tokens,
     similarity_of,
     store_rows,
     sum_of_squares,
-    tile_of_program,
+    tiles,
+    told,
 )
 from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads, Similarity
 
-_NUMBERS = ["N", "K", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb"]
+_NUMBERS = [
+    "N", "K", "num_sequences", "halvings", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, mask,
-    index, score, lse, weight,
+    index, score, lse, weight, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax."""
-    _, first, item = tile_of_program(N, BLOCK_N)
+    place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
     lanes, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    n = first + lanes
-    inside = n < N
-    own = Tile(tokens, rows_at(tokens, first, lanes), inside[:, None])
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    n = place.first + lanes
+    inside = n < place.N
+    own = Tile(tokens, rows_at(tokens, place.first, lanes), inside[:, None])
     values, q_sq = resident(own, D, HEADS, SIMILARITY != "dot", BLOCK_D)
 
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     chosen = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, rows_for(sequences, place, K), BLOCK_K):
         real = start + k < K
         other = Tile(metas, rows_at(metas, start, k), real[:, None])
         dot, m_sq = products(values, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
@@ -75,13 +80,13 @@ def assign_kernel(
             total = total * tl.exp(best - new) + tl.sum(tl.exp(S - new[:, None]), 1)
         best = new
 
-    out = item * N + n
+    out = place.token + n
     real = inside
     if mask is not None:
         real = tl.load(mask + out, mask=inside, other=0) != 0
     if index is not None:
         chosen = tl.minimum(chosen, K - 1)  # features that are not numbers
-        tl.store(index + out, tl.where(real, chosen, -1), mask=inside)
+        tl.store(index + out, tl.where(real, place.group + chosen, -1), mask=inside)
         tl.store(score + out, tl.where(real, best, 0.0), mask=inside)
         if lse is not None:
             tl.store(weight + out, tl.where(real, 1.0 / total, 0.0), mask=inside)
@@ -90,7 +95,7 @@ def assign_kernel(
 
 
 class Chosen(NamedTuple):
-    """What is known of the tokens of a call, whose batch item starts at `first`, and the gradients of its results."""
+    """What is known of the tokens of an item, which start at `first`, and the gradients of its results."""
 
     index: Any
     lse: Any
@@ -98,6 +103,8 @@ class Chosen(NamedTuple):
     grad_lse: Any
     """None if only score has a gradient."""
     first: Any
+    group: Any
+    """The number of the first group in `index`."""
     N: Any
     K: Any
 
@@ -106,7 +113,7 @@ class Chosen(NamedTuple):
 def _terms(plan, n):
     """Of tokens n: index, dL/dscore, dL/dlse, lse, and whether they have a group; 0 if not."""
     at = plan.first + n
-    chosen = tl.load(plan.index + at, mask=n < plan.N, other=-1)
+    chosen = tl.load(plan.index + at, mask=n < plan.N, other=-1) - plan.group
     real = (chosen >= 0) & (chosen < plan.K)
     score_grad = tl.load(plan.grad_score + at, mask=real, other=0.0)
     lse_grad, level = score_grad, score_grad
@@ -149,7 +156,7 @@ def _pull_back_one_by_one(
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_backward_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
-    index, lse, grad_score, grad_lse, grad,
+    index, lse, grad_score, grad_lse, grad, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, TOKENS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,11 +169,12 @@ def assign_backward_kernel(
     """
     SOFT: tl.constexpr = grad_lse is not None
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast
-    part, first, item = tile_of_program(N if TOKENS else K, BLOCK_OWN, D, SLICE)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    place = place_of_program(sequences, num_sequences, halvings, N, K, TOKENS, BLOCK_OWN, D, SLICE)
+    part, first = place.part, place.first
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
     own, other = (tokens, metas) if TOKENS else (metas, tokens)
-    plan = Chosen(index, lse, grad_score, grad_lse, item * N, N, K)
+    plan = Chosen(index, lse, grad_score, grad_lse, place.token, place.group, place.N, K)
 
     lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
     inside = first + lanes < own.count
@@ -177,7 +185,7 @@ def assign_backward_kernel(
     values, own_sq = resident(mine, D, HEADS, SIMILARITY != "dot", BLOCK_D)
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     along = tl.zeros([BLOCK_OWN], tl.float32)
-    for start in range(0, other.count, BLOCK_OTHER):
+    for start in range(0, rows_for(sequences, place, K) if TOKENS else place.N, BLOCK_OTHER):
         other_real = start + other_lanes < other.count
         if not TOKENS:
             chosen, score_grad, lse_grad, level, other_real = _terms(plan, start + other_lanes)
@@ -209,27 +217,27 @@ def assign_backward_kernel(
     acc = finish(acc, along, features(mine, part, D, HEADS, SLICE), own_sq, SIMILARITY, D <= SLICE)
     if TOKENS:
         acc = tl.where(real[:, None], acc, 0.0)
-    store_rows(grad, acc, own, item, first + lanes, part, D, HEADS)
+    store_rows(grad, acc, own, place, first + lanes, part, N if TOKENS else K, D, HEADS)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_gather_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
-    index, score, grad_score, grad,
+    index, score, grad_score, grad, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dL/dq where only score has a gradient: dS is g at the chosen meta token, whose row is gathered."""
-    _, first, item = tile_of_program(N, BLOCK_N)
+    place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
     lanes = tl.arange(0, BLOCK_N)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    plan = Chosen(index, None, grad_score, None, item * N, N, K)
-    n = first + lanes
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    plan = Chosen(index, None, grad_score, None, place.token, place.group, place.N, K)
+    n = place.first + lanes
     chosen, score_grad, _, _, real = _terms(plan, n)
     dS = score_grad * inverse_temperature
-    own = Tile(tokens, rows_at(tokens, first, lanes), real[:, None])
+    own = Tile(tokens, rows_at(tokens, place.first, lanes), real[:, None])
     other = Tile(metas, rows_at(metas, 0, tl.where(real, chosen, 0)), real[:, None])
 
     q_sq = tl.zeros([BLOCK_N], tl.float32)
@@ -238,7 +246,7 @@ def assign_gather_kernel(
     if SIMILARITY == "cosine":
         q_sq = sum_of_squares(own, D, HEADS, BLOCK_D)
         m_sq = sum_of_squares(other, D, HEADS, BLOCK_D)
-        cosine = tl.load(score + item * N + n, mask=real, other=0.0) / inverse_temperature
+        cosine = tl.load(score + place.token + n, mask=real, other=0.0) / inverse_temperature
         cosine = tl.where(tl.sqrt(q_sq) >= FLOOR, cosine, 0.0)  # below the floor a row is scaled, not normalised
         dS *= inverse_norm(q_sq)
     for start in range(0, D, BLOCK_D):
@@ -249,7 +257,7 @@ def assign_gather_kernel(
         if SIMILARITY == "l2":
             away = 2.0 * (away - here)
         value = tl.where(real[:, None], dS[:, None] * away, 0.0)
-        store_rows(grad, value, tokens, item, n, start, D, HEADS)
+        store_rows(grad, value, tokens, place, n, start, N, D, HEADS)
 
 
 RESIDENT = 128
@@ -303,6 +311,7 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 def forward(
     pair: Pair, mask: Tensor | None, similarity: Similarity,
     index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
+    sequences: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
     places, B, H, N, K, D, align = pair
@@ -311,44 +320,60 @@ def forward(
     config = _forward_config(q.device, q.dtype, rounding == "ieee", D)
     launch(
         assign_kernel,
-        (B * -(-N // config.blocks["BLOCK_N"]),),
-        *places, dense(mask), index, score, lse, weight, N, K, 1.0 / similarity.temperature,
+        (tiles(B, N, config.blocks["BLOCK_N"], sequences),),
+        *places, dense(mask), index, score, lse, weight, *told(sequences), N, K, 1.0 / similarity.temperature,
         config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, PRECISION=rounding,
     )  # fmt: skip
 
 
-def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None) -> MergePlan:
+def assign(
+    q: Tensor,
+    meta: Tensor,
+    similarity: Similarity,
+    weight: str,
+    mask: Tensor | None,
+    sequences: Tensor | None = None,
+) -> MergePlan:
     pair = paired(q, meta)
     B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
-    forward(pair, mask, similarity, index, score, lse, w)
+    forward(pair, mask, similarity, index, score, lse, w, sequences)
     return MergePlan(index, pair[4], score, lse, w)
 
 
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
+    grads: PlanGrads,
+    q: Tensor,
+    meta: Tensor,
+    similarity: Similarity,
+    plan: MergePlan,
+    needs: OfAssign,
+    sequences: Tensor | None = None,
 ) -> OfAssign:
     grad_score, grad_lse = dense(grads.score), dense(grads.lse)
     places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
     grad_q, grad_meta = q.new_empty(q.shape) if need_q else None, meta.new_empty(meta.shape) if need_meta else None
-    extents = (N, K, 1.0 / similarity.temperature)
+    table, extents = told(sequences), (N, K, 1.0 / similarity.temperature)
     constants = {"D": D, "HEADS": H, "SIMILARITY": similarity.kind, "ALIGN": align}
     if need_q and grad_lse is None:
         config = _gather_config(q.device, D)
-        grid = (B * -(-N // config.blocks["BLOCK_N"]),)
-        args = (*places, plan.index, plan.score, grad_score, grad_q, *extents)
+        grid = (tiles(B, N, config.blocks["BLOCK_N"], sequences),)
+        args = (*places, plan.index, plan.score, grad_score, grad_q, *table, *extents)
         launch(assign_gather_kernel, grid, *args, config=config, **constants)
         need_q = False
     rounding = precision(q.dtype)
     config = _backward_config(q.device, q.dtype, rounding == "ieee", D)
     slices = -(-D // config.blocks["SLICE"])
-    for tokens, rows, needed, grad in ((True, N, need_q, grad_q), (False, K, need_meta, grad_meta)):
+    own = config.blocks["BLOCK_OWN"]
+    sets = B if sequences is None else meta.shape[0]
+    owners = tiles(B, N, own, sequences), sets * -(-K // own)
+    for tokens, count, needed, grad in ((True, owners[0], need_q, grad_q), (False, owners[1], need_meta, grad_meta)):
         if needed:
-            grid = (B * -(-rows // config.blocks["BLOCK_OWN"]) * slices,)
-            args = (*places, plan.index, plan.lse, grad_score, grad_lse, grad, *extents)
+            grid = (count * slices,)
+            args = (*places, plan.index, plan.lse, grad_score, grad_lse, grad, *table, *extents)
             constants |= {"TOKENS": tokens, "PRECISION": rounding}
             launch(assign_backward_kernel, grid, *args, config=config, **constants)
     return OfAssign(grad_q, grad_meta)

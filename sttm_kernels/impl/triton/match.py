@@ -32,6 +32,8 @@ from sttm_kernels.impl.triton.similarity import (
     rows_of_item,
     sum_of_squares,
     tile_of_program,
+    tile_of_sequence,
+    told,
 )
 from sttm_kernels.plan import MatchBounds, MergePlan, Packed
 from sttm_kernels.sequences import TILE
@@ -83,7 +85,8 @@ def nearest_kernel(
     merge, without lists and masks, and every token gets its group in place of a partner.
     """
     if sequences is not None:
-        tile, origin, N = _tile_of_sequence(sequences, num_sequences, halvings, BLOCK_S)
+        row, tile = tile_of_sequence(sequences, num_sequences, halvings, tl.program_id(0), BLOCK_S, TILE_SRC)
+        origin, N = tl.load(row).to(tl.int64), tl.load(row + 1)
         window, item = 0, tl.full([], 0, tl.int64)
         num_dst = tl.maximum(N - num_prefix + num_prefix % 2, 0) // 2
         num_src = tl.maximum(N - num_prefix, 0) - num_dst
@@ -151,21 +154,6 @@ def nearest_kernel(
             n = start + tl.arange(0, BLOCK_S)
             role = tl.where(whole != 0, n, IS_PREFIX)
             _mark(score, partner, mask, tl.where(n < num_prefix, n, -1).to(tl.int64), role)
-
-
-@triton.jit
-def _tile_of_sequence(sequences, num_sequences, halvings, BLOCK_S: tl.constexpr):
-    """Of a program over the tiles of the table, each for 2 TILE_SRC tokens: which tile of its sequence it has, where
-    the sequence starts, and how many tokens it has."""
-    each: tl.constexpr = TILE_SRC // BLOCK_S if BLOCK_S < TILE_SRC else 1
-    unit = tl.program_id(0) // each
-    low, high = 0, num_sequences
-    for _ in range(halvings):
-        middle = (low + high) // 2
-        here = tl.load(sequences + middle * 6 + 5) <= unit
-        low, high = tl.where(here, middle, low), tl.where(here, high, middle)
-    row = sequences + low * 6
-    return (unit - tl.load(row + 5)) * each + tl.program_id(0) % each, tl.load(row).to(tl.int64), tl.load(row + 1)
 
 
 @triton.jit
@@ -419,7 +407,7 @@ def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
     launch(
         nearest_kernel,
         (tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]),),
-        metric, *strides, None, 0, None, 0, None, score, partner, sequences, S, S.bit_length(),
+        metric, *strides, None, 0, None, 0, None, score, partner, *told(sequences),
         T, 1, 0, 0, num_prefix, 0,
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from sttm_kernels import dispatch
 from sttm_kernels.impl.triton.config import INTERPRET, NVIDIA
 from sttm_kernels.impl.triton.layout import aligned, alignment, by_heads, items
 from sttm_kernels.reference import NORM_FLOOR
+from sttm_kernels.sequences import TILE
 
 FLOOR: tl.constexpr = tl.constexpr(NORM_FLOOR)
 WIDEN: tl.constexpr = tl.constexpr(INTERPRET)
@@ -26,6 +27,9 @@ WIDEN: tl.constexpr = tl.constexpr(INTERPRET)
 HAS_TF32: tl.constexpr = tl.constexpr(NVIDIA)
 """GPUs of other makers multiply float32 as it is."""
 
+
+TILE_ROWS: tl.constexpr = tl.constexpr(TILE)
+"""Tokens in a tile of the table of sequences."""
 
 Pair = tuple[tuple[Any, ...], int, int, int, int, int, int]
 
@@ -77,6 +81,91 @@ def tile_of_program(count, BLOCK: tl.constexpr, WIDTH: tl.constexpr = 1, SLICE: 
     program, tiles = tl.program_id(0), tl.cdiv(count, BLOCK)
     item = (program // (SLICES * tiles)).to(tl.int64)
     return program % SLICES * SLICE, program // SLICES % tiles * BLOCK, item
+
+
+class Place(NamedTuple):
+    """Where a program works: on features from `part` and rows from `first` on, of a batch item or of a sequence."""
+
+    part: Any
+    first: Any
+    item: Any
+    """Whose set of meta tokens, and of groups, it is."""
+    batch: Any
+    """The item that has the tokens, of which the first is row `origin` there, and `token` among all tokens."""
+    origin: Any
+    token: Any
+    N: Any
+    """How many tokens there are."""
+    group: Any
+    """The number of the first group in `index`."""
+
+
+@triton.jit
+def place_of_program(
+    sequences, num_sequences, halvings, N, K, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr = 1, SLICE: tl.constexpr = 1,
+):  # fmt: skip
+    """The place of a program that owns a tile of tokens, or if not TOKENS of the K meta tokens of a set.
+
+    Without `sequences` N is that of every item. With them, there are as many tiles of tokens as `tiles` says, and sets
+    come in the order of the table.
+    """
+    if sequences is None:
+        part, first, item = tile_of_program(N if TOKENS else K, BLOCK, WIDTH, SLICE)
+        place = Place(part, first, item, item, 0, item * N, N, 0)
+    else:
+        SLICES: tl.constexpr = (WIDTH + SLICE - 1) // SLICE
+        part, program = tl.program_id(0) % SLICES * SLICE, tl.program_id(0) // SLICES
+        if TOKENS:
+            row, tile = tile_of_sequence(sequences, num_sequences, halvings, program, BLOCK, TILE_ROWS)
+        else:
+            row, tile = sequences + program // tl.cdiv(K, BLOCK) * 6, program % tl.cdiv(K, BLOCK)
+        start, count, group = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+        place = Place(part, tile * BLOCK, (group // K).to(tl.int64), 0, start, start, count, group)
+    return place
+
+
+@triton.jit
+def rows_for(sequences, place, count):
+    """The `count` rows that the tokens of a program meet; none if there are more programs than tiles of tokens."""
+    if sequences is not None:
+        count = tl.where(place.first < place.N, count, 0)
+    return count
+
+
+@triton.jit
+def tile_of_sequence(sequences, num_sequences, halvings, program, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Of a program over the tiles of the table, each for ROWS rows: where in the table its sequence stands, found by so
+    many `halvings`, and which tile of BLOCK rows of the sequence it has."""
+    each: tl.constexpr = ROWS // BLOCK if BLOCK < ROWS else 1
+    unit = program // each
+    low, high = 0, num_sequences
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        here = tl.load(sequences + middle * 6 + 5) <= unit
+        low, high = tl.where(here, middle, low), tl.where(here, high, middle)
+    row = sequences + low * 6
+    return row, (unit - tl.load(row + 5)) * each + program % each
+
+
+def tiles(items: int, tokens: int, block: int, sequences: Tensor | None) -> int:
+    """How many programs own tiles of `block` tokens. Of sequences enough, as their lengths are not known here."""
+    if sequences is None:
+        return items * -(-tokens // block)
+    return (tokens // TILE + sequences.shape[0]) * max(1, TILE // block)
+
+
+def told(sequences: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A table of sequences as kernels take it, how many there are, and how often it is halved to find one."""
+    if sequences is None:
+        return None, 0, 0
+    return sequences.contiguous(), sequences.shape[0], sequences.shape[0].bit_length()
+
+
+@triton.jit
+def rows_of_tokens(t, place, stride_b, stride_h, stride, stride_d, ALIGN: tl.constexpr):
+    start = t + place.batch * aligned(stride_b, ALIGN) + place.origin * aligned(stride, ALIGN)
+    return Rows(start, aligned(stride, ALIGN), stride_d, aligned(stride_h, ALIGN), place.N)
 
 
 @triton.jit
@@ -245,11 +334,17 @@ def finish(acc, along, own, own_sq, SIMILARITY: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def store_rows(out, value, rows, item, n, start, D: tl.constexpr, HEADS: tl.constexpr):
-    """Features from `start` on of rows n of a dense gradient; every head gets the same share of that of their mean."""
+def store_rows(out, value, rows, place, n, start, all_rows, D: tl.constexpr, HEADS: tl.constexpr):
+    """Features from `start` on of rows n of a dense gradient, which has `all_rows` in a head of an item.
+
+    Every head gets the same share of that of their mean.
+    """
     heads: tl.constexpr = 1 if rows.stride_head is None else HEADS
     d = start + tl.arange(0, value.shape[1])[None, :]
-    at = out + (item * heads * rows.count + n[:, None]) * D + d
+    first = place.item * all_rows
+    if rows.stride_head is not None:
+        first = place.batch * heads * tl.cast(all_rows, tl.int64) + place.origin
+    at = out + (first + n[:, None]) * D + d
     inside = (n < rows.count)[:, None] & (d < D)
     for head in range(heads):
-        tl.store(at + head * (rows.count.to(tl.int64) * D), value / heads, mask=inside)
+        tl.store(at + head * (tl.cast(all_rows, tl.int64) * D), value / heads, mask=inside)

@@ -29,6 +29,7 @@ from sttm_kernels.impl.triton.similarity import (
     features,
     finish,
     paired,
+    place_of_program,
     power_of_two,
     precision,
     product,
@@ -36,16 +37,19 @@ from sttm_kernels.impl.triton.similarity import (
     pull_back,
     resident,
     rows_at,
-    rows_of_item,
+    rows_for,
+    rows_of_tokens,
     similarity_of,
     store_rows,
     tile_of_program,
+    tiles,
+    told,
 )
 from sttm_kernels.plan import MergedGrads, OfSoftMerge, Similarity, SoftMerged
 
 _NUMBERS = [
-    "N", "K", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb", "stride_xb", "stride_xn",
-    "stride_pb", "stride_gb",
+    "N", "K", "num_sequences", "halvings", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
+    "stride_xb", "stride_xn", "stride_pb", "stride_gb",
 ]  # fmt: skip
 _ADJACENT = ["stride_qd", "stride_xd"]
 _UP = tl.constexpr(2.0**24)
@@ -77,6 +81,12 @@ class Frame(NamedTuple):
     group: Any
     N: Any
     K: Any
+
+
+@triton.jit
+def _rows_of_x(x, place, stride_b, stride, stride_d, ALIGN: tl.constexpr):
+    tokens = rows_of_tokens(x, place, stride_b, 0, stride, stride_d, ALIGN)
+    return Rows(tokens.start, tokens.stride, stride_d, None, place.N)
 
 
 @triton.jit
@@ -117,7 +127,7 @@ def _add_values(acc, weights, tile, start, C: tl.constexpr, PRECISION: tl.conste
 def soft_merge_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, x, stride_xb, stride_xn, stride_xd,
     size, mask, p, stride_pb,
-    y, size_out, p_out, lse,
+    y, size_out, p_out, lse, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     OVER_META: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -126,13 +136,14 @@ def soft_merge_kernel(
     """One program per tile of meta tokens and slice of C. OVER_META: A = exp(S - lse_n), with lse_n worked out before;
     otherwise lse_k is found on the way, the sums being rescaled as the maximum over tokens rises.
     """
-    part, first, item = tile_of_program(K, BLOCK_K, C, SLICE)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    x_rows = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xd, None, N)
-    frame = Frame(size, mask, lse, None, None, None, None, item * N, item * K, N, K)
+    place = place_of_program(sequences, num_sequences, halvings, N, K, False, BLOCK_K, C, SLICE)
+    part, first = place.part, place.first
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    x_rows = _rows_of_x(x, place, stride_xb, stride_xn, stride_xd, ALIGN)
+    frame = Frame(size, mask, lse, None, None, None, None, place.token, place.item * K, place.N, K)
     if p is not None:
-        p += item * stride_pb
+        p += place.batch * stride_pb + place.origin * P
     lanes, token_lanes = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
     k = first + lanes
     inside = k < K
@@ -144,7 +155,7 @@ def soft_merge_kernel(
     mass = tl.zeros([BLOCK_K], tl.float32)
     best = tl.full([BLOCK_K], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, place.N, BLOCK_N):
         n = start + token_lanes
         real, count = _counts(frame, n)
         other = Tile(tokens, rows_at(tokens, start, token_lanes), real[:, None])
@@ -235,19 +246,20 @@ def _over_mass(weights, total, AXIS: tl.constexpr):
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def soft_merge_grad_x_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, size, mask,
-    g, stride_gb, u, lse, mass, grad_x, grad_p,
+    g, stride_gb, u, lse, mass, grad_x, grad_p, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     OVER_META: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """dL/dx_n = sum_k W[n, k] g_k / mass_k and dL/dp_n alike: one program per tile of tokens and slice of C."""
-    part, first, item = tile_of_program(N, BLOCK_OWN, C, SLICE)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    frame = Frame(size, mask, lse, mass, None, None, None, item * N, item * K, N, K)
+    place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_OWN, C, SLICE)
+    part, first = place.part, place.first
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    frame = Frame(size, mask, lse, mass, None, None, None, place.token, place.item * K, place.N, K)
     if g is not None:
-        g_rows = Rows(g + item * aligned(stride_gb, ALIGN), C, 1, None, K)
+        g_rows = Rows(g + place.item * aligned(stride_gb, ALIGN), C, 1, None, K)
     lanes, meta_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
     n = first + lanes
     real, count = _counts(frame, n)
@@ -256,7 +268,7 @@ def soft_merge_grad_x_kernel(
 
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     acc_p = tl.zeros([BLOCK_OWN, BLOCK_P], tl.float32)
-    for start in range(0, K, BLOCK_OTHER):
+    for start in range(0, rows_for(sequences, place, K), BLOCK_OTHER):
         k = start + meta_lanes
         inside = k < K
         other = Tile(metas, rows_at(metas, start, meta_lanes), inside[:, None])
@@ -275,10 +287,10 @@ def soft_merge_grad_x_kernel(
     row = frame.token + n
     if grad_x is not None:
         c = part + tl.arange(0, SLICE)[None, :]
-        tl.store(grad_x + row[:, None] * C + c, acc, mask=(n < N)[:, None] & (c < C))
+        tl.store(grad_x + row[:, None] * C + c, acc, mask=(n < place.N)[:, None] & (c < C))
     if grad_p is not None and part == 0:
         axis = tl.arange(0, BLOCK_P)[None, :]
-        tl.store(grad_p + row[:, None] * P + axis, acc_p, mask=(n < N)[:, None] & (axis < P))
+        tl.store(grad_p + row[:, None] * P + axis, acc_p, mask=(n < place.N)[:, None] & (axis < P))
 
 
 @triton.jit
@@ -320,7 +332,7 @@ def _through_softmax(A, T, count, total, frame, n, real, k, is_group, OVER_META:
 def soft_merge_grad_metric_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, x, stride_xb, stride_xn, stride_xd,
     size, mask, p, stride_pb,
-    g, stride_gb, u, lse, mass, shift, grad_size, centre, grad,
+    g, stride_gb, u, lse, mass, shift, grad_size, centre, grad, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     OVER_META: tl.constexpr, OF: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -335,15 +347,17 @@ def soft_merge_grad_metric_kernel(
     TOKENS: tl.constexpr = OF != "meta"
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast; those of meta tokens: DOWN
     DOWN: tl.constexpr = 1 - ACROSS
-    part, first, item = tile_of_program(N if TOKENS else K, BLOCK_OWN, SLICE if OF == "size" else D, SLICE)
-    q_rows = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    x_rows = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xd, None, N)
+    WIDTH: tl.constexpr = SLICE if OF == "size" else D
+    place = place_of_program(sequences, num_sequences, halvings, N, K, TOKENS, BLOCK_OWN, WIDTH, SLICE)
+    part, first, item = place.part, place.first, place.item
+    q_rows = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    x_rows = _rows_of_x(x, place, stride_xb, stride_xn, stride_xd, ALIGN)
     m_rows = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
     g_rows = None if g is None else Rows(g + item * aligned(stride_gb, ALIGN), C, 1, None, K)
-    tokens = Side(q_rows, x_rows, None if p is None else p + item * stride_pb)
+    tokens = Side(q_rows, x_rows, None if p is None else p + place.batch * stride_pb + place.origin * P)
     metas = Side(m_rows, g_rows, None if u is None else u + item * K * P)
     own, other = (tokens, metas) if TOKENS else (metas, tokens)
-    frame = Frame(size, mask, lse, mass, shift, grad_size, centre, item * N, item * K, N, K)
+    frame = Frame(size, mask, lse, mass, shift, grad_size, centre, place.token, item * K, place.N, K)
 
     lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
     own_n = first + lanes
@@ -355,7 +369,7 @@ def soft_merge_grad_metric_kernel(
     values, own_sq = resident(mine, D, HEADS, SIMILARITY != "dot", BLOCK_D)
     acc = tl.zeros([BLOCK_OWN, SLICE], tl.float32)
     along = tl.zeros([BLOCK_OWN], tl.float32)
-    for start in range(0, other.metric.count, BLOCK_OTHER):
+    for start in range(0, rows_for(sequences, place, K) if TOKENS else place.N, BLOCK_OTHER):
         other_n = start + other_lanes
         other_real = other_n < other.metric.count
         if not TOKENS:
@@ -394,7 +408,9 @@ def soft_merge_grad_metric_kernel(
         acc = finish(acc, along, features(mine, part, D, HEADS, SLICE), own_sq, SIMILARITY, D <= SLICE)
         if TOKENS:
             acc = tl.where(own_real[:, None], acc, 0.0)
-        store_rows(grad, acc, own.metric, item, own_n, part, D, HEADS)
+        if sequences is not None and not OVER_META:  # a softmax over one token is 1 whatever the metric
+            acc = tl.where(place.N == 1, 0.0, acc)
+        store_rows(grad, acc, own.metric, place, own_n, part, N if TOKENS else K, D, HEADS)
 
 
 def _configs(
@@ -447,26 +463,28 @@ def soft_merge(
     size: Tensor | None,
     positions: Tensor | None,
     mask: Tensor | None,
+    sequences: Tensor | None = None,
 ) -> SoftMerged:
     C, x_strides, mask = x.shape[2], x.stride(), dense(mask)
     pair = paired(q, meta)
     places, B, H, N, K, D, align = pair
+    sets = B if sequences is None else meta.shape[0]
     P = 0 if positions is None else positions.shape[-1]
-    y = x.new_empty(B, K, C)
-    size_out = x.new_empty(B, K, dtype=torch.float32)
-    positions_out = size_out.new_empty(B, K, P)
+    y = x.new_empty(sets, K, C)
+    size_out = x.new_empty(sets, K, dtype=torch.float32)
+    positions_out = size_out.new_empty(sets, K, P)
     over_meta = normalize == "meta"
-    lse = size_out.new_empty(B, N if over_meta else K)
+    lse = size_out.new_empty((B, N) if over_meta else (sets, K))
     if over_meta:
-        forward(pair, mask, similarity, None, None, lse, None)
+        forward(pair, mask, similarity, None, None, lse, None, sequences)
     rounding = precision(x.dtype, q.dtype)
     config = _forward_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, C)
     blocks = config.blocks
     launch(
         soft_merge_kernel,
-        (B * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
+        (sets * -(-K // blocks["BLOCK_K"]) * -(-C // blocks["SLICE"]),),
         *places, x, *x_strides, dense(size), mask, *items(positions),
-        y, size_out, positions_out, lse, N, K, 1.0 / similarity.temperature,
+        y, size_out, positions_out, lse, *told(sequences), N, K, 1.0 / similarity.temperature,
         config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, OVER_META=over_meta,
         ALIGN=gcd(align, alignment(x_strides)), PRECISION=rounding, BLOCK_P=power_of_two(P, 1),
     )  # fmt: skip
@@ -485,6 +503,7 @@ def soft_merge_backward(
     mask: Tensor | None,
     out: SoftMerged,
     needs: OfSoftMerge,
+    sequences: Tensor | None = None,
 ) -> OfSoftMerge:
     (grad_y, grad_size, grad_positions), (y, mass, positions_out, lse) = grads, out
     need_x, need_q, need_meta, need_size, need_positions = needs
@@ -493,6 +512,7 @@ def soft_merge_backward(
         grad_positions = None
     C, x_strides = x.shape[2], x.stride()
     metric, B, H, N, K, D, align = paired(q, meta)
+    sets = B if sequences is None else meta.shape[0]
     P = 0 if positions is None else positions.shape[-1]
     over_meta = normalize == "meta"
     grad_x, grad_q, grad_meta = (
@@ -508,7 +528,7 @@ def soft_merge_backward(
     rounding = precision(x.dtype, q.dtype)
     size, mask, grad_size, grad_positions = dense(size), dense(mask), dense(grad_size), dense(grad_positions)
     grad_y, stride_gb = items(grad_y)
-    extents = (N, K, 1.0 / similarity.temperature)
+    extents = (*told(sequences), N, K, 1.0 / similarity.temperature)
     common: dict[str, Any] = {
         "C": C,
         "D": D,
@@ -524,7 +544,7 @@ def soft_merge_backward(
         blocks = config.blocks
         launch(
             soft_merge_grad_x_kernel,
-            (B * -(-N // blocks["BLOCK_OWN"]) * -(-C // blocks["SLICE"]),),
+            (tiles(B, N, blocks["BLOCK_OWN"], sequences) * -(-C // blocks["SLICE"]),),
             *metric, size, mask, grad_y, stride_gb, grad_positions, lse, mass, grad_x, grad_p, *extents,
             config=config, BLOCK_P=power_of_two(P, 1), **common,
         )  # fmt: skip
@@ -535,21 +555,26 @@ def soft_merge_backward(
     config = fixed("soft_merge_shift", SHIFT)
     launch(
         soft_merge_shift_kernel,
-        (B * -(-K // config.blocks["BLOCK_K"]),),
+        (sets * -(-K // config.blocks["BLOCK_K"]),),
         grad_y, stride_gb, grad_positions, y, positions_out, shift, K, config=config, C=C, P=P,
     )  # fmt: skip
     need_mean = need_size or (over_meta and (need_q or need_meta))
     grad_size_in = mass.new_empty(B, N) if need_mean else None
     centre = grad_size_in if over_meta else None
-    passes = (("size", N, grad_size_in, None), ("q", N, grad_q, centre), ("meta", K, grad_meta, centre))
     config = _grad_metric_config(x.device, x.dtype, q.dtype, rounding == "ieee", D, min(D, 128))
     blocks = config.blocks
-    for (of, rows, grad, centre), needed in zip(passes, (need_mean, need_q, need_meta), strict=True):
+    of_tokens, of_sets = tiles(B, N, blocks["BLOCK_OWN"], sequences), sets * -(-K // blocks["BLOCK_OWN"])
+    passes = (
+        ("size", of_tokens, grad_size_in, None),
+        ("q", of_tokens, grad_q, centre),
+        ("meta", of_sets, grad_meta, centre),
+    )
+    for (of, count, grad, centre), needed in zip(passes, (need_mean, need_q, need_meta), strict=True):
         if needed:
             slices = 1 if of == "size" else -(-D // blocks["SLICE"])
             launch(
                 soft_merge_grad_metric_kernel,
-                (B * -(-rows // blocks["BLOCK_OWN"]) * slices,),
+                (count * slices,),
                 *metric, x, *x_strides, size, mask, *items(positions), grad_y, stride_gb, grad_positions,
                 lse, mass, shift, grad_size, centre, grad, *extents,
                 config=config, OF=of, **common,
