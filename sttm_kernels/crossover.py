@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,8 +23,14 @@ FOLDER = "STTM_TUNED"
 SCHEMA = 1
 MARGIN = 0.9
 """Of the time of what `auto` takes without a table: another implementation must take less."""
+LARGEST = 1 << 31
+"""More than any extent."""
 ALIKE = {"float16": "bfloat16"}
 """Dtypes that are as fast as another, which is measured."""
+
+
+class NobodysHome(OSError):
+    """There is no folder for tables."""
 
 
 class Shape(NamedTuple):
@@ -54,8 +62,12 @@ def slug(name: str) -> str:
 
 def path(device: torch.device) -> Path:
     """The file of a device's table, which need not exist."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get(FOLDER) or caches / "sttm_kernels") / f"{slug(device_name(device))}.json"
+    folder, caches = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
+    try:
+        place = Path(folder).expanduser() if folder else Path(caches or "~/.cache").expanduser() / "sttm_kernels"
+    except RuntimeError as error:  # of expanduser
+        raise NobodysHome(errno.ENOENT, f"{error}: set {FOLDER}") from None
+    return place / f"{slug(device_name(device))}.json"
 
 
 def versions() -> dict[str, str]:
@@ -74,20 +86,25 @@ def read(device: torch.device) -> tuple[Table | None, str | None]:
     try:
         file = path(device)
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # the last: nobody's home
+    except (FileNotFoundError, NotADirectoryError, NobodysHome):
         return None, None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"{file} cannot be read: {error}"
     try:
         if found["schema"] != SCHEMA or found["versions"] != versions():
             return None, f"{file} was measured with {found['versions']}, this is {versions()}: run sttm-kernels tune"
+        if found["device"] != device_name(device):
+            return (
+                None,
+                f"{file} was measured on {found['device']}, this is {device_name(device)}: run sttm-kernels tune",
+            )
         table: dict[tuple[str, str], list[tuple[Shape, str]]] = {}
         for row in found["rows"]:
             shape = Shape(*(int(row[name]) for name in Shape._fields))
-            if min(shape) < 1:
-                raise ValueError(f"a shape of {shape}")
+            if not all(0 < extent < LARGEST for extent in shape):
+                raise ValueError(f"a shape of {row}")
             table.setdefault((str(row["verb"]), str(row["dtype"])), []).append((shape, str(row["impl"])))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         return None, f"{file} is not a table of sttm-kernels tune: {type(error).__name__}: {error}"
     return table, None
 
@@ -118,14 +135,30 @@ def fastest(verb: str, device: torch.device, dtype: torch.dtype, shape: Shape) -
     return min(rows, key=far)[1] if rows else None
 
 
-def write(device: torch.device, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Path:
-    """Makes rows of `verb`, `dtype`, `Shape` and `impl` the table of a device, in one step."""
+def writable(device: torch.device) -> Path:
+    """The file of a device's table. Raises `OSError` where none can be written."""
     file = path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": SCHEMA, "versions": versions(), **about, "rows": list(rows)}, indent=1)
-    beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(file)
+    tempfile.TemporaryFile(dir=file.parent).close()
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory")
+    return file
+
+
+def write(device: torch.device, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Path:
+    """Makes rows of `verb`, `dtype`, `Shape` and `impl` the table of a device, in one step."""
+    file, whose = writable(device), {"versions": versions(), "device": device_name(device)}
+    text = json.dumps({"schema": SCHEMA, **whose, **about, "rows": list(rows)}, indent=1)
+    # Not named after the process: those of containers that share a folder have the same numbers.
+    number, beside = tempfile.mkstemp(suffix=".tmp", prefix=f"{file.stem}.", dir=file.parent)
+    try:
+        with open(number, "w", encoding="utf-8") as temporary:
+            temporary.write(text + "\n")
+        os.chmod(beside, 0o644)
+        os.replace(beside, file)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
     forget()
     return file
 

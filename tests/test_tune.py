@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,12 +134,18 @@ def test_a_compiled_function_goes_by_the_table(taken):
         ('{"schema": 1}', "not a table"),
         ('{"schema": 0, "versions": {}}', "was measured with"),
         ('{"schema": 1, "versions": {"torch": "1.0"}, "rows": []}', "was measured with"),
-        (None, "not a table"),
+        ("[" * 100_000, "cannot be read"),
+        ({"tokens": 0}, "not a table"),
+        ({"tokens": 1e400}, "not a table"),
+        ({"groups": 10**400}, "not a table"),
+        ({"features": None}, "not a table"),
+        (None, "was measured on another"),
     ],
 )
 def test_a_table_that_cannot_rule_is_said_once(text, said, folder, capsys):
-    if text is None:
-        text = json.dumps({"schema": 1, "versions": crossover.versions(), "rows": [row("merge", "torch", tokens=0)]})
+    if not isinstance(text, str):
+        whose = {"device": "another" if text is None else crossover.device_name(CPU), "versions": crossover.versions()}
+        text = json.dumps({"schema": 1, **whose, "rows": [row("match", "torch") | (text or {})]})
     folder.mkdir()
     crossover.path(CPU).write_text(text)
     x = torch.randn(1, 8, 4)
@@ -199,6 +208,42 @@ def test_bad_arguments(arguments, capsys):
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(crossover.FOLDER, str(tmp_path / "file"))
-    monkeypatch.setattr(tune, "workloads", lambda device: [])
+    monkeypatch.setattr(tune, "workloads", lambda device: pytest.fail("measures for nothing"))
     assert main(["tune", "--device", "cpu"]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_nobodys_home(monkeypatch, capsys):
+    for name in (crossover.FOLDER, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(path):
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert crossover.read(CPU) == (None, None)
+    for arguments in ([], ["--reset"]):
+        assert main(["tune", "--device", "cpu", *arguments]) == 2
+        assert f"set {crossover.FOLDER}" in capsys.readouterr().err
+    assert main(["info"]) == 0
+
+
+def test_several_write_at_once_and_one_that_fails(folder, monkeypatch):
+    started, again = threading.Barrier(4), os.replace
+
+    def waiting(*names):
+        started.wait(60)
+        again(*names)
+
+    monkeypatch.setattr(os, "replace", waiting)
+    threads = [threading.Thread(target=rule, args=(row("match", "torch"),) * (n + 1)) for n in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert crossover.read(CPU)[0]
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        rule(row("match", "reference"))
+    assert list(folder.iterdir()) == [crossover.path(CPU)]
+    assert {impl for _, impl in crossover.read(CPU)[0]["match", "float32"]} == {"torch"}

@@ -97,7 +97,11 @@ def _devices() -> list[dict[str, Any]]:
 
 def _tuned(device: torch.device) -> dict[str, Any]:
     table, reason = crossover.read(device)
-    return {"rules": table is not None, "file": str(crossover.path(device)), "reason": reason}
+    try:
+        file = str(crossover.path(device))
+    except crossover.NobodysHome as error:
+        file = f"none, {error.strerror}"
+    return {"rules": table is not None, "file": file, "reason": reason}
 
 
 def _implementations(verb: str, kind: str) -> dict[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("what TRITON_INTERPRET and STTM_CUDA_HOST run is not what this device runs: unset them")
     if not arguments.seconds > 0:
         raise InputError(f"--seconds must be positive, got {arguments.seconds}")
-    file = crossover.path(device)
+    file: Path | str = "the folder of tables"
     try:
+        file = crossover.path(device)
         if arguments.reset:
             print(f"removed   {file}" if crossover.remove(device) else f"there is no {file}")
             return 0
+        crossover.writable(device)  # before minutes of measuring
         rows = _measured(device, arguments)
         about = {
-            "device": crossover.device_name(device),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "time": now(),
         }
