@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
@@ -33,18 +34,47 @@ from sttm_kernels.plan import (
     SoftMerged,
 )
 
+BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings"
+"""The sources of what the extensions are called with; there in a checkout, where they change under an extension."""
+REBUILD = "python setup.py build_ext --inplace"
+
+
+class StaleExtension(RuntimeError):
+    """An extension was built from other sources than those beside it."""
+
 
 def load(name: str, path: str | None) -> ModuleType:
-    """The extension of this name, of this copy of the package; another build of it if the `path` of one is given."""
+    """The extension of this name, of this copy of the package; another build of it if the `path` of one is given.
+
+    Raises:
+        StaleExtension: its functions do not take what the sources beside the package say.
+    """
     name = f"{__package__}.{name}"
     if not path:
-        return importlib.import_module(name)
-    loader = ExtensionFileLoader(name, path)
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+        module = importlib.import_module(name)
+    else:
+        loader = ExtensionFileLoader(name, path)
+        spec = importlib.util.spec_from_loader(name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    for verb, wanted in signatures(BINDINGS).items():
+        document = getattr(getattr(module, verb, None), "__doc__", None)
+        if document is not None and (given := re.findall(r"[(,] ?(\w+): ", document.split("\n")[0])) != wanted:
+            raise StaleExtension(
+                f"{module.__file__} was built from other sources than {BINDINGS.parent}: its {verb} takes "
+                f"({', '.join(given)}), not ({', '.join(wanted)}). Build it again: {REBUILD}"
+            )
     return module
+
+
+def signatures(bindings: Path) -> dict[str, list[str]]:
+    """The arguments of the functions that these sources define; of none where there are no sources."""
+    found = {}
+    for source in bindings.glob("*.cpp"):
+        for definition in source.read_text(encoding="utf-8").split('m.def("')[1:]:
+            found[definition[: definition.index('"')]] = re.findall(r'py::arg\("(\w+)"\)', definition)
+    return found
 
 
 def why_not_built(name: str, note: str, kind: str) -> str | None:

@@ -105,3 +105,23 @@ def test_build_info():
     assert info["reason"] is None
     assert info["compiler"]
     assert info["isa"] in ("baseline", "avx2", "avx512")
+
+
+def test_an_extension_of_other_sources_says_so(tmp_path, monkeypatch):
+    if importlib.util.find_spec("sttm_kernels._cpu") is None:
+        pytest.skip("the CPU kernels are not built")
+    from sttm_kernels import dispatch, extension
+    from sttm_kernels.impl import cpu
+
+    wanted = extension.signatures(ROOT / "csrc" / "bindings")
+    assert {"metric", "sequences"} < set(wanted["match_packed"])
+    assert wanted.keys() >= {*dispatch.VERBS, "assign_backward", "merge_backward", "soft_merge_backward"}
+    text = (ROOT / "csrc" / "bindings" / "match.cpp").read_text(encoding="utf-8")
+    (tmp_path / "match.cpp").write_text(text.replace('py::arg("metric"), ', "", 1), encoding="utf-8")
+    monkeypatch.setattr(extension, "BINDINGS", tmp_path)
+    for cached in (cpu._extension, cpu._reason):
+        monkeypatch.setattr(cpu, cached.__name__, cached.__wrapped__)
+    said = r"its match takes \(metric, src, .*\), not \(src, .*\)\. Build it again: python setup\.py build_ext"
+    with pytest.raises(extension.StaleExtension, match=said):
+        cpu.why_not("match", "cpu")
+    assert re.search(said, cpu.build_info()["reason"])

@@ -29,6 +29,8 @@ def _reason() -> str | None:
         _extension().build_info()
     except ImportError as error:
         return f"sttm_kernels._cpu cannot be loaded: {error}"
+    except extension.StaleExtension:  # not to go without it unseen
+        raise
     except RuntimeError as error:
         return str(error)
     return None
@@ -36,7 +38,10 @@ def _reason() -> str | None:
 
 def build_info() -> dict[str, Any]:
     """What `sttm-kernels info` shows: the compiler and the instruction set, or the "reason" why there is nothing."""
-    reason = _reason()
+    try:
+        reason = _reason()
+    except extension.StaleExtension as error:
+        reason = str(error)
     return {"reason": reason} if reason is not None else {"reason": None, **_extension().build_info()}
 
 

@@ -32,7 +32,10 @@ def _reason() -> str | None:
 
 def build_info() -> dict[str, Any]:
     """What `sttm-kernels info` shows of the extension: how it was built, or the "reason" why it is not there."""
-    reason = _reason()
+    try:
+        reason = _reason()
+    except extension.StaleExtension as error:
+        reason = str(error)
     return {"reason": reason} if reason is not None else {"reason": None, **_extension().build_info()}
 
 
