@@ -321,12 +321,20 @@ def test_apply_finds_the_tower_that_is_called_by_name(kind):
         out = getattr(out, "pooler_output", out)
         return out if isinstance(out, Tensor) else torch.cat(list(out))
 
-    before = features()
+    token, count = (90, 18) if kind == "InternVL" else (91, 19)
+    input_ids = torch.tensor([[3, *[token] * count, 4, 5]])
+    told = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "max_new_tokens": 4}
+    told |= {"do_sample": False, "eos_token_id": 1, "pad_token_id": 2}
+    told |= {"pixel_values": images} if kind == "InternVL" else {"pixel_values_videos": images[None]}
+
+    before, answer = features(), model.generate(**told)
     sttm.apply(tower, r=4)
     wanted = features()
     sttm.remove(tower)
     assert_equal("r = 0", (sttm.apply(model, r=0), features())[1], before)
+    assert_equal("answer", model.generate(**told), answer)
     sttm.apply(model, r=4, trace=True)
+    assert model.generate(**told).shape == answer.shape
     assert_equal("as its tower", features(), wanted)
     assert not torch.equal(wanted, before)
     assert sttm.trace(model)[-1].size.shape[1] == (37 if kind == "InternVL" else 36) - 12
