@@ -101,6 +101,41 @@ def of_meta_tokens(lengths: list[int], gradients: bool) -> dict[str, dict[str, C
     return calls
 
 
+def of_partitions(lengths: list[int]) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+    """By what is not every second token: packed and one after another; each sequence has a grid of about its length."""
+    side = 8 if min(lengths) >= 64 else 4
+    grids = [(n // side**2, side, side) for n in lengths]
+    counts = [t * side**2 for t, _, _ in grids]
+    metric = torch.randn(sum(counts), D, generator=torch.Generator().manual_seed(1))
+    calls: dict[str, dict[str, Callable[[], list[Tensor]]]] = {}
+    for name, how in {
+        "match in windows": {"window": (2, 4, 4)},
+        "match by frames": {"partition": "frames"},
+        "match by random2d": {"partition": "random2d"},
+        "match, a token protected": {"protect": [1]},
+    }.items():
+
+        def packed(how: dict[str, Any] = how) -> list[Tensor]:
+            return [sttm.match(metric, 0.5, grid=grids, lengths=counts, generator=drawing(), **how).index[0]]
+
+        def one_by_one(how: dict[str, Any] = how) -> list[Tensor]:
+            draw, found, first = drawing(), [], 0
+            for number, (own, grid) in enumerate(zip(metric[None].split(counts, 1), grids, strict=True)):
+                mine = {**how, "protect": None} if number else how  # the token is in the first sequence
+                plan = sttm.match(own, own.shape[1] // 2, grid=grid, generator=draw, **mine)
+                found.append(plan.index[0] + first)
+                first += plan.num_groups
+            return [torch.cat(found)]
+
+        calls[name] = {"packed": packed, "one after another": one_by_one}
+        assert_equal(name, packed()[0], one_by_one()[0])
+    return calls
+
+
+def drawing() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def of_products(lengths: list[int]) -> float:
     """Microseconds for the products of src and dst at the rate of a bare one."""
     a = torch.randn(1024, D)
@@ -127,14 +162,12 @@ def main() -> None:
             ratio = time / samples["packed"].p50
             print(f"  {name:28} {time / 1e3:9.2f} ms {ratio:6.2f} x {memory / 2**20:8.0f} MiB")
         print(f"  {'the products alone':28} {of_products(lengths) / 1e3:9.2f} ms")
-        for gradients in (False, True):
-            for verb, pair in of_meta_tokens(lengths, gradients).items():
-                samples = time_in_turns({name: [call] for name, call in pair.items()}, CPU, given.seconds, least=3)
-                times = [samples[name].p50 / 1e3 for name in ("packed", "one after another")]
-                name = f"{verb}, with gradients" if gradients else verb
-                print(
-                    f"  {name:28} {times[0]:9.2f} ms, one after another {times[1]:9.2f} ms {times[1] / times[0]:6.2f} x"
-                )
+        pairs = {**of_partitions(lengths), **of_meta_tokens(lengths, gradients=False)}
+        pairs |= {f"{verb}, with gradients": pair for verb, pair in of_meta_tokens(lengths, gradients=True).items()}
+        for name, pair in pairs.items():
+            samples = time_in_turns({each: [call] for each, call in pair.items()}, CPU, given.seconds, least=3)
+            times = [samples[each].p50 / 1e3 for each in ("packed", "one after another")]
+            print(f"  {name:28} {times[0]:9.2f} ms, one after another {times[1]:9.2f} ms {times[1] / times[0]:6.2f} x")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ list, or an integer tensor `(S,)` on the CPU. Every sequence gets the bits that 
 beside it; but the CUDA kernels' `merge` adds up groups that are long on average in an order of their own. The results
 have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`. `merge`, `unmerge`, `compose`,
 and `match` by "alternate" without a grid and protected tokens, run once for all sequences, and so do `assign` and
-`soft_merge` in the CPU and Triton kernels, and `assign_merge` in the CPU kernels; plain PyTorch, and all else that
-finds groups, run for one after another.
+`soft_merge` in the CPU and Triton kernels, and every other `match` and `assign_merge` in the CPU kernels; plain
+PyTorch, and all else that finds groups, run for one after another.
 
 Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
 batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come
@@ -29,7 +29,7 @@ Errors, for every verb: `TypeError` for a wrong type or dtype, `ValueError` for 
 `RuntimeError` if an `impl` asked for by name cannot run, with the reason.
 """
 
-from sttm_kernels.functional import assign, assign_merge, compose, match, merge, soft_merge, unmerge
+from sttm_kernels.functional import assign, assign_merge, compose, match, merge, pack, soft_merge, unmerge
 from sttm_kernels.integrations import apply, remove, restore, trace
 from sttm_kernels.nn.compression import compress
 from sttm_kernels.nn.sttm import STTM
@@ -48,6 +48,7 @@ __all__ = [
     "compress",
     "match",
     "merge",
+    "pack",
     "remove",
     "restore",
     "soft_merge",

@@ -97,13 +97,15 @@ def choose(verb: str, device: torch.device | str, dtype: torch.dtype, shape: cro
 
 
 @cache
-def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether an implementation takes all sequences of a packed batch in one launch; else, one after another."""
+def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: torch.dtype, lists: bool = False) -> bool:
+    """Whether an implementation takes all sequences of a packed batch in one launch; else, one after another. With
+    `lists`, whether `match` does where src and dst are listed."""
     if impl == "auto":
         impl = choose(verb, device, dtype)
     if impl in ("torch", "reference") or why_not(verb, impl, device, dtype) is not None:
         return False
-    return verb in importlib.import_module(_MODULES[impl], __package__).SEQUENCES
+    module = importlib.import_module(_MODULES[impl], __package__)
+    return verb in module.SEQUENCES and (not lists or getattr(module, "LISTS", False))
 
 
 @cache

@@ -246,7 +246,14 @@ class Verbs:
         )  # fmt: skip
         return MergePlan(index, K, score, order=order, offsets=offsets)
 
-    def match_packed(self, metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+    def match_packed(
+        self,
+        metric: Tensor,
+        num_prefix: int,
+        packed: Packed,
+        src: Tensor | None = None,
+        dst: Tensor | None = None,
+    ) -> MergePlan:
         T, K = metric.shape[-2], packed.num_groups
         index = metric.new_empty((1, T), dtype=torch.int32)
         score = metric.new_empty((1, T), dtype=torch.float32)
@@ -257,8 +264,8 @@ class Verbs:
         )
         mean = self._mean(metric)
         self.run().match_packed(
-            metric, _dense(packed.sequences), packed.tiles, K, num_prefix, packed.threshold, self.tf32(),
-            index, score, order, offsets, scratch, mean, self.stream(metric),
+            metric, _dense(packed.sequences), _dense(src), _dense(dst), packed.tiles, K, num_prefix, packed.threshold,
+            self.tf32(), index, score, order, offsets, scratch, mean, self.stream(metric),
         )  # fmt: skip
         return MergePlan(index, K, score, order=order, offsets=offsets)
 

@@ -9,12 +9,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sttm_kernels import dispatch, ops, packed, reference, torch_private, validate
+from sttm_kernels import dispatch, ops, packed, reference, sequences, torch_private, validate
 from sttm_kernels import partition as _partition
 from sttm_kernels.plan import MatchBounds, MergedTokens, MergePlan, Similarity
 from sttm_kernels.reference import acc_dtype
@@ -96,6 +96,11 @@ def _check_plan(name: str, plan: MergePlan) -> None:
         validate.lengths(f"{name}.merged_lengths", plan.merged_lengths, K)
 
 
+def _check_not_packed(meta_lengths: Any) -> None:
+    if meta_lengths is not None:
+        raise ValueError("meta_lengths must be None without lengths: every item of a batch has K meta tokens")
+
+
 def _check_int32(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
         validate.tensor(name, value)
@@ -112,6 +117,7 @@ def assign(
     impl: str = "auto",
     *,
     lengths: Sequence[int] | Tensor | None = None,
+    meta_lengths: Sequence[int] | Tensor | None = None,
 ) -> MergePlan:
     """Assigns every token to its most similar meta token.
 
@@ -127,6 +133,8 @@ def assign(
         impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
         lengths: of S packed sequences how many of the T tokens each has; then q is `(T, D)` or `(H, T, D)`, and meta
             `(S, K, D)` or `(K, D)`: the K meta tokens of sequence s are groups s K to (s + 1) K. Not with `mask`.
+        meta_lengths: with `lengths`, how many meta tokens each sequence has, at least 1; then meta is their `(sum of K,
+            D)`. If they are not all as many, all implementations take the sequences one after another.
 
     Returns:
         A `MergePlan` with `index`, `num_groups` = K and `score`, and with "softmax" also `lse` and `weight`.
@@ -137,10 +145,12 @@ def assign(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         q, lengths = packed.checked("q", q, lengths, mask, packed.QUERIES, 2, 3)
-        meta = packed.sets("meta", meta, "D", lengths)
-        if packed.together("assign", q, impl):
+        meta, each = packed.sets("meta", meta, "D", lengths, meta_lengths)
+        if each is None and packed.together("assign", q, impl):
             return _assign_packed(q, meta, similarity, temperature, weight, impl, lengths)
-        return packed.assign(lambda q, m: assign(q, m, similarity, temperature, weight, impl=impl), q, meta, lengths)
+        one = partial(assign, similarity=similarity, temperature=temperature, weight=weight, impl=impl)
+        return packed.assign(one, q, meta, lengths, each)
+    _check_not_packed(meta_lengths)
     shape = validate.features("q", q, QUERIES, 3, 4)
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
@@ -231,8 +241,12 @@ def match(
     if lengths is not None:
         metric, lengths = packed.checked("metric", metric, lengths, mask, packed.QUERIES, 2, 3)
         validate.generator(generator)
+        cell = validate.extents("cell", cell, 2, "(sy, sx)")
         one = partial(match, cell=cell, generator=generator, threshold=threshold)
-        return packed.match(one, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl)
+        pairs = partial(_pairs, cell=cell, generator=generator, window=window, device=metric.device)
+        return packed.match(
+            one, pairs, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl
+        )
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
     each = None if type(r) is int else validate.amounts("r", r, B)
@@ -243,27 +257,16 @@ def match(
     validate.partition(partition)
     validate.generator(generator)
     cell = validate.extents("cell", cell, 2, "(sy, sx)")
-    geometry = _check_grid(partition, grid, window, N - num_prefix)
     if mask is not None:
         validate.boolean("mask", mask)
         validate.beside("mask", mask, "(B, N)", (B, N), "metric", metric)
     if threshold is not None:
         validate.finite("threshold", threshold)
     named = [] if protect is None else validate.tokens("protect", protect, N)
-    protected = tuple(n for n in named if n >= num_prefix)
-    if isinstance(partition, Tensor):
-        partition = _check_partition_mask(partition, B, N, num_prefix, protected)
-    blocks = None
-    if window is not None and geometry is not None:
-        window = validate.extents("window", window, 3, "(t, h, w)")
-        blocks = geometry, window
-
-    fixed = num_prefix + len(protected)
-    num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell, protected)
-    r = _partition.clamped(r, partition, N, num_prefix, num_dst, blocks, protected)
-
-    device = metric.device
-    moved = _table(_partition.move, protected, N, num_prefix, device) if protected else None
+    device, protected = metric.device, tuple(n for n in named if n >= num_prefix)
+    split = _Split.of(partition, B, N, num_prefix, grid, window, cell, generator, protected, device)
+    partition, geometry, blocks, moved = split.partition, split.grid, split.blocks, split.moved
+    r = split.clamped(r)
     bounds = None
     if each is not None or mask is not None or threshold is not None:
         least = r if each is None else min(r, *each)
@@ -274,21 +277,77 @@ def match(
         limit = _limit(each, mask if halves else None, num_prefix, moved, device)
         bounds = MatchBounds(num_groups, mask, limit, -math.inf if threshold is None else float(threshold))
     metric = metric.detach() if metric.requires_grad else metric
-    src = dst = None
-    if impl != "reference" and isinstance(partition, str) and partition != "random2d":
-        if partition != "alternate" or window is not None or protected:
-            src, dst = _table(
-                _partition.known_src_and_dst, partition, N, num_prefix, geometry, num_dst, window, protected, device
-            )
-    else:
+    if impl == "reference":
+        block = None if blocks is None else _partition.blocks(*blocks, device)
         kept = None if moved is None else moved.protected
-        is_dst = _partition.destinations(partition, N, num_prefix, geometry, cell, generator, device, kept, mask)
-        if impl == "reference":
-            block = None if blocks is None else _partition.blocks(*blocks, device)
-            return reference.match(metric, r, num_prefix, is_dst, block, kept, bounds)
-        src, dst = _partition.src_and_dst(partition, is_dst, num_prefix, geometry, num_dst, window, protected, moved)
+        return reference.match(metric, r, num_prefix, split.destinations(mask), block, kept, bounds)
+    src = dst = None
+    if blocks is not None or protected or not (isinstance(partition, str) and partition == "alternate"):
+        src, dst = split.src_and_dst(mask)
     run = ops.match if moved is None else partial(_match_moved, moved)
-    return run(metric, r, fixed, src, dst, impl, bounds)
+    return run(metric, r, num_prefix + len(protected), src, dst, impl, bounds)
+
+
+class _Split(NamedTuple):
+    """How one sequence of N tokens is split into src and dst; `blocks` is its grid and the window that tiles it."""
+
+    partition: str | Tensor
+    num_tokens: int
+    num_prefix: int
+    grid: tuple[int, int, int] | None
+    blocks: tuple[tuple[int, int, int], tuple[int, int, int]] | None
+    cell: tuple[int, int]
+    generator: torch.Generator | None
+    protected: tuple[int, ...]
+    moved: _partition.Moved | None
+    num_dst: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, partition: str | Tensor, B: int, N: int, num_prefix: int, grid: Any, window: Any, cell: tuple[int, int],
+        generator: torch.Generator | None, protected: tuple[int, ...], device: torch.device,
+    ) -> _Split:  # fmt: skip
+        """Checks the geometry, of which `cell` is checked already."""
+        geometry = _check_grid(partition, grid, window, N - num_prefix)
+        if isinstance(partition, Tensor):
+            partition = _check_partition_mask(partition, B, N, num_prefix, protected)
+        blocks = None
+        if window is not None and geometry is not None:
+            blocks = geometry, validate.extents("window", window, 3, "(t, h, w)")
+        num_dst = _partition.num_destinations(partition, N, num_prefix, geometry, cell, protected)
+        moved = _table(_partition.move, protected, N, num_prefix, device) if protected else None
+        return cls(partition, N, num_prefix, geometry, blocks, cell, generator, protected, moved, num_dst, device)
+
+    def clamped(self, r: int) -> int:
+        at = self.num_tokens, self.num_prefix, self.num_dst
+        return _partition.clamped(r, self.partition, *at, self.blocks, self.protected)
+
+    def destinations(self, mask: Tensor | None = None) -> Tensor:
+        kept = None if self.moved is None else self.moved.protected
+        at = self.num_tokens, self.num_prefix, self.grid
+        return _partition.destinations(self.partition, *at, self.cell, self.generator, self.device, kept, mask)
+
+    def src_and_dst(self, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Lists of them, by place if tokens are moved."""
+        window = None if self.blocks is None else self.blocks[1]
+        at = self.num_prefix, self.grid, self.num_dst, window, self.protected
+        if isinstance(self.partition, str) and self.partition != "random2d":
+            return _table(_partition.known_src_and_dst, self.partition, self.num_tokens, *at, self.device)
+        return _partition.src_and_dst(self.partition, self.destinations(mask), *at, self.moved)
+
+
+def _pairs(
+    N: int, r: int, num_prefix: int, partition: str | Tensor, grid: Any, protected: tuple[int, ...], *, window: Any,
+    cell: tuple[int, int], generator: torch.Generator | None, device: torch.device,
+) -> tuple[int, Tensor, Tensor]:  # fmt: skip
+    """How many tokens of a sequence of N may merge, and its src and dst, token indices."""
+    split = _Split.of(partition, 1, N, num_prefix, grid, window, cell, generator, protected, device)
+    src, dst = split.src_and_dst()
+    if split.moved is not None:
+        token = torch.nn.functional.pad(split.moved.token, (0, 1), value=-1)  # also of place -1
+        src, dst = (token[places.long()].to(torch.int32) for places in (src, dst))
+    return split.clamped(r), src, dst
 
 
 def _limit(
@@ -451,6 +510,7 @@ def assign_merge(
     impl: str = "auto",
     *,
     lengths: Sequence[int] | Tensor | None = None,
+    meta_lengths: Sequence[int] | Tensor | None = None,
 ) -> tuple[MergedTokens, MergePlan]:
     """`assign` and then `merge` by "mean" along its plan, in one launch where an implementation can.
 
@@ -461,7 +521,8 @@ def assign_merge(
         similarity, temperature, weight, mask: as in `assign`.
         size, positions, fill: as in `merge`.
         impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
-        lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`, fill `(S, K, C)` or `(K, C)`.
+        lengths, meta_lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`, fill `(S, K, C)` or
+            `(K, C)`, with meta_lengths `(sum of K, C)`.
 
     Returns:
         What `merge` returns and the plan that `assign` returns.
@@ -472,10 +533,10 @@ def assign_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
-        meta = packed.sets("meta", meta, "D", lengths)
-        fill = None if fill is None else packed.sets("fill", fill, "C", lengths)
+        meta, each = packed.sets("meta", meta, "D", lengths, meta_lengths)
+        fill = None if fill is None else packed.sets("fill", fill, "C", lengths, meta_lengths)[0]
         q, size, positions = packed.beside(x, q, size, positions)
-        if packed.together("assign_merge", x if q is None else q, impl):
+        if each is None and packed.together("assign_merge", x if q is None else q, impl):
             plan = _assign_packed(x if q is None else q, meta, similarity, temperature, weight, impl, lengths)
             fill = None if fill is None else fill.expand(len(lengths), -1, -1).flatten(0, 1)
             return packed.unbatched(merge(x, plan, size, positions, fill=fill, impl=impl)), plan
@@ -485,7 +546,8 @@ def assign_merge(
         ) -> tuple[MergedTokens, MergePlan]:
             return assign_merge(x, q, meta, similarity, temperature, weight, None, size, positions, fill, impl)
 
-        return packed.assign_merge(one, x, q, meta, size, positions, fill, lengths)
+        return packed.assign_merge(one, x, q, meta, size, positions, fill, lengths, each)
+    _check_not_packed(meta_lengths)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
     metric, shape = (x, (B, N, C)) if q is None else (q, check_rows("q", q, x, (B, N)))
     meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
@@ -564,6 +626,27 @@ def compose(plan1: MergePlan, plan2: MergePlan, impl: str = "auto") -> MergePlan
     return dataclasses.replace(found, lengths=plan1.lengths, merged_lengths=plan2.merged_lengths)
 
 
+def pack(plan: MergePlan) -> MergePlan:
+    """The plan of a batch as one of packed sequences, without the groups that no token went to.
+
+    Of what `match` finds with a `mask` or a `threshold`, items have differently many groups, and the last ones of
+    those with few are empty. Of the plan that this makes, `merge(x.flatten(0, 1), pack(plan))` gives the groups of all
+    items in one row, without padding, and how many each item has.
+
+    Args:
+        plan: `(B, N)` tokens to K groups; or a plan of packed sequences, such as that of `assign`.
+
+    Returns:
+        A `MergePlan` of the tokens of all items, one after another: `lengths` is N for each item, `merged_lengths` how
+        many groups of each have a token. What was left out by a mask keeps the index -1. There are no `order` and
+        `offsets`, but those of packed sequences. Prefix tokens that are padding have no group here.
+
+    The groups are counted on the device, which the host waits for, once. Differentiable: score, lse and weight.
+    """
+    _check_plan("plan", plan)
+    return sequences.without_empty_groups(sequences.in_one_row(plan) if plan.lengths is None else plan)
+
+
 def soft_merge(
     x: Tensor,
     q: Tensor,
@@ -577,6 +660,7 @@ def soft_merge(
     impl: str = "auto",
     *,
     lengths: Sequence[int] | Tensor | None = None,
+    meta_lengths: Sequence[int] | Tensor | None = None,
 ) -> MergedTokens:
     """Merges every token into every meta token by its softmax weight, never materialising the N x K weights.
 
@@ -593,7 +677,7 @@ def soft_merge(
         positions: `(B, N, P)` or `(N, P)`.
         mask: bool `(B, N)`, True = a real token. The others take part in nothing.
         impl: "auto" or an implementation by name, see `help(sttm_kernels)`.
-        lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`.
+        lengths, meta_lengths: as in `assign`; then x is `(T, C)`, size `(T,)`, positions `(T, P)`.
 
     Returns:
         `MergedTokens(x (B, K, C) in x's dtype, size (B, K) = sum_n size_n A[n, k], positions (B, K, P) or None)`; a
@@ -606,9 +690,9 @@ def soft_merge(
     validate.one_of("impl", impl, IMPL_NAMES)
     if lengths is not None:
         x, lengths = packed.checked("x", x, lengths, mask, "(T, C)", 2)
-        meta = packed.sets("meta", meta, "D", lengths)
+        meta, each = packed.sets("meta", meta, "D", lengths, meta_lengths)
         q, size, positions = packed.beside(x, q, size, positions)
-        if packed.together("soft_merge", x, impl):
+        if each is None and packed.together("soft_merge", x, impl):
             return _soft_merge_packed(
                 x, q, meta, similarity, temperature, normalize, size, positions, impl, lengths
             )  # fmt: skip
@@ -616,7 +700,8 @@ def soft_merge(
         def one(x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any) -> MergedTokens:
             return soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, None, impl)
 
-        return packed.soft_merge(one, x, q, meta, size, positions, lengths)
+        return packed.soft_merge(one, x, q, meta, size, positions, lengths, each)
+    _check_not_packed(meta_lengths)
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     shape = check_rows("q", q, x, (B, N))
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)

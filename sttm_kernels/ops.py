@@ -316,6 +316,8 @@ def match(
 class MatchPackedIn(NamedTuple):
     metric: Tensor
     sequences: Tensor
+    src: Tensor | None
+    dst: Tensor | None
     num_groups: int
     num_prefix: int
     tiles: int
@@ -333,7 +335,8 @@ class MatchPackedOut(NamedTuple):
 
 def _match_packed_run(run: Any, a: MatchPackedIn) -> MatchPackedOut:
     least = -math.inf if a.threshold is None else a.threshold
-    plan = run(a.metric, a.num_prefix, Packed(a.num_groups, a.sequences, a.tiles, a.pairs, least))
+    packed = Packed(a.num_groups, a.sequences, a.tiles, a.pairs, least)
+    plan = run(a.metric, a.num_prefix, packed, *_lists(a.src, a.dst))
     return MatchPackedOut(plan.index, plan.score, plan.order, plan.offsets)
 
 
@@ -348,11 +351,19 @@ _match_packed = Operator(
 )
 
 
-def match_packed(metric: Tensor, num_prefix: int, packed: Packed, impl: str) -> MergePlan:
+def _lists(src: Tensor | None, dst: Tensor | None) -> tuple[Tensor, ...]:
+    """The last arguments of implementations that take lists of all sequences."""
+    return () if src is None or dst is None else (src, dst)
+
+
+def match_packed(
+    metric: Tensor, num_prefix: int, packed: Packed, impl: str, src: Tensor | None = None, dst: Tensor | None = None
+) -> MergePlan:
     K, sequences, tiles, pairs, threshold = packed
-    a = (metric, sequences, K, num_prefix, tiles, pairs, threshold if threshold > -math.inf else None, impl)
+    least = threshold if threshold > -math.inf else None
+    a = (metric, sequences, src, dst, K, num_prefix, tiles, pairs, least, impl)
     if (run := _match_packed.implementation(a)) is not None:
-        return run(metric, num_prefix, packed)
+        return run(metric, num_prefix, packed, *_lists(src, dst))
     out = _match_packed.listened(a)
     return MergePlan(out.index, K, out.score, order=out.order, offsets=out.offsets)
 

@@ -59,17 +59,32 @@ def split(values: Tensor | None, lengths: Lengths, dim: int) -> Sequence[Any]:
     return (None,) * len(lengths) if values is None else values.split(lengths, dim)
 
 
-def sets(name: str, values: Any, channels: str, lengths: Lengths) -> Tensor:
-    """What each sequence has of its own, (S, K, ...), or what is alike for all, (K, ...); as it is."""
+def sets(name: str, values: Any, channels: str, lengths: Lengths, each: Any = None) -> tuple[Tensor, Lengths | None]:
+    """What each sequence has of its own, (S, K, ...), or what is alike for all, (K, ...); as it is.
+
+    Or, where they have `each` so many, (sum of K, ...): as (S, K, ...) if all have as many, else as it is and how many.
+    """
+    if each is not None:
+        K = validate.features(name, values, f"(sum of meta_lengths, {channels})", 2)[0]
+        counts = validate.lengths("meta_lengths", each, K)
+        if len(counts) != len(lengths) or min(counts) < 1:
+            raise ValueError(
+                f"meta_lengths must be at least 1 for each of the S = {len(lengths)} sequences, got {counts}"
+            )
+        alike = len(set(counts)) == 1
+        return (values.unflatten(0, (-1, counts[0])), None) if alike else (values, counts)
     validate.features(name, values, f"(S, K, {channels}) or (K, {channels})", 2, 3)
     if values.dim() == 3 and values.shape[0] != len(lengths):
         shape = validate.shape_text(values.shape)
         raise ValueError(f"{name} must have S = {len(lengths)} items, one for each sequence, got {shape}")
-    return values
+    return values, None
 
 
-def items(values: Tensor | None, lengths: Lengths) -> Sequence[Any]:
-    """Of each sequence: (1, K, ...) of values (S, K, ...), or what is alike for all, (K, ...) or None."""
+def items(values: Tensor | None, lengths: Lengths, each: Lengths | None = None) -> Sequence[Any]:
+    """Of each sequence: (1, K, ...) of values (S, K, ...), or what is alike for all, (K, ...) or None; or its own, of
+    which there are `each` so many."""
+    if values is not None and each is not None:
+        return values.split(each)
     return (values,) * len(lengths) if values is None or values.dim() == 2 else values.split(1)
 
 
@@ -96,9 +111,11 @@ def grids(grid: Any, lengths: Lengths) -> Sequence[Any]:
 
 
 def match(
-    one: Callable[..., MergePlan], metric: Tensor, r: Any, num_prefix: int, partition: str | Tensor, grid: Any,
-    window: Any, protect: Any, lengths: Lengths, threshold: float | None, impl: str,
+    one: Callable[..., MergePlan], pairs: Callable[..., tuple[int, Tensor, Tensor]], metric: Tensor, r: Any,
+    num_prefix: int, partition: str | Tensor, grid: Any, window: Any, protect: Any, lengths: Lengths,
+    threshold: float | None, impl: str,
 ) -> MergePlan:  # fmt: skip
+    """`pairs` of a sequence are how many of its tokens may merge, and its src and dst."""
     T = metric.shape[-2]
     num_prefix = validate.integer("num_prefix", num_prefix, 0)
     amounts, geometry = merges(r, lengths, num_prefix), grids(grid, lengths)
@@ -113,37 +130,55 @@ def match(
     if plain and isinstance(partition, str) and partition == "alternate" and together("match", metric, impl):
         return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl)
     start = starts(lengths)
+    stay = [tuple(n - start[s] for n in protected if start[s] <= n < start[s + 1]) for s in range(len(lengths))]
+    if together("match", metric, impl, lists=True):
+        given = zip(lengths, amounts, parts, geometry, stay, strict=True)
+        each = {
+            s: pairs(n, own, num_prefix, part, shape, tuple(at for at in kept if at >= num_prefix))
+            for s, (n, own, part, shape, kept) in enumerate(given)
+            if n > 0
+        }
+        return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl, each)
     plans: dict[int, MergePlan] = {}
     for s, own in enumerate(metric.split(lengths, -2)):
-        stay = [n - start[s] for n in protected if start[s] <= n < start[s + 1]] or None
         if lengths[s] > 0:
-            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], window, impl, protect=stay)
+            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], window, impl, protect=stay[s] or None)
     return joined(plans, lengths, threshold=threshold is not None)
 
 
-def together(verb: str, features: Tensor, impl: str) -> bool:
+def together(verb: str, features: Tensor, impl: str, lists: bool = False) -> bool:
     """Whether an implementation takes all sequences together, here: not in a transform, where a batch joins theirs."""
     if torch_private.transforming() or hasattr(features, "device_mesh"):
         return False
-    if verb != "match" and torch.compiler.is_exporting():  # what is exported can become plain ATen
+    if (verb != "match" or lists) and torch.compiler.is_exporting():  # what is exported can become plain ATen
         return False
-    return dispatch.takes_sequences(verb, impl, features.device, features.dtype)
+    return dispatch.takes_sequences(verb, impl, features.device, features.dtype, lists)
 
 
 def _match_at_once(
-    metric: Tensor, amounts: Lengths, num_prefix: int, lengths: Lengths, threshold: float | None, impl: str
-) -> MergePlan:
-    """Of every second token, in one launch for all sequences."""
+    metric: Tensor, amounts: Lengths, num_prefix: int, lengths: Lengths, threshold: float | None, impl: str,
+    each: dict[int, tuple[int, Tensor, Tensor]] | None = None,
+) -> MergePlan:  # fmt: skip
+    """In one launch for all sequences: of every second token, or of the `pairs` of each that has tokens."""
     free = [n - num_prefix for n in lengths]
-    limits = tuple(min(r, n // 2) for r, n in zip(amounts, free, strict=True))
+    if each is None:
+        limits = tuple(min(r, n // 2) for r, n in zip(amounts, free, strict=True))
+    else:
+        limits = tuple(each[s][0] if s in each else 0 for s in range(len(lengths)))
     merged = lengths if threshold is not None else tuple(n - r for r, n in zip(limits, lengths, strict=True))
     table = sequences.table(lengths, merged, limits, metric.device)
-    num_dst = [(n + num_prefix % 2) // 2 for n in free]
-    pairs = sum((n - dst) * dst for n, dst in zip(free, num_dst, strict=True))
+    lists: tuple[Tensor, ...] = ()
+    if each is None:
+        num_dst = [(n + num_prefix % 2) // 2 for n in free]
+        pairs = sum((n - dst) * dst for n, dst in zip(free, num_dst, strict=True))
+    else:
+        src, dst = ({s: lists[side] for s, (_, *lists) in each.items()} for side in (0, 1))
+        lists = sequences.listed(src, lengths), sequences.listed(dst, lengths)
+        pairs = sum(src.shape[2] * dst.numel() for _, src, dst in each.values())
     least = -math.inf if threshold is None else float(threshold)
     packed = Packed(sum(merged), table, sequences.tiles(lengths), pairs, least)
     metric = metric.detach() if metric.requires_grad else metric
-    plan = ops.match_packed(metric, num_prefix, packed, impl)
+    plan = ops.match_packed(metric, num_prefix, packed, impl, *lists)
     plan = dataclasses.replace(plan, lengths=lengths, merged_lengths=merged)
     return plan if threshold is None else sequences.without_empty_groups(plan)
 
@@ -159,34 +194,40 @@ def with_lengths(plan: MergePlan, lengths: Lengths) -> MergePlan:
     return dataclasses.replace(plan, lengths=lengths, merged_lengths=(plan.num_groups // S,) * S)
 
 
-def assign(one: Callable[..., MergePlan], q: Tensor, meta: Tensor, lengths: Lengths) -> MergePlan:
-    pairs = zip(q.split(lengths, -2), items(meta, lengths), strict=True)
+def assign(
+    one: Callable[..., MergePlan], q: Tensor, meta: Tensor, lengths: Lengths, each: Lengths | None = None
+) -> MergePlan:
+    pairs = zip(q.split(lengths, -2), items(meta, lengths, each), strict=True)
     plans = {s: one(*pair) for s, pair in enumerate(pairs) if lengths[s] > 0}
-    return joined(plans, lengths, meta.shape[-2])
+    return joined(plans, lengths, each or (meta.shape[-2],) * len(lengths))
 
 
 def assign_merge(
     one: Callable[..., tuple[MergedTokens, MergePlan]], x: Tensor, q: Tensor | None, meta: Tensor, size: Any,
-    positions: Any, fill: Any, lengths: Lengths,
+    positions: Any, fill: Any, lengths: Lengths, each: Lengths | None = None,
 ) -> tuple[MergedTokens, MergePlan]:  # fmt: skip
-    given = _of_each(x, q, meta, size, positions, lengths)
+    given = _of_each(x, q, meta, size, positions, lengths, each)
+    groups = each or (meta.shape[-2],) * len(lengths)
     merged, plans = [], {}
-    for s, (own, own_fill) in enumerate(zip(given, items(fill, lengths), strict=True)):
+    for s, (own, own_fill) in enumerate(zip(given, items(fill, lengths, each), strict=True)):
         if lengths[s] > 0:
             out, plans[s] = one(*own, own_fill)
             merged.append(out)
         else:
-            merged.append(_nothing(x, meta.shape[-2], positions, own_fill))
-    plan = joined(plans, lengths, meta.shape[-2])
+            merged.append(_nothing(x, groups[s], positions, own_fill))
+    plan = joined(plans, lengths, groups)
     return _in_row(merged), plan
 
 
 def soft_merge(
-    one: Callable[..., MergedTokens], x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any, lengths: Lengths
-) -> MergedTokens:
-    given = _of_each(x, q, meta, size, positions, lengths)
-    nothing = _nothing(x, meta.shape[-2], positions, None)
-    return _in_row([one(*own) if lengths[s] > 0 else nothing for s, own in enumerate(given)])
+    one: Callable[..., MergedTokens], x: Tensor, q: Tensor, meta: Tensor, size: Any, positions: Any, lengths: Lengths,
+    each: Lengths | None = None,
+) -> MergedTokens:  # fmt: skip
+    given = _of_each(x, q, meta, size, positions, lengths, each)
+    groups = each or (meta.shape[-2],) * len(lengths)
+    return _in_row(
+        [one(*own) if lengths[s] > 0 else _nothing(x, groups[s], positions, None) for s, own in enumerate(given)]
+    )
 
 
 def beside(x: Tensor, q: Any, size: Any, positions: Any) -> tuple[Any, Tensor | None, Tensor | None]:
@@ -207,10 +248,11 @@ def beside(x: Tensor, q: Any, size: Any, positions: Any) -> tuple[Any, Tensor | 
 
 
 def _of_each(
-    x: Tensor, q: Tensor | None, meta: Tensor, size: Tensor | None, positions: Tensor | None, lengths: Lengths
-) -> list[tuple[Any, ...]]:
+    x: Tensor, q: Tensor | None, meta: Tensor, size: Tensor | None, positions: Tensor | None, lengths: Lengths,
+    each: Lengths | None,
+) -> list[tuple[Any, ...]]:  # fmt: skip
     """x, q, meta, size and positions of every sequence; x, q and size have a batch of one."""
-    parts = x.split(lengths, 1), split(q, lengths, -2), items(meta, lengths)
+    parts = x.split(lengths, 1), split(q, lengths, -2), items(meta, lengths, each)
     return list(zip(*parts, split(size, lengths, 1), split(positions, lengths, 0), strict=True))
 
 

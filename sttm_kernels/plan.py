@@ -133,7 +133,7 @@ class MatchBounds(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Packed sequences of a `match` of every second token.
+    """Packed sequences of a `match`.
 
     Attributes:
         num_groups: K, of all sequences.

@@ -44,6 +44,19 @@ def table(lengths: Lengths, merged: Lengths, limits: Lengths, device: torch.devi
     return on_device(rows, device)
 
 
+def listed(lists: dict[int, Tensor], lengths: Lengths) -> Tensor:
+    """Lists of the tokens of each sequence, int32 (1, G, M) padded with -1, put together as those of the row."""
+    start = starts(lengths)
+    width = max(own.shape[2] for own in lists.values())
+    device = next(iter(lists.values())).device
+    out = torch.full((1, sum(own.shape[1] for own in lists.values()), width), -1, dtype=torch.int32, device=device)
+    at = 0
+    for s, own in lists.items():
+        out[:, at : at + own.shape[1], : own.shape[2]] = torch.where(own >= 0, own + start[s], -1)
+        at += own.shape[1]
+    return out
+
+
 def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """int32, without waiting for a GPU."""
     if device.type == "cpu" and not torch.compiler.is_compiling() and not torch_private.dispatching():
@@ -57,12 +70,16 @@ def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
 
 
-def joined(plans: dict[int, MergePlan], lengths: Lengths, every: int = 0, threshold: bool = False) -> MergePlan:
-    """The plan of all sequences from those, by number, of the ones that have tokens; others have `every` groups.
+def joined(
+    plans: dict[int, MergePlan], lengths: Lengths, groups: Lengths | None = None, threshold: bool = False
+) -> MergePlan:
+    """The plan of all sequences from those, by number, of the ones that have tokens; others have as many `groups`, or
+    none.
 
     With a `threshold` the groups of each sequence are counted where they are, and read.
     """
-    merged = [plans[s].num_groups if s in plans else every for s in range(len(lengths))]
+    none = groups or (0,) * len(lengths)
+    merged = [plans[s].num_groups if s in plans else none[s] for s in range(len(lengths))]
     if threshold:
         counts = torch.stack([plan.index.max() for plan in plans.values()]).tolist()
         for s, last in zip(plans, counts, strict=True):
@@ -84,24 +101,36 @@ def joined(plans: dict[int, MergePlan], lengths: Lengths, every: int = 0, thresh
     return MergePlan(index, first[-1], *weights, order, offsets, lengths, tuple(merged))
 
 
+def in_one_row(plan: MergePlan) -> MergePlan:
+    """The plan of a batch as one of packed sequences, whose tokens and groups are those of the items."""
+    (B, N), K = plan.index.shape, plan.num_groups
+    first = K * torch.arange(B, dtype=torch.int32, device=plan.index.device)[:, None]
+    index = torch.where((plan.index >= 0) & (plan.index < K), plan.index + first, -1).view(1, -1)
+    score, lse, weight = (None if t is None else t.reshape(1, -1) for t in (plan.score, plan.lse, plan.weight))
+    return MergePlan(index, B * K, score, lse, weight, lengths=(N,) * B, merged_lengths=(K,) * B)
+
+
 def without_empty_groups(plan: MergePlan) -> MergePlan:
     """A plan of packed sequences whose groups are counted where they are, and read."""
-    assert plan.offsets is not None
     assert plan.merged_lengths is not None
-    offsets, T = plan.offsets[0], plan.index.shape[1]
-    has_tokens = offsets[1:] > offsets[:-1]
+    index, T, old = plan.index[0].long(), plan.index.shape[1], plan.num_groups
+    if plan.offsets is not None:
+        has_tokens = plan.offsets[0, 1:] > plan.offsets[0, :-1]
+    else:
+        group = torch.where((index >= 0) & (index < old), index, old)
+        has_tokens = torch.zeros(old + 1, dtype=torch.bool, device=index.device).scatter(0, group, True)[:-1]
     before = torch.nn.functional.pad(has_tokens.cumsum(0), (1, 0))
-    at = on_device([starts(plan.merged_lengths)], offsets.device)[0]
+    at = on_device([starts(plan.merged_lengths)], index.device)[0]
     merged = tuple(before[at].diff().tolist())
     K = sum(merged)
-    place = torch.where(has_tokens, before[:-1], K)
-    begins = torch.where(has_tokens, offsets[:-1], T)
+    offsets = plan.offsets
+    if offsets is not None and K < T:
+        place = torch.where(has_tokens, before[:-1], K)
+        begins = torch.where(has_tokens, offsets[0, :-1], T)
+        offsets = offsets.new_empty(K + 1).scatter(0, place, begins)[None]
+    index = torch.where(index >= 0, before[index.clamp(0, old)], -1)
     return dataclasses.replace(
-        plan,
-        index=before[plan.index.long()].to(torch.int32),
-        num_groups=K,
-        offsets=offsets.new_empty(K + 1).scatter(0, place, begins)[None] if K < T else plan.offsets,
-        merged_lengths=merged,
+        plan, index=index.to(torch.int32)[None], num_groups=K, offsets=offsets, merged_lengths=merged
     )
 
 

@@ -104,6 +104,21 @@ TABLE = [
         r"meta must have S = 2 items, .*, got \(1, 3, 4\)",
     ),
     (
+        lambda: sttm.assign(Q[0], META[0], lengths=[5, 7], meta_lengths=[1, 1]),
+        ValueError,
+        rf"meta_lengths must be the tokens of each sequence, {len(META[0])} together",
+    ),
+    (
+        lambda: sttm.assign(Q[0], META[0], lengths=[5, 7], meta_lengths=[len(META[0])]),
+        ValueError,
+        r"meta_lengths must be at least 1 for each of the S = 2 sequences",
+    ),
+    (
+        lambda: sttm.assign(Q, META, meta_lengths=[1, 1]),
+        ValueError,
+        r"meta_lengths must be None without lengths",
+    ),
+    (
         lambda: sttm.soft_merge(X[0], Q[0, :5], META, lengths=[5, 7]),
         ValueError,
         r"q must have the T = 12 tokens of x, got 5",

@@ -106,7 +106,7 @@ SAMPLES = {
         (bare(2, 6, 4), *PADDED, None, None, 2, 4, 0, *FREE),
         (bare(2, 6, 4), None, None, MASK, torch.tensor([2, 1], dtype=torch.int32), 2, 5, 0, 0.5, IMPL),
     ],
-    "match_packed": [(bare(1, 9, 4), SEQUENCES, 6, 1, 2, 8, *FREE)],
+    "match_packed": [(bare(1, 9, 4), SEQUENCES, None, None, 6, 1, 2, 8, *FREE)],
     "merge": [
         (leaf(2, 6, 5), INDEX, 3, None, None, None, None, None, None, "mean", IMPL),
         (leaf(2, 6, 5), INDEX, 3, leaf(2, 6), leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5), None, None, "sum", IMPL),

@@ -75,8 +75,10 @@ def _is_tensor(argument: Any) -> bool:
     return "Tensor" in str(argument.type)
 
 
-def _choices(argument: Any, results: int) -> tuple[Any, ...]:
+def _choices(op: str, argument: Any, results: int) -> tuple[Any, ...]:
     """What is passed for an argument, the usual value first: settings, and for tensors whether they are there."""
+    if op == "match_packed" and argument.name in ("src", "dst"):  # which no GPU takes
+        return (None,)
     if argument.name == "sequences" and str(argument.type) == "Optional[Tensor]":
         return (None,)
     if _is_tensor(argument):
@@ -92,7 +94,7 @@ def combinations(op: str, full: bool = True) -> Iterator[Combination]:
     The ends: all there, none, one, all but one. Unless `full`, only all and none with the usual settings.
     """
     schema = _overload(op)._schema
-    options = {argument.name: _choices(argument, len(schema.returns)) for argument in schema.arguments}
+    options = {argument.name: _choices(op, argument, len(schema.returns)) for argument in schema.arguments}
     optional = [name for name, values in options.items() if values == (True, False)]
     usual = {name: values[0] for name, values in options.items()}
     others = [

@@ -10,6 +10,23 @@ static void* read_mean(Validate& validate, const MatchArguments& a, const MaybeA
     return validate.dense_features(mean, "mean", a.dtype, {a.B, a.N, (int64_t(a.D) + 7) / 8 * 8});
 }
 
+// The tokens of each window.
+static void read_lists(Validate& validate, MatchArguments& a, const MaybeArray& src, const MaybeArray& dst) {
+    if (src.has_value() != dst.has_value()) throw py::value_error("src and dst must both be arrays or both be None");
+    a.listed = src.has_value();
+    a.windows = 1;
+    if (!a.listed) return;
+    a.windows = validate.extent(*src, "src", 3, 1);
+    if (a.windows < 1) throw py::value_error("src must have at least one window, got " + src->shape_text());
+    a.num_src = validate.extent(*src, "src", 3, 2);
+    a.num_dst = validate.extent(*dst, "dst", 3, 2);
+    const int src_items = src->size(0) == 1 ? 1 : a.B, dst_items = dst->size(0) == 1 ? 1 : a.B;
+    a.src = validate.dense<int32_t>(*src, "src", {src_items, a.windows, a.num_src});
+    a.dst = validate.dense<int32_t>(*dst, "dst", {dst_items, a.windows, a.num_dst});
+    a.stride_src = src_items == 1 ? 0 : int64_t(a.windows) * a.num_src;
+    a.stride_dst = dst_items == 1 ? 0 : int64_t(a.windows) * a.num_dst;
+}
+
 static void match_arrays(const Array& metric, const MaybeArray& src, const MaybeArray& dst, const MaybeArray& mask,
                          const MaybeArray& limit, int r, int num_groups, int num_prefix, double threshold, bool tf32,
                          const Array& index, const Array& score, const MaybeArray& order, const MaybeArray& offsets,
@@ -34,21 +51,9 @@ static void match_arrays(const Array& metric, const MaybeArray& src, const Maybe
     a.limit = validate.dense<int32_t>(limit, "limit", {a.B});
     a.threshold = static_cast<float>(threshold);
 
-    if (src.has_value() != dst.has_value()) throw py::value_error("src and dst must both be arrays or both be None");
-    a.listed = src.has_value();
-    if (src) {
-        a.windows = validate.extent(*src, "src", 3, 1);
-        if (a.windows < 1) throw py::value_error("src must have at least one window, got " + src->shape_text());
-        a.num_src = validate.extent(*src, "src", 3, 2);
-        a.num_dst = validate.extent(*dst, "dst", 3, 2);
-        const int src_items = src->size(0) == 1 ? 1 : a.B, dst_items = dst->size(0) == 1 ? 1 : a.B;
-        a.src = validate.dense<int32_t>(*src, "src", {src_items, a.windows, a.num_src});
-        a.dst = validate.dense<int32_t>(*dst, "dst", {dst_items, a.windows, a.num_dst});
-        a.stride_src = src_items == 1 ? 0 : int64_t(a.windows) * a.num_src;
-        a.stride_dst = dst_items == 1 ? 0 : int64_t(a.windows) * a.num_dst;
-    } else {
+    read_lists(validate, a, src, dst);
+    if (!a.listed) {
         const int tokens = a.N - num_prefix, odd = num_prefix % 2;
-        a.windows = 1;
         a.num_src = (tokens + 1 - odd) / 2;
         a.num_dst = (tokens + odd) / 2;
     }
@@ -77,8 +82,9 @@ static void check(const MatchArguments& a) {
 static void check(const MatchArguments&) {}
 #endif
 
-static void match_packed_arrays(const Array& metric, const Array& sequences, int tiles, int num_groups, int num_prefix,
-                                double threshold, bool tf32, const Array& index, const Array& score, const Array& order,
+static void match_packed_arrays(const Array& metric, const Array& sequences, const MaybeArray& src,
+                                const MaybeArray& dst, int tiles, int num_groups, int num_prefix, double threshold,
+                                bool tf32, const Array& index, const Array& score, const Array& order,
                                 const Array& offsets, const Array& scratch, const MaybeArray& mean, uint64_t stream) {
     Validate validate("match_packed");
     MatchArguments a{};
@@ -90,7 +96,10 @@ static void match_packed_arrays(const Array& metric, const Array& sequences, int
     a.tf32 = tf32;
     if (num_prefix < 0 || num_groups < 0 || num_groups > a.N || tiles < 0)
         throw py::value_error("num_prefix and tiles must be at least 0, num_groups in [0, T]");
-    a.windows = 1;
+    read_lists(validate, a, src, dst);
+#if !defined(STTM_CPU)
+    if (a.listed) throw py::value_error("src and dst must be None: these kernels take every second token");
+#endif
     a.num_groups = num_groups;
     a.num_prefix = num_prefix;
     a.threshold = static_cast<float>(threshold);
@@ -136,9 +145,9 @@ void bind_match(py::module_& m) {
           py::arg("stream"),
           "index (B, N) of the groups that the r best src of metric make with their dst; scratch int32 (B * (kSortRoom "
           "* N + 1))");
-    m.def("match_packed", &match_packed_arrays, py::arg("metric"), py::arg("sequences"), py::arg("tiles"),
-          py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"), py::arg("index"),
-          py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
+    m.def("match_packed", &match_packed_arrays, py::arg("metric"), py::arg("sequences"), py::arg("src"), py::arg("dst"),
+          py::arg("tiles"), py::arg("num_groups"), py::arg("num_prefix"), py::arg("threshold"), py::arg("tf32"),
+          py::arg("index"), py::arg("score"), py::arg("order"), py::arg("offsets"), py::arg("scratch"), py::arg("mean"),
           py::arg("stream"),
           "the same of sequences int32 (S, 6), one after another in metric (1, T, D); scratch int32 (kMatchRoom * T)");
 }

@@ -89,8 +89,8 @@ void search(const MatchArguments& a, int64_t b, const Places& src, int start, co
     }
 }
 
-// What is searched for itself: an item, or a sequence of one. Blocks of its dst and panels of its src follow those of
-// what came before.
+// What is searched for itself: an item, a sequence of one, or the lists of one. Blocks of its dst and panels of its src
+// follow those of what came before.
 struct Whole {
     int64_t b;
     Places src, dst;
@@ -112,20 +112,21 @@ const Whole& whose(const Whole* wholes, int64_t count, int64_t task) {
 template <class T>
 void search_whole(const MatchArguments& a, Stream stream) {
     const int64_t size = block_size(a.D), row_size = kRows * columns_of(a.D);
-    const int64_t count = a.sequences == nullptr ? a.B : a.num_sequences;
+    const bool halved = a.sequences != nullptr && !a.listed;
+    const int64_t count = halved ? a.num_sequences : int64_t(a.B) * a.windows;
     const bool some = a.listed || a.mask.data != nullptr;
-    int32_t* const listed = some ? take<int32_t>(int64_t(a.B) * (a.num_src + a.num_dst)) : nullptr;
+    int32_t* const listed = some ? take<int32_t>(count * (a.num_src + a.num_dst)) : nullptr;
     Whole* const wholes = take<Whole>(count);
     int64_t blocks = 0, panels = 0, work = 0;
     for (int64_t i = 0; i < count; ++i) {
         Whole& w = wholes[i];
-        w.b = a.sequences == nullptr ? i : 0;
-        w.src = a.sequences == nullptr ? src_of(a, i, 0) : src_of(a, a.sequences[i]);
-        w.dst = a.sequences == nullptr ? dst_of(a, i, 0) : dst_of(a, a.sequences[i]);
+        w.b = halved ? 0 : i / a.windows;
+        w.src = halved ? src_of(a, a.sequences[i]) : src_of(a, w.b, i % a.windows);
+        w.dst = halved ? dst_of(a, a.sequences[i]) : dst_of(a, w.b, i % a.windows);
         if (some) {
             int32_t* const at = listed + i * (a.num_src + a.num_dst);
-            w.src = compact(a, i, w.src, at);
-            w.dst = compact(a, i, w.dst, at + a.num_src);
+            w.src = compact(a, w.b, w.src, at);
+            w.dst = compact(a, w.b, w.dst, at + a.num_src);
         }
         w.first_block = blocks;
         w.first_panel = panels;
@@ -201,7 +202,7 @@ Threshold select(const uint32_t* keys, int count, int r) {
     return {prefix, left};
 }
 
-enum Role : uint8_t { kPrefix, kSrc, kDst, kMasked };
+enum Role : uint8_t { kStays, kSrc, kDst, kMasked };
 
 // Memory to number the groups of an item in: of N tokens each.
 struct Scratch {
@@ -211,7 +212,8 @@ struct Scratch {
 };
 
 // Of the N tokens from `first` on of all items, given score and partner of every src and the role of every token: the
-// group of each, of which the first is `first_group`; at most r merge. Partners are counted from `origin` on.
+// group of each, of which the first is `first_group`; at most r merge. Partners are counted from `origin` on. Tokens
+// that stay come first: the prefix, and then protected ones.
 void number_groups(const MatchArguments& a, int64_t first, int N, int r, int K, int64_t origin, int32_t first_group,
                    const Scratch& scratch) {
     const Role* const role = scratch.role;
@@ -228,8 +230,8 @@ void number_groups(const MatchArguments& a, int64_t first, int N, int r, int K, 
     if (least.key <= none) least = {none, 0};
 
     int ties = least.ties, group = a.num_prefix, at = 0;
+    for (int n = 0; n < N; ++n) index[n] = role[n] != kStays ? -1 : n < a.num_prefix ? n : group++;
     for (int n = 0; n < N; ++n) {
-        index[n] = role[n] == kPrefix ? n : -1;
         if (role[n] != kSrc) continue;
         const uint32_t key = keys[at++];
         if (key > least.key || (key == least.key && ties > 0))
@@ -240,13 +242,14 @@ void number_groups(const MatchArguments& a, int64_t first, int N, int r, int K, 
     for (int n = 0; n < N; ++n)
         if (role[n] == kDst) index[n] = group++;
     for (int n = 0; n < N; ++n)
-        if (role[n] == kSrc && index[n] < 0 && partner[n] >= 0) index[n] = index[partner[n] - origin];
+        if (const int64_t at = partner[n] - origin; role[n] == kSrc && index[n] < 0 && at >= 0 && at < N)
+            index[n] = index[at];
     for (int n = 0; n < N; ++n) index[n] = index[n] < 0 ? -1 : first_group + min(index[n], K - 1);
 }
 
 void number_item(const MatchArguments& a, int64_t b, const Scratch& scratch) {
     const int N = a.N, K = a.num_groups;
-    for (int n = 0; n < N; ++n) scratch.role[n] = n < a.num_prefix ? kPrefix : kSrc;
+    for (int n = 0; n < N; ++n) scratch.role[n] = n < a.num_prefix ? kStays : kSrc;
     for (int64_t window = 0; window < a.windows; ++window) {
         const Places dst = dst_of(a, b, window);
         for (int i = 0; i < dst.count; ++i)
@@ -259,13 +262,26 @@ void number_item(const MatchArguments& a, int64_t b, const Scratch& scratch) {
         sort_item(N, K, a.index + b * N, a.order + b * N, a.offsets + b * (int64_t(K) + 1), scratch.next);
 }
 
-void number_sequence(const MatchArguments& a, const PackedSequence& s, const Scratch& scratch) {
-    for (int n = 0; n < s.length; ++n) scratch.role[n] = n < a.num_prefix ? kPrefix : n % 2 == 0 ? kSrc : kDst;
+// What the lists say of every token of all sequences; of what they do not name, that it stays.
+void read_roles(const MatchArguments& a, Role* role) {
+    for (int n = 0; n < a.N; ++n) role[n] = kStays;
+    for (int64_t i = 0; i < int64_t(a.windows) * a.num_src; ++i)
+        if (a.src[i] >= 0 && a.src[i] < a.N) role[a.src[i]] = kSrc;
+    for (int64_t i = 0; i < int64_t(a.windows) * a.num_dst; ++i)
+        if (a.dst[i] >= 0 && a.dst[i] < a.N) role[a.dst[i]] = kDst;
+}
+
+void number_sequence(const MatchArguments& a, const PackedSequence& s, Role* roles, Scratch scratch) {
+    if (roles != nullptr) {
+        scratch.role = roles + s.start;
+    } else {
+        for (int n = 0; n < s.length; ++n) scratch.role[n] = n < a.num_prefix ? kStays : n % 2 == 0 ? kSrc : kDst;
+    }
     number_groups(a, s.start, s.length, s.limit, s.groups, s.start, 0, scratch);
     int32_t* const index = a.index + s.start;
     sort_item(s.length, s.groups, index, a.order + s.start, scratch.offsets, scratch.next);
     for (int n = 0; n < s.length; ++n) {
-        index[n] += s.first_group;
+        if (index[n] >= 0) index[n] += s.first_group;
         a.order[s.start + n] += s.start;
     }
     for (int k = 0; k < s.groups; ++k) a.offsets[s.first_group + k] = s.start + scratch.offsets[k];
@@ -280,7 +296,8 @@ void match(const MatchArguments& a, Stream stream) {
     }
     with_type(a.dtype, [&](auto type) {
         using T = decltype(type);
-        a.windows > 1 ? search_windows<T>(a, stream) : search_whole<T>(a, stream);
+        const bool small = a.windows > max(1, a.num_sequences);
+        small ? search_windows<T>(a, stream) : search_whole<T>(a, stream);
     });
     const int threads = threads_for(stream, int64_t(a.B) * a.N * 32);
     Role* const role = take<Role>(int64_t(threads) * a.N);
@@ -294,8 +311,10 @@ void match(const MatchArguments& a, Stream stream) {
         parallel_for(a.B, threads, [&](int64_t b, int slot) { number_item(a, b, scratch(slot)); });
         return;
     }
+    Role* const roles = a.listed ? take<Role>(a.N) : nullptr;
+    if (roles != nullptr) read_roles(a, roles);
     parallel_for(a.num_sequences, threads,
-                 [&](int64_t s, int slot) { number_sequence(a, a.sequences[s], scratch(slot)); });
+                 [&](int64_t s, int slot) { number_sequence(a, a.sequences[s], roles, scratch(slot)); });
     a.offsets[a.num_groups] = a.N;
 }
 

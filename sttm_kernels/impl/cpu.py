@@ -54,6 +54,8 @@ def why_not(verb: str, device: torch.device | str) -> str | None:
 
 SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
+LISTS = True
+"""Whether `match_packed` takes lists of src and dst."""
 
 _verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, 1, False)
 assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match

@@ -94,15 +94,17 @@ def as_each_alone(backend, verb, lengths, given, each=lambda s: {}, **how):
             continue
         own = {"x": given["x"][rows], "q": given["q"][..., rows, :]}
         own |= {name: given[name][rows] for name in ("size", "positions") if name in given}
-        own |= {"meta": given["meta"][s : s + 1]} if "meta" in given else {}
-        alone = Call(verb, backend.impl, **{**how, **each(s)})
+        counts = how.get("meta_lengths")
+        sets = slice(s, s + 1) if counts is None else slice(sum(counts[:s]), sum(counts[: s + 1]))
+        own |= {"meta": given["meta"][sets]} if "meta" in given else {}
+        alone = Call(verb, backend.impl, **{**how, **each(s), **({} if counts is None else {"meta_lengths": None})})
         expected = run(alone, own)
         if how.get("threshold") is not None:  # which leaves empty groups of one alone
             expected = {k: v[: last - first] if k.startswith("group") else v for k, v in expected.items()}
         for name, value in expected.items():
             here = found[name]
             if name == "gradient of meta":
-                here = here[s : s + 1]
+                here = here[sets]
             elif name == "gradient of q":
                 here = here[..., rows, :]
             elif name in ("index", "order"):
@@ -115,11 +117,45 @@ def as_each_alone(backend, verb, lengths, given, each=lambda s: {}, **how):
 
 
 @st.composite
+def arrangements(draw, lengths, num_prefix, grids):
+    """Partition, grid, window and protected tokens of packed sequences, and those of each."""
+    T, each = sum(lengths), [{} for _ in lengths]
+    start = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    how = {"protect": draw(st.none() | st.lists(st.integers(0, T - 1), max_size=5, unique=True))}
+    parts = ("alternate", "tensor") if grids is None else ("alternate", "tensor", "frames", "random2d")
+    how["partition"] = draw(st.sampled_from(parts))
+    if grids is not None:
+        how["grid"] = grids
+        if how["partition"] != "random2d":
+            how["window"] = draw(st.none() | st.tuples(*[st.integers(1, 3)] * 3))
+    if how["partition"] == "tensor":
+        how["partition"] = torch.tensor(draw(st.lists(st.booleans(), min_size=T, max_size=T)))
+    seed = draw(st.integers(0, 99))
+    how["generator"] = torch.Generator().manual_seed(seed)
+    again = torch.Generator().manual_seed(seed)
+    for s, mine in enumerate(each):
+        rows = range(start[s], start[s + 1])
+        mine["generator"] = again
+        if grids is not None:
+            mine["grid"] = grids[s]
+        if how["protect"] is not None:
+            mine["protect"] = [n - rows.start for n in how["protect"] if n in rows]
+        if isinstance(how["partition"], torch.Tensor):
+            mine["partition"] = how["partition"][rows.start : rows.stop]
+    return how, each
+
+
+@st.composite
 def batches(draw, verb):
     """(lengths, inputs, options, options of each sequence) of one verb."""
-    longest = 12 if SMALL else 70
-    lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=3 if SMALL else 6).filter(any))
-    num_prefix = draw(st.integers(0, min(2, min(lengths))))
+    longest, most = (12, 3) if SMALL else (70, 6)
+    grids = draw(st.none() | st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=most))
+    if verb == "match" and grids is not None:
+        num_prefix = draw(st.integers(0, 2))
+        lengths = [num_prefix + t * h * w for t, h, w in grids]
+    else:
+        lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=most).filter(any))
+        num_prefix, grids = draw(st.integers(0, min(2, min(lengths)))), None
     how, each = {}, None
     if verb == "match":
         how["num_prefix"] = num_prefix
@@ -128,8 +164,12 @@ def batches(draw, verb):
         how["reduce"] = draw(st.sampled_from(REDUCTIONS))
         r, shares = how["r"], isinstance(how["r"], float)
         each = [
-            int(r * (n - num_prefix)) if shares else r[s] if isinstance(r, tuple) else r for s, n in enumerate(lengths)
+            {"r": int(r * (n - num_prefix)) if shares else r[s] if isinstance(r, tuple) else r}
+            for s, n in enumerate(lengths)
         ]
+        geometry = draw(arrangements(lengths, num_prefix, grids))
+        how |= geometry[0]
+        each = [own | more for own, more in zip(each, geometry[1], strict=True)]
     else:
         how["similarity"] = draw(st.sampled_from(SIMILARITIES))
         how["temperature"] = draw(st.sampled_from([1.0, 0.3]))
@@ -138,26 +178,39 @@ def batches(draw, verb):
         else:
             how["weight"] = draw(st.sampled_from(WEIGHTS))
     K = 0 if verb == "match" else draw(st.integers(1, 9))
+    counts = (
+        None
+        if not K or draw(st.booleans())
+        else draw(st.lists(st.integers(1, 9), min_size=len(lengths), max_size=len(lengths)))
+    )
     D, heads, rows = draw(st.integers(1, 20)), draw(st.sampled_from([0, 0, 2])), draw(st.booleans())
     given = inputs_of(
         sum(lengths), len(lengths), K, D, heads, draw(st.sampled_from(DTYPES[:3])), rows, draw(st.integers(0, 99))
     )
-    return lengths, given, how, (lambda s: {}) if each is None else (lambda s: {"r": each[s]})
+    if counts is not None:
+        how["meta_lengths"] = counts
+        given["meta"] = make_tokens(1, sum(counts), D, given["q"].dtype, seed=7)[0]
+    return lengths, given, how, (lambda s: {}) if each is None else each.__getitem__
 
 
 VERBS = ("match",) if SMALL else ("match", "assign", "assign_merge", "soft_merge")
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb):
-    @settings(max_examples=1 if SMALL else 10, deadline=None, database=None, derandomize=True,
+def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb, request):
+    count = 1 if SMALL else request.config.getoption("batches")
+    checked = []
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(batches(verb))
     def check(batch):
         lengths, given, how, each = batch
         as_each_alone(backend, verb, lengths, given, each, **how)
+        checked.append(len(lengths))
 
     check()
+    print(f"{verb}, {backend.impl}: {len(checked)} batches, {sum(checked)} sequences")
 
 
 def test_sequences_of_many_tiles_and_of_none(backend):
@@ -178,6 +231,48 @@ def test_sequences_of_several_spans_and_of_none(backend, normalize):
     K = 12 if backend.impl == "cuda" else 3
     given = inputs_of(sum(lengths), len(lengths), K, 16, 2 if SMALL else 0, torch.float32, True, 0)
     as_each_alone(backend, verb, lengths, given, temperature=0.3, **how)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_a_batch_with_padding_merges_to_packed_tokens(backend, threshold):
+    lengths = [6, 3, 9]
+    tokens = inputs_of(18, 3, 0, 8, 0, torch.float32, True, 0)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    rows = {name: value.to(backend.device) for name, value in tokens.items()}
+    wide = {
+        name: value.new_full((3, 9, *value.shape[1:]), torch.nan).masked_scatter(
+            mask.view(3, 9, *[1] * (value.dim() - 1)).to(value.device), value
+        )
+        for name, value in rows.items()
+    }
+    how = {"r": 3, "num_prefix": 1, "threshold": threshold, "impl": backend.impl}
+    wide["x"].requires_grad_()
+    plan = sttm.pack(sttm.match(wide["q"], mask=mask.to(backend.device), **how))
+    given = {name: wide[name].flatten(0, 1) for name in ("x", "size", "positions")}
+    out = sttm.merge(**given, plan=plan, impl=backend.impl)
+    own = sttm.match(rows["q"], lengths=lengths, **how)
+    expected = sttm.merge(rows["x"], own, rows["size"], rows["positions"], impl=backend.impl)
+    assert (plan.lengths, out.lengths) == ((9, 9, 9), own.merged_lengths)
+    assert torch.equal(plan.index.cpu()[0] >= 0, mask.flatten())
+    assert torch.equal(plan.index[0][mask.flatten().to(backend.device)], own.index[0])
+    for name in ("x", "size", "positions"):
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name))
+    back = sttm.unmerge(out.x, plan, impl=backend.impl)
+    assert not bool(back[~mask.flatten()].any())
+    (gradient,) = torch.autograd.grad(out.x.square().sum(), wide["x"])
+    assert not bool(gradient[~mask].any())
+    assert torch.equal((gradient[mask] != 0).any(1), rows["size"] > 0)
+
+
+def test_groups_without_tokens_are_left_out(backend):
+    q, meta = make_tokens(1, 7, 8)[0].to(backend.device), make_tokens(2, 6, 8).to(backend.device)
+    plan = sttm.assign(q, meta, lengths=[3, 4], impl=backend.impl)
+    packed = sttm.pack(plan)
+    assert packed.merged_lengths == tuple(len(part.unique()) for part in plan.index[0].split([3, 4]))
+    for name in ("x", "size"):
+        every, some = (getattr(sttm.merge(q, each, impl=backend.impl), name) for each in (plan, packed))
+        there = plan.index[0].unique().long()
+        assert_equal(name, some, every[there])
 
 
 GRIDS = [(2, 3, 4), (3, 2, 2), (1, 4, 2)]
