@@ -59,6 +59,26 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(verb, N, K, C, dtype, mo
             assert_equal(name, other[name], value)
 
 
+@each_reduction
+@each("dtype", (torch.float32, torch.bfloat16))
+def test_merge_of_a_group_has_the_same_bits_whatever_groups_are_beside_it(dtype, reduce):
+    """Beside many of one token, warps own groups; without these, blocks do."""
+    lengths, single = torch.tensor([40, 1, 2, 170, 33, 0, 32, 140, 130, 150]), 100
+    K, N = len(lengths), int(lengths.sum())
+    inputs = draw((1, N + single, K + single, 8, 24), dtype, DEVICE)
+    inputs = only(inputs, "x", "weight", "size", "positions", "fill")
+    index = torch.arange(K, dtype=torch.int32).repeat_interleave(lengths)[torch.randperm(N)]
+    index = torch.cat([index, torch.arange(K, K + single, dtype=torch.int32)])[None].to(DEVICE)
+
+    def merge(index, K, x, weight, size, positions, fill):
+        return fields(sttm.merge(x, sttm.MergePlan(index, K, weight=weight), size, positions, reduce, fill, "cuda"))
+
+    beside = merge(index, K + single, **inputs)
+    own = {name: value[:, : K if name == "fill" else N] for name, value in inputs.items()}
+    for name, value in merge(index[:, :N], K, **own).items():
+        assert_equal(name, beside[name][:, :K], value)
+
+
 @each("dtype", (torch.float32, torch.bfloat16))
 @each(("B", "N", "K", "C"), [(2, 300, 70, 20), (1, 270, 1030, 8)])
 def test_soft_merge_of_more_tokens_than_a_block_takes(B, N, K, C, dtype):

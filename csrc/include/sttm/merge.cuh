@@ -1,9 +1,10 @@
 // merge: features, positions, counts and masses of each group in one pass over x.
 //
-// A group is added up by its owner, in an order that depends on the group alone. Where groups are short, a warp owns a
-// few of them and each lane reads what belongs to one: its first two tokens and their weights. The warp then makes one
-// group after another, a copy of one row or the sum of two; of a longer one its lanes read all tokens. Where groups are
-// long, a block owns one.
+// A group is added up by its owner, in an order that depends on the group alone: one token after another, or of a long
+// one every fourth after another, and then the four sums. Where groups are short on average, a warp owns a few of them
+// and each lane reads what belongs to one: its first two tokens and their weights. The warp then makes one group after
+// another, a copy of one row or the sum of two; of a longer one its lanes read all tokens. Where groups are long on
+// average, a block owns one.
 #pragma once
 
 #include "csr.cuh"
@@ -11,8 +12,9 @@
 
 namespace sttm {
 
-constexpr int kLongWarps = 4;                // that share a long group
-constexpr int kLongGroups = 8 * kLongWarps;  // tokens per group on average from which on they do
+constexpr int kParts = 4;                    // of a long group
+constexpr int kMostShort = kWarpSize;        // tokens of a group that is not long
+constexpr int kLongGroups = 32;              // tokens per group on average from which on blocks own groups
 constexpr int kMostGroups = 8;               // of a warp
 constexpr int kManyWarps = 132 * 48;         // what an H100 holds: with more groups than that, warps own several
 
@@ -72,9 +74,10 @@ __device__ __forceinline__ void write_total(const S& slice, int k, const float (
     slice.write(k, out);
 }
 
-// A group of up to 32 tokens, by a warp: lane l knows number l.
-template <bool Max, class S>
-__device__ __forceinline__ void merge_short(const MergeArguments& a, int b, int k, S slice, int begin, int length) {
+// A group that is not long, by one of so many warps that share the slices: lane l knows token number l.
+template <bool Max, int Warps, class S>
+__device__ __forceinline__ void merge_short(const MergeArguments& a, int b, int k, S slice, int part, int begin,
+                                            int length) {
     const Tokens tokens(a, b);
     const int lane = lane_index();
     const bool mine = lane < length;
@@ -83,7 +86,7 @@ __device__ __forceinline__ void merge_short(const MergeArguments& a, int b, int 
     const float mass = warp_sum(own.w), count = a.weight == nullptr ? mass : warp_sum(own.count);
     const float share = own.w / mass, coefficient = a.reduce == Reduce::mean ? share : own.w;
     STTM_NO_UNROLL
-    for (int first = blockIdx.y * S::kChannels; first < a.C; first = slice.next(first)) {
+    for (int first = first_channel<S, Warps>(part); first < a.C; first = slice.next(first, Warps)) {
         if (mass == 0.0f) {
             slice.write_fill(a, b, k);
         } else {
@@ -96,7 +99,7 @@ __device__ __forceinline__ void merge_short(const MergeArguments& a, int b, int 
             write_total(slice, k, total);
         }
     }
-    if (blockIdx.y > 0) return;
+    if (first_channel<S, Warps>(part) > 0) return;
     const int64_t group = wide_product(b, a.K) + k;
     if (lane == 0) {
         a.size_out[group] = count;
@@ -110,44 +113,88 @@ __device__ __forceinline__ void merge_short(const MergeArguments& a, int b, int 
     }
 }
 
-// A group of any length, by `Warps` warps: this is warp `part`, and takes every Warps-th token.
+// The sum of what lanes have of the parts of a group: number i of lane l is what lane l / 4 + 8 i has of part l % 4
+// where each part has a warp, and the same pairs are added as there.
+__device__ __forceinline__ float sum_of_parts(const float (&value)[kParts]) {
+    float sum = (value[0] + value[2]) + (value[1] + value[3]);
+    STTM_UNROLL
+    for (int mask = kWarpSize / 2; mask >= kParts; mask /= 2) sum += shuffle_xor(sum, mask);
+    float total = shuffle(sum, 0);
+    STTM_UNROLL
+    for (int part = 1; part < kParts; ++part) total += shuffle(sum, part);
+    return total;
+}
+
+// A long group, whose part p has every kParts-th token from number p on: by one warp, or by a warp for each part.
 template <bool Max, int Warps, class S>
-__device__ __forceinline__ void merge_long(const MergeArguments& a, int b, int k, S slice, int part) {
+__device__ __forceinline__ void merge_long(const MergeArguments& a, int b, int k, S slice, int part, int begin,
+                                           int end) {
+    static_assert(Warps == 1 || Warps == kParts, "a warp has one part or all");
     const Tokens tokens(a, b);
-    constexpr int kRound = kWarpSize * Warps;  // tokens that lanes know at a time
+    constexpr int kRound = kWarpSize * kParts;  // tokens of which lanes know their part at a time
     const int lane = lane_index();
-    const Members members = members_of(a, b, k);
     float mass = 0.0f, count = 0.0f;
-    STTM_NO_UNROLL
-    for (int i = members.begin + lane * Warps + part; i < members.end; i += kRound) {
-        const Weights own = tokens.weights(tokens[i]);
-        mass += own.w;
-        count += own.count;
-    }
-    mass = warp_sum(mass);
-    count = warp_sum(count);
-    if constexpr (Warps > 1) {
+    if constexpr (Warps == 1) {
+        float masses[kParts] = {}, counts[kParts] = {};
+        STTM_NO_UNROLL
+        for (int base = begin + lane; base < end; base += kRound) {
+            STTM_UNROLL
+            for (int i = 0; i < kParts; ++i) {
+                if (base + i * kWarpSize >= end) continue;
+                const Weights own = tokens.weights(tokens[base + i * kWarpSize]);
+                masses[i] += own.w;
+                counts[i] += own.count;
+            }
+        }
+        mass = sum_of_parts(masses);
+        count = a.weight == nullptr ? mass : sum_of_parts(counts);
+    } else {
+        STTM_NO_UNROLL
+        for (int i = begin + lane * kParts + part; i < end; i += kRound) {
+            const Weights own = tokens.weights(tokens[i]);
+            mass += own.w;
+            count += own.count;
+        }
+        mass = warp_sum(mass);
+        count = a.weight == nullptr ? mass : warp_sum(count);
         STTM_SHARED(float, masses, [Warps][2]);
         if (lane == 0) masses[part][0] = mass, masses[part][1] = count;
         __syncthreads();
-        mass = count = 0.0f;
-        for (int w = 0; w < Warps; ++w) mass += masses[w][0], count += masses[w][1];
+        mass = masses[0][0], count = masses[0][1];
+        STTM_UNROLL
+        for (int w = 1; w < Warps; ++w) mass += masses[w][0], count += masses[w][1];
+    }
+    const int64_t group = wide_product(b, a.K) + k;
+    if (blockIdx.y == 0 && part == 0 && lane == 0) {
+        a.size_out[group] = count;
+        a.mass_out[group] = mass;
     }
     STTM_NO_UNROLL
     for (int first = blockIdx.y * S::kChannels; first < a.C; first = slice.next(first)) {
         float total[S::kPieces][S::kWide];
         start<Max>(total);
+        const auto add = [&](int e, float other) {
+            float& sum = total[e / S::kWide][e % S::kWide];
+            sum = Max ? larger(sum, other) : sum + other;
+        };
         STTM_NO_UNROLL
-        for (int base = members.begin; base < members.end && mass != 0.0f; base += kRound) {
-            const int i = base + lane * Warps + part;
-            const int n = i < members.end ? tokens[i] : 0;
-            const float w = i < members.end ? tokens.weights(n).w : 0.0f;
-            if (a.reduce == Reduce::first) {
-                if (base == members.begin && part == 0) add_tokens<Max>(slice, n, 1.0f, 1, total);
-                continue;
+        for (int p = part; p < part + kParts / Warps; ++p) {
+            float own[S::kPieces][S::kWide];
+            start<Max>(own);
+            STTM_NO_UNROLL
+            for (int base = begin + p; base < end && mass != 0.0f; base += kRound) {
+                const int i = base + lane * kParts;
+                const int n = i < end ? tokens[i] : 0;
+                const float w = i < end ? tokens.weights(n).w : 0.0f;
+                if (a.reduce == Reduce::first) {
+                    if (base == begin) add_tokens<Max>(slice, n, 1.0f, 1, own);
+                    continue;
+                }
+                const int here = min(kWarpSize, ceil_div(end - base, kParts));
+                add_tokens<Max>(slice, n, a.reduce == Reduce::mean ? w / mass : w, here, own);
             }
-            const int here = min(kWarpSize, ceil_div(max(members.end - base - part, 0), Warps));
-            add_tokens<Max>(slice, n, a.reduce == Reduce::mean ? w / mass : w, here, total);
+            STTM_UNROLL
+            for (int e = 0; e < S::kPieces * S::kWide; ++e) add(e, own[e / S::kWide][e % S::kWide]);
         }
         if constexpr (Warps > 1) {
             STTM_SHARED(float, sums, [Warps][S::kPieces * S::kWide][kWarpSize]);
@@ -157,9 +204,8 @@ __device__ __forceinline__ void merge_long(const MergeArguments& a, int b, int k
             if (part == 0) {
                 STTM_UNROLL
                 for (int e = 0; e < S::kPieces * S::kWide; ++e) {
-                    float& sum = total[e / S::kWide][e % S::kWide];
                     STTM_UNROLL
-                    for (int w = 1; w < Warps; ++w) sum = Max ? larger(sum, sums[w][e][lane]) : sum + sums[w][e][lane];
+                    for (int w = 1; w < Warps; ++w) add(e, sums[w][e][lane]);
                 }
             }
             __syncthreads();
@@ -173,16 +219,11 @@ __device__ __forceinline__ void merge_long(const MergeArguments& a, int b, int k
     }
 
     if (blockIdx.y > 0) return;
-    const int64_t group = wide_product(b, a.K) + k;
-    if (part == 0 && lane == 0) {
-        a.size_out[group] = count;
-        a.mass_out[group] = mass;
-    }
     STTM_NO_UNROLL
     for (int p = part; p < a.P; p += Warps) {
         float sum = 0.0f;
         STTM_NO_UNROLL
-        for (int i = members.begin + lane; i < members.end && mass != 0.0f; i += kWarpSize) {
+        for (int i = begin + lane; i < end && mass != 0.0f; i += kWarpSize) {
             const int n = tokens[i];
             sum = fmaf(tokens.weights(n).w / mass, a.positions[b * a.stride_pb + int64_t(n) * a.P + p], sum);
         }
@@ -191,15 +232,13 @@ __device__ __forceinline__ void merge_long(const MergeArguments& a, int b, int k
     }
 }
 
-// A warp, which is a block, owns `groups` adjacent groups of an item; blockIdx.y is a slice of the channels, blockIdx.z
-// the item, counted from `first_item`. There are tokens. The owner of slice 0 writes what has no channels.
-template <class T, bool Vectorized, bool Max, int Pieces>
-__global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, int first_item, int groups) {
-    using S = Slice<T, Vectorized, Pieces, !Vectorized || Max>;
-    using One = Slice<T, Vectorized, 1, true>;
+// `here` adjacent groups of an item from `begin` on, by one of so many warps that share the slices; no group is long if
+// these are several. There are tokens.
+template <bool Max, int Warps, class S>
+__device__ __forceinline__ void merge_groups(const MergeArguments& a, int b, int begin, int here, int part) {
+    using One = typename S::One;
     constexpr int kLonger = -2;
-    const int begin = blockIdx.x * groups, here = min(groups, a.K - begin), lane = lane_index();
-    const int b = first_item + blockIdx.z;
+    const int lane = lane_index(), start = first_channel<S, Warps>(part);
     const Tokens tokens(a, b);
 
     // Of the group of this lane: its tokens, or -1; what they are multiplied by, and their shares of the mass.
@@ -224,17 +263,16 @@ __global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, 
             n0 = n1 = -1;
         else if (length > 2 || !common || !copied)
             n0 = kLonger;
-        if (n0 != kLonger && blockIdx.y == 0) {
+        if (n0 != kLonger && start == 0) {
             const int64_t group = wide_product(b, a.K) + (begin + lane);
             a.size_out[group] = count;
             a.mass_out[group] = mass;
         }
     }
 
-    const S own_slice(a, b, blockIdx.y * S::kChannels);
-    S slice = own_slice;
+    S slice(a, b, start);
     STTM_NO_UNROLL
-    for (int first = blockIdx.y * S::kChannels; first < a.C; first = slice.next(first)) {
+    for (int first = start; first < a.C; first = slice.next(first, Warps)) {
         STTM_NO_UNROLL
         for (int i = 0; i < here; ++i) {
             const int one = shuffle(n0, i), other = shuffle(partner, i), k = begin + i;
@@ -244,11 +282,11 @@ __global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, 
                 slice.copy(one, k);
             } else {
                 const float a0 = shuffle(w0, i), a1 = shuffle(w1, i);
-                typename S::Piece row[2][Pieces];
+                typename S::Piece row[2][S::kPieces];
                 slice.read(one, row[0]);
                 slice.read(other, row[1]);
                 STTM_UNROLL
-                for (int piece = 0; piece < Pieces; ++piece) {
+                for (int piece = 0; piece < S::kPieces; ++piece) {
                     float value[2][S::kWide];
                     row[0][piece].to_floats(value[0]);
                     row[1][piece].to_floats(value[1]);
@@ -265,7 +303,7 @@ __global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, 
     }
 
     const unsigned longer = ballot(n0 == kLonger);
-    if (blockIdx.y == 0 && a.P > 0) {
+    if (start == 0 && a.P > 0) {
         const int entries = here * a.P;
         STTM_NO_UNROLL
         for (int base = 0; base < entries; base += kWarpSize) {
@@ -282,19 +320,32 @@ __global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, 
     STTM_NO_UNROLL
     for (unsigned left = longer; left != 0; left &= left - 1) {
         const int i = __ffs(left) - 1, from = shuffle(at, i), count = shuffle(length, i);
-        if (count <= kWarpSize)
-            merge_short<Max>(a, b, begin + i, own_slice, from, count);
-        else
-            merge_long<Max, 1>(a, b, begin + i, One(a, b, blockIdx.y * One::kChannels), 0);
+        if (count <= kMostShort)
+            merge_short<Max, Warps>(a, b, begin + i, S(a, b, start), part, from, count);
+        else if constexpr (Warps == 1)
+            merge_long<Max, 1>(a, b, begin + i, One(a, b, blockIdx.y * One::kChannels), 0, from, from + count);
     }
 }
 
-// A block owns a group.
+// A warp, which is a block, owns `groups` adjacent groups of an item; blockIdx.y is a slice of the channels, blockIdx.z
+// the item, counted from `first_item`. There are tokens. The owner of slice 0 writes what has no channels.
+template <class T, bool Vectorized, bool Max, int Pieces>
+__global__ void __launch_bounds__(kWarpSize, 24) merge_kernel(MergeArguments a, int first_item, int groups) {
+    using S = Slice<T, Vectorized, Pieces, !Vectorized || Max>;
+    const int b = first_item + blockIdx.z, begin = blockIdx.x * groups;
+    merge_groups<Max, 1, S>(a, b, begin, min(groups, a.K - begin), 0);
+}
+
+// A block owns a group and two pieces of the channels of each lane: of a group that is not long, a warp for each.
 template <class T, bool Vectorized, bool Max>
-__global__ void __launch_bounds__(kLongWarps* kWarpSize, 6) merge_long_kernel(MergeArguments a, int first_item) {
+__global__ void __launch_bounds__(kParts* kWarpSize, 6) merge_long_kernel(MergeArguments a, int first_item) {
     using S = Slice<T, Vectorized, 2, true>;
-    const int b = first_item + blockIdx.z;
-    merge_long<Max, kLongWarps>(a, b, blockIdx.x, S(a, b, blockIdx.y * S::kChannels), warp_index());
+    const int b = first_item + blockIdx.z, k = blockIdx.x, part = warp_index();
+    const Members members = members_of(a, b, k);
+    if (a.N == 0 || members.length() > kMostShort)
+        merge_long<Max, kParts>(a, b, k, S(a, b, blockIdx.y * S::kChannels), part, members.begin, members.end);
+    else if (part < S::kPieces)
+        merge_groups<Max, S::kPieces, typename S::One>(a, b, k, 1, part);
 }
 
 template <class T>
@@ -319,7 +370,7 @@ cudaError_t launch_merge(const MergeArguments& a, cudaStream_t stream) {
                 if constexpr (S::kPieces == 2) {
                     if (long_groups) {
                         error = launch(merge_long_kernel<T, kVectorized, kMax>, Grid{a.K, slices, items},
-                                       kLongWarps * kWarpSize, 0, stream, a, int(first));
+                                       kParts * kWarpSize, 0, stream, a, int(first));
                         continue;
                     }
                 }

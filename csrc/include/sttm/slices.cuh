@@ -11,6 +11,7 @@ namespace sttm {
 template <class T, bool Vectorized, int Pieces, bool Ragged>
 struct Slice {
     using Piece = sttm::Piece<T, Vectorized>;
+    using One = Slice<T, Vectorized, 1, true>;
     static constexpr int kPieces = Pieces, kWide = Piece::size;
     static constexpr int kStep = kWide * kWarpSize, kChannels = kStep * Pieces;
     using Pitch = std::conditional_t<Vectorized, int, int64_t>;  // 32 bits are multiplied at once, 64 are not
@@ -31,9 +32,10 @@ struct Slice {
         pitch_y = static_cast<Pitch>(a.C * int64_t(sizeof(T)));
         left = a.C - channel;
     }
-    // To the next slice that this block has after the one at channel `first`, whose channel it returns.
-    __device__ __forceinline__ int next(int first) {
-        const int channels = gridDim.y * kChannels;
+    // To the next slice that this warp has after the one at channel `first`, if so many of a block share them; returns
+    // its channel.
+    __device__ __forceinline__ int next(int first, int warps = 1) {
+        const int channels = gridDim.y * warps * kChannels;
         if (channels < left + lane_index() * kWide) {
             x += channels * stride_c;
             y += channels;
@@ -82,6 +84,12 @@ private:
             out[piece] = has(piece) ? Piece::load(from + piece * kStep * stride) : Piece::zero();
     }
 };
+
+// Where the first slice begins of warp `part` of so many of a block that share slices.
+template <class S, int Warps>
+__device__ __forceinline__ int first_channel(int part) {
+    return (blockIdx.y * Warps + part) * S::kChannels;
+}
 
 // What lanes are told about the tokens of an item.
 struct Tokens {
