@@ -316,12 +316,14 @@ class Verbs:
         size: Tensor | None,
         positions: Tensor | None,
         fill: Tensor | None,
+        sequences: Tensor | None = None,
     ) -> tuple[Merged, MergePlan]:
         q = x if q is None else q
         (B, N, C), K = x.shape, meta.shape[1]
         run = self.run()
-        if N > run.ASSIGN_MERGE_TOKENS or K > run.ASSIGN_MERGE_GROUPS or q.dtype != x.dtype:
-            plan = self.assign(q, meta, similarity, weight, mask)
+        short = N <= run.ASSIGN_MERGE_TOKENS and K <= run.ASSIGN_MERGE_GROUPS
+        if sequences is not None or not short or q.dtype != x.dtype:
+            plan = self.assign(q, meta, similarity, weight, mask, sequences)
             return self.merge(x, plan, size, positions, "mean", fill), plan
         plan = _new_plan(q, K, weight)
         out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))

@@ -536,10 +536,10 @@ def assign_merge(
         meta, each = packed.sets("meta", meta, "D", lengths, meta_lengths)
         fill = None if fill is None else packed.sets("fill", fill, "C", lengths, meta_lengths)[0]
         q, size, positions = packed.beside(x, q, size, positions)
-        if each is None and packed.together("assign_merge", x if q is None else q, impl):
-            plan = _assign_packed(x if q is None else q, meta, similarity, temperature, weight, impl, lengths)
-            fill = None if fill is None else fill.expand(len(lengths), -1, -1).flatten(0, 1)
-            return packed.unbatched(merge(x, plan, size, positions, fill=fill, impl=impl)), plan
+        if each is None and packed.together("assign_merge", x, impl):
+            return _assign_merge_packed(
+                x, q, meta, similarity, temperature, weight, size, positions, fill, impl, lengths
+            )  # fmt: skip
 
         def one(
             x: Tensor, q: Tensor | None, meta: Tensor, size: Any, positions: Any, fill: Any
@@ -559,6 +559,27 @@ def assign_merge(
     fill = _check_fill(fill, x, meta.shape[1])
     out, plan = ops.assign_merge(x, q, meta, comparison, weight, mask, size, positions, fill, impl)
     return MergedTokens(out.x, out.size, out.positions), plan
+
+
+def _assign_merge_packed(
+    x: Tensor, q: Tensor | None, meta: Tensor, similarity: str, temperature: float, weight: str, size: Tensor | None,
+    positions: Tensor | None, fill: Tensor | None, impl: str, lengths: packed.Lengths,
+) -> tuple[MergedTokens, MergePlan]:  # fmt: skip
+    """`assign_merge` of all sequences together; x, q and size have a batch of one."""
+    S, T = len(lengths), x.shape[1]
+    fill = None if fill is None else fill.expand(S, -1, -1).flatten(0, 1)
+    if q is not None and q.dtype != x.dtype:
+        plan = _assign_packed(q, meta, similarity, temperature, weight, impl, lengths)
+        return packed.unbatched(merge(x, plan, size, positions, fill=fill, impl=impl)), plan
+    metric, shape = (x, x.shape) if q is None else (q, check_rows("q", q, x, (1, T)))
+    meta, comparison = _check_comparison(metric, (S, *shape[1:]), meta, similarity, temperature, None)
+    validate.one_of("weight", weight, validate.WEIGHTS)
+    size, positions = size_and_positions(x, size, positions)
+    fill = _check_fill(fill, x, S * meta.shape[1])
+    table = packed.table(lengths, meta.shape[1], x.device)
+    out, plan = ops.assign_merge(x, q, meta, comparison, weight, None, size, positions, fill, impl, table)
+    plan = packed.with_lengths(plan, lengths)
+    return packed.unbatched(MergedTokens(out.x, out.size, out.positions, plan.merged_lengths)), plan
 
 
 def _check_fill(fill: Tensor | None, x: Tensor, num_groups: int) -> Tensor | None:

@@ -539,6 +539,7 @@ class AssignMergeIn(NamedTuple):
     size: Tensor | None
     positions: Tensor | None
     fill: Tensor | None
+    sequences: Tensor | None
     similarity: str
     temperature: float
     weight: str
@@ -560,8 +561,14 @@ def _metric(a: AssignMergeIn) -> Tensor:
     return a.x if a.q is None else a.q
 
 
+def _groups(a: AssignMergeIn) -> int:
+    """How many groups the plan has, which of sequences are in one row."""
+    return a.meta.shape[1] if a.sequences is None else a.meta.shape[0] * a.meta.shape[1]
+
+
 def _assign_merge_run(run: Any, a: AssignMergeIn) -> AssignMergeOut:
-    merged, plan = run(a.x, a.q, a.meta, _similarity(a), a.weight, a.mask, a.size, a.positions, a.fill)
+    given = a.x, a.q, a.meta, _similarity(a), a.weight, a.mask, a.size, a.positions, a.fill
+    merged, plan = run(*given, *_given(a.sequences))
     return AssignMergeOut(*_of_plan(plan), *merged)
 
 
@@ -569,7 +576,7 @@ def _assign_merge_fake(a: AssignMergeIn) -> Sequence[Tensor | None]:
     plan = _assign_fake(AssignIn(_metric(a), a.meta, a.mask, None, a.similarity, a.temperature, a.weight, a.impl))
     index = plan[0]
     assert index is not None
-    merged = MergeIn(a.x, index, a.meta.shape[1], None, a.size, a.positions, a.fill, None, None, "mean", a.impl)
+    merged = MergeIn(a.x, index, _groups(a), None, a.size, a.positions, a.fill, None, None, "mean", a.impl)
     return *plan, *_merge_fake(merged)
 
 
@@ -588,7 +595,7 @@ def _assign_merge_gradient(
     of_plan = OfAssign(needs.x if a.q is None else needs.q, needs.meta)
     soft = a.weight == "softmax"
     wanted = OfMerge(needs.x, soft and any(of_plan), needs.size, needs.positions)
-    plan = _plan(out, a.meta.shape[1], a.weight)
+    plan = _plan(out, _groups(a), a.weight)
     found = _reduction_gradient(a.x, plan, a.size, a.positions, out, g, "mean", wanted, a.impl)
     g = g._replace(weight=_sum(found.weight, g.weight))
     of_metric = _plan_gradient(_metric(a), a.meta, a, out, g, of_plan)
@@ -607,9 +614,9 @@ _assign_merge = Operator(
     "assign_merge",
     AssignMergeIn,
     AssignMergeOut,
-    _assign_merge_run,
+    _by_sequence(_assign_merge_run, AssignMergeOut),
     _assign_merge_fake,
-    _assign_merge_formula,
+    _formula_by_sequence(_assign_merge_formula),
     _assign_merge_gradient,
     differentiable=("score", "lse", "weight", "y", "size_out", "positions_out"),
     unsaved=("size_out",),
@@ -619,14 +626,16 @@ _assign_merge = Operator(
 
 def assign_merge(
     x: Tensor, q: Tensor | None, meta: Tensor, similarity: Similarity, weight: str, mask: Tensor | None,
-    size: Tensor | None, positions: Tensor | None, fill: Tensor | None, impl: str,
+    size: Tensor | None, positions: Tensor | None, fill: Tensor | None, impl: str, sequences: Tensor | None = None,
 ) -> tuple[Merged, MergePlan]:  # fmt: skip
-    a = (x, q, meta, mask, size, positions, fill, *similarity, weight, impl)
-    if (run := _assign_merge.implementation(a)) is not None:
+    """With `sequences`, as `sequences.table` makes them, of one item of x and q and a set of meta tokens each; all
+    groups, and `fill`, are of one item."""
+    a = (x, q, meta, mask, size, positions, fill, sequences, *similarity, weight, impl)
+    if sequences is None and (run := _assign_merge.implementation(a)) is not None:
         return run(x, q, meta, similarity, weight, mask, size, positions, fill)
-    out = _assign_merge.listened(a)
+    out = _assign_merge.listened(a) if sequences is None else _assign_merge(AssignMergeIn(*a))
     merged = Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
-    return merged, _plan(out, meta.shape[1], weight)
+    return merged, _plan(out, _groups(AssignMergeIn(*a)), weight)
 
 
 # unmerge

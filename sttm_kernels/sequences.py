@@ -146,6 +146,11 @@ def _row_dim(a: Any, field: str) -> int | None:
     return None if over_tokens else _ROWS.get(field)
 
 
+def _in_one_row(a: Any, field: str) -> bool:
+    """Whether these groups, of `assign_merge`, are in one row rather than in a set for each sequence."""
+    return hasattr(a, "fill") and field in ("y", "size_out", "positions_out", "mass", "fill")
+
+
 def _alone(a: Any, values: Any, row: Sequence[int]) -> Any:
     """The arguments or results of an operator of one sequence, where it is as the table says."""
     start, length, first_group, groups = row[:4]
@@ -156,6 +161,8 @@ def _alone(a: Any, values: Any, row: Sequence[int]) -> Any:
             return None if field == "sequences" else value
         if field == "index":
             value = value - first_group
+        if _in_one_row(a, field):
+            return value.narrow(1, first_group, groups)
         dim = _row_dim(a, field)
         return value[s : s + 1] if dim is None else value.narrow(dim, start, length)
 
@@ -172,6 +179,7 @@ def apart(run: Callable[[Any, Any], Any], a: Any, fields: Sequence[str], out: An
         if found[0][i] is None:
             return None
         values = [each[i] + row[2] if field == "index" else each[i] for each, row in zip(found, rows, strict=True)]
-        return torch.cat(values, 0 if (dim := _row_dim(a, field)) is None else dim)
+        dim = 1 if _in_one_row(a, field) else _row_dim(a, field)
+        return torch.cat(values, 0 if dim is None else dim)
 
     return [together(i, field) for i, field in enumerate(fields)]

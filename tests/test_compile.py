@@ -54,6 +54,7 @@ FREE = (None, IMPL)  # the last arguments of a match without a threshold
 MATCHED = OPS.match(bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
 EXTRAS = MASK, leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5)
+ROW = leaf(1, 9), leaf(1, 9, 2), leaf(1, 6, 5)
 
 
 def merge_backward_sample(reduce, needs, order=None, offsets=None, index=INDEX, K=3):
@@ -119,8 +120,9 @@ SAMPLES = {
         merge_backward_sample("sum", [False, True, False, True], *MATCHED[2:], MATCHED[0], 4),
     ],
     "assign_merge": [
-        (leaf(2, 6, 4), None, leaf(2, 3, 4), None, None, None, None, "cosine", 1.0, "softmax", IMPL),
-        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), *EXTRAS, "l2", 0.5, "uniform", IMPL),
+        (leaf(2, 6, 4), None, leaf(2, 3, 4), None, None, None, None, None, "cosine", 1.0, "softmax", IMPL),
+        (leaf(2, 6, 5), leaf(2, 6, 4), leaf(2, 3, 4), *EXTRAS, None, "l2", 0.5, "uniform", IMPL),
+        (leaf(1, 9, 5), leaf(1, 9, 4), leaf(2, 3, 4), None, *ROW, EACH, "dot", 0.5, "softmax", IMPL),
     ],
     "unmerge": [(leaf(2, 3, 5), INDEX, 3, None, None, IMPL), (leaf(2, 4, 5), MATCHED[0], 4, *MATCHED[2:], IMPL)],
     "compose": [(INDEX, make_index(2, 3, 2), 2, IMPL)],

@@ -113,6 +113,18 @@ def softly_together(
     return given(found.x, found.size, found.positions)
 
 
+def merged_together(
+    x: Tensor, q: Tensor, meta: Tensor, size: Tensor, positions: Tensor, fill: Tensor, impl: str
+) -> list[Tensor]:
+    if impl == "reference":
+        rows = {"size": size[0], "positions": positions[0], "fill": fill, "lengths": LENGTHS, "impl": impl}
+        out, plan = assign_merge(x[0], q[0], meta, "l2", 0.7, **rows)
+        return given(out.x, out.size, out.positions, plan.score, plan.weight)
+    rows = None, size, positions, fill.flatten(0, 1)[None], impl, EACH
+    out, plan = ops.assign_merge(x, q, meta, Similarity("l2", 0.7), "softmax", *rows)
+    return given(out.x[0], out.size[0], out.positions[0], plan.score, plan.weight)
+
+
 def packed(x: Tensor, q: Tensor, meta: Tensor, impl: str) -> list[Tensor]:
     """Of the public verbs, which a transform takes one sequence after another."""
     out, plan = assign_merge(x[0], q[0], meta, "dot", 0.7, lengths=LENGTHS, impl=impl)
@@ -150,6 +162,7 @@ VERBS: dict[str, tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]] = {
         )
         for normalize in validate.NORMALIZATIONS
     },
+    "assign_merge together": (merged_together, (X[:1], *PACKED, SIZE[:1], POSITIONS[:1], floats(3, K, C, seed=12))),
     "packed": (packed, (X[:1], *PACKED)),
 }
 

@@ -232,6 +232,24 @@ def test_sequences_of_several_spans_and_of_none(backend, normalize):
     as_each_alone(backend, verb, lengths, given, temperature=0.3, **how)
 
 
+@pytest.mark.shipped_blocks
+def test_short_and_long_sequences_of_assign_merge(backend):
+    """Short ones take one launch alone, of blocks of two sizes in Triton."""
+    lengths, K = [3, 64, 0, 70, 300], 3
+    given = inputs_of(sum(lengths), len(lengths), K, 16, 0, torch.float16, True, 0)
+    as_each_alone(backend, "assign_merge", lengths, given, temperature=0.3)
+    given = {name: value.to(backend.device) for name, value in given.items() if name in ("x", "q", "meta")}
+    fill = make_tokens(len(lengths), K, 5, torch.float16, backend.device, seed=4)
+    merged, _ = functional.assign_merge(**given, fill=fill, lengths=lengths, impl=backend.impl)
+    for s, (own, x, q) in enumerate(zip(merged.x.split(K), *(given[n].split(lengths) for n in "xq"), strict=True)):
+        alone = fill[s : s + 1]
+        if len(x):
+            at = slice(s, s + 1)
+            out, _ = functional.assign_merge(x[None], q[None], given["meta"][at], fill=fill[at], impl=backend.impl)
+            alone = out.x
+        assert_equal(f"x of sequence {s}", own, alone[0])
+
+
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_a_batch_with_padding_merges_to_packed_tokens(backend, threshold):
     lengths = [6, 3, 9]

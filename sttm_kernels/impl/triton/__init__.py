@@ -21,7 +21,7 @@ from sttm_kernels.impl.triton.unmerge import compose as compose
 from sttm_kernels.impl.triton.unmerge import unmerge as unmerge
 
 MIN_TRITON = (3, 5)
-SEQUENCES = frozenset({"match", "assign", "soft_merge"})
+SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
 
 

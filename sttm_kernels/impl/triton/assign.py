@@ -39,19 +39,23 @@ from sttm_kernels.impl.triton.similarity import (
 from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads, Similarity
 
 _NUMBERS = [
-    "N", "K", "num_sequences", "halvings", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
+    "N", "K", "num_sequences", "halvings", "left_out", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn",
+    "stride_mb",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb, mask,
-    index, score, lse, weight, sequences, num_sequences, halvings,
+    index, score, lse, weight, sequences, num_sequences, halvings, left_out,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax."""
+    """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax.
+
+    In sequences of at most `left_out` tokens these have no group.
+    """
     place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
     lanes, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
@@ -64,7 +68,10 @@ def assign_kernel(
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     chosen = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, rows_for(sequences, place, K), BLOCK_K):
+    count = rows_for(sequences, place, K)
+    if sequences is not None:
+        count = tl.where(place.N > left_out, count, 0)
+    for start in range(0, count, BLOCK_K):
         real = start + k < K
         other = Tile(metas, rows_at(metas, start, k), real[:, None])
         dot, m_sq = products(values, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
@@ -84,6 +91,8 @@ def assign_kernel(
     real = inside
     if mask is not None:
         real = tl.load(mask + out, mask=inside, other=0) != 0
+    if sequences is not None:
+        real = real & (place.N > left_out)
     if index is not None:
         chosen = tl.minimum(chosen, K - 1)  # features that are not numbers
         tl.store(index + out, tl.where(real, place.group + chosen, -1), mask=inside)
@@ -311,7 +320,7 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 def forward(
     pair: Pair, mask: Tensor | None, similarity: Similarity,
     index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
-    sequences: Tensor | None = None,
+    sequences: Tensor | None = None, left_out: int = 0,
 ) -> None:  # fmt: skip
     """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
     places, B, H, N, K, D, align = pair
@@ -321,7 +330,8 @@ def forward(
     launch(
         assign_kernel,
         (tiles(B, N, config.blocks["BLOCK_N"], sequences),),
-        *places, dense(mask), index, score, lse, weight, *told(sequences), N, K, 1.0 / similarity.temperature,
+        *places, dense(mask), index, score, lse, weight, *told(sequences), left_out,
+        N, K, 1.0 / similarity.temperature,
         config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, PRECISION=rounding,
     )  # fmt: skip
 
@@ -333,14 +343,16 @@ def assign(
     weight: str,
     mask: Tensor | None,
     sequences: Tensor | None = None,
+    left_out: int = 0,
 ) -> MergePlan:
+    """Tokens of sequences of at most `left_out` have no group."""
     pair = paired(q, meta)
     B, N = pair[1], pair[3]
     index = q.new_empty(B, N, dtype=torch.int32)
     score = q.new_empty(B, N, dtype=torch.float32)
     lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
-    forward(pair, mask, similarity, index, score, lse, w, sequences)
-    return MergePlan(index, pair[4], score, lse, w)
+    forward(pair, mask, similarity, index, score, lse, w, sequences, left_out)
+    return MergePlan(index, pair[4] * (1 if sequences is None else meta.shape[0]), score, lse, w)
 
 
 def assign_backward(

@@ -9,6 +9,9 @@ of an SM, so the second pass comes from the L2 cache for as long as that holds t
 them), and from memory for what it lost: somewhere between one read of x and two.
 
 A token whose features are not finite spoils its own group alone.
+
+Packed, the long sequences take two verbs, in which the short ones have no groups; then programs of their own write what
+the short ones have, as they would alone.
 """
 
 from __future__ import annotations
@@ -28,17 +31,20 @@ from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
 from sttm_kernels.impl.triton.merge import merge
 from sttm_kernels.impl.triton.similarity import (
     WIDEN,
+    Place,
     Rows,
     Tile,
     features,
     paired,
+    place_of_program,
     precision,
     product,
     rows_at,
-    rows_of_item,
+    rows_of_tokens,
     similarity_of,
     squares,
     to_tf32,
+    told,
 )
 from sttm_kernels.plan import Merged, MergePlan, Similarity
 
@@ -47,7 +53,10 @@ MAX_GROUPS = 128
 
 
 class Frame(NamedTuple):
-    """What a batch item has beside features, of its tokens (they start at `token`) and groups (at `group`)."""
+    """What a batch item has beside features, of its tokens (they start at `token`) and groups (at `group`).
+
+    In `index` its groups are numbered from `first_group`.
+    """
 
     mask: Any
     size: Any
@@ -58,6 +67,7 @@ class Frame(NamedTuple):
     mass: Any
     token: Any
     group: Any
+    first_group: Any
     N: Any
     K: Any
 
@@ -95,7 +105,7 @@ def _assign(
         best = tl.max(S, 1)
         chosen = tl.min(tl.where(best[:, None] == S, k[None, :], k.shape[0]), 1)  # a tie goes to the lowest k
         chosen = tl.where(real, tl.minimum(chosen, frame.K - 1), -1)  # features that are not numbers
-        tl.store(frame.index + at, chosen, mask=inside)
+        tl.store(frame.index + at, tl.where(real, frame.first_group + chosen, -1), mask=inside)
         tl.store(frame.score + at, tl.where(real, best, 0.0), mask=inside)
         w = tl.where(real, 1.0, 0.0)
         one = w
@@ -119,6 +129,7 @@ def _shares(frame, n):
     at = frame.token + n
     chosen = tl.load(frame.index + at, mask=n < frame.N, other=-1)
     real = chosen >= 0
+    chosen = tl.where(real, chosen - frame.first_group, -1)
     w = tl.where(real, 1.0, 0.0)
     if frame.weight is not None:
         w = tl.load(frame.weight + at, mask=real, other=0.0)
@@ -171,27 +182,40 @@ def _merge_one_by_one(y, fill, x, rounded, empty, frame, k, C: tl.constexpr, BLO
 @triton.jit(
     do_not_specialize=[
         "N", "K", "inverse_temperature", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
-        "stride_pb", "stride_fb",
+        "stride_pb", "stride_fb", "longer", "most",
     ],
     do_not_specialize_on_alignment=["stride_xc", "stride_qd"],
 )  # fmt: skip
 def assign_merge_kernel(
     x, stride_xb, stride_xn, stride_xc, q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
     mask, size, positions, stride_pb, fill, stride_fb,
-    index, score, lse, weight, y, size_out, positions_out, mass_out,
+    index, score, lse, weight, y, size_out, positions_out, mass_out, sequences, longer, most,
     N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N holds all tokens, BLOCK_K all groups; similarities exist for BLOCK_R tokens at a time."""
-    item = tl.program_id(0).to(tl.int64)
-    tokens = rows_of_item(q, item, stride_qb, stride_qh, stride_qn, stride_qd, N, ALIGN)
-    metas = Rows(m + item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    values = Rows(x + item * aligned(stride_xb, ALIGN), aligned(stride_xn, ALIGN), stride_xc, None, N)
-    frame = Frame(mask, size, index, score, lse, weight, mass_out, item * N, item * K, N, K)
+    """BLOCK_N holds all tokens, BLOCK_K all groups; similarities exist for BLOCK_R tokens at a time.
+
+    Of `sequences`, whose groups are those of one item, the ones longer than `longer` and of at most `most` tokens.
+    """
+    width = C
+    if sequences is not None:
+        place = place_of_program(sequences, 0, 0, N, K, False, BLOCK_K)
+        mine = (place.N > longer) & (place.N <= most)
+        N, K, width = tl.where(mine, place.N, 0), tl.where(mine, K, 0), tl.where(mine, C, 0)
+        group = place.group.to(tl.int64)
+    else:
+        item = tl.program_id(0).to(tl.int64)
+        place = Place(0, 0, item, item, 0, item * N, N, 0)
+        group = item * K
+    tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
+    metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
+    values = rows_of_tokens(x, place, stride_xb, 0, stride_xn, stride_xc, ALIGN)
+    values = Rows(values.start, values.stride, stride_xc, None, N)
+    frame = Frame(mask, size, index, score, lse, weight, mass_out, place.token, group, place.group, N, K)
     if fill is not None:
-        fill += item * stride_fb
+        fill += place.batch * stride_fb + place.group * tl.full([], C, tl.int64)
 
     k = tl.arange(0, BLOCK_K)
     mass, count = _assign(tokens, metas, frame, k, inverse_temperature, D, HEADS, SIMILARITY, BLOCK_R, BLOCK_D)
@@ -208,7 +232,7 @@ def assign_merge_kernel(
         rounded += tl.sum(tl.where(chosen[:, None] == k[None, :], share[:, None], 0.0), 0)
     rounded = tl.where(rounded == 0, 1.0, rounded)
     if positions is not None:
-        _merge_positions(positions + item * stride_pb, positions_out, frame, k, P, BLOCK_R)
+        _merge_positions(positions + place.batch * stride_pb + place.origin * P, positions_out, frame, k, P, BLOCK_R)
 
     n = tl.arange(0, BLOCK_N)
     chosen, share = _shares(frame, n)
@@ -217,7 +241,7 @@ def assign_merge_kernel(
         shares = to_tf32(shares)
     tile = Tile(values, rows_at(values, 0, n), (chosen >= 0)[:, None])
     spoiled = tl.zeros([BLOCK_N], tl.int32)
-    for back in range(0, C, BLOCK_D):
+    for back in range(0, width, BLOCK_D):
         start = (C - 1) // BLOCK_D * BLOCK_D - back
         slice_of_x = features(tile, start, C, 1, BLOCK_D)
         spoiled += tl.sum((slice_of_x - slice_of_x != 0).to(tl.int32), 1)
@@ -238,36 +262,46 @@ def assign_merge(
     size: Tensor | None,
     positions: Tensor | None,
     fill: Tensor | None,
+    sequences: Tensor | None = None,
 ) -> tuple[Merged, MergePlan]:
     C, x_strides = x.shape[2], x.stride()
     q = x if q is None else q
     places, B, H, N, K, D, align = paired(q, meta)
-    config = None
-    if N <= MAX_TOKENS and K <= MAX_GROUPS and precision(x.dtype) == "tf32":
-        block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
-        config = _config(x.device, 64 if N <= 64 else MAX_TOKENS, block_k, x.element_size())
-    if config is None:
-        plan = assign(q, meta, similarity, weight, mask)
-        return merge(x, plan, size, positions, "mean", fill), plan
-
+    fits = K <= MAX_GROUPS and precision(x.dtype) == "tf32"
+    block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
+    sizes = (
+        (64, MAX_TOKENS) if sequences is not None else (64,) if N <= 64 else (MAX_TOKENS,) if N <= MAX_TOKENS else ()
+    )
+    found = [(n, _config(x.device, n, block_k, x.element_size())) for n in sizes if fits]
+    launches = [(n, config) for n, config in found if config is not None]
     P = 0 if positions is None else positions.shape[2]
-    index = x.new_empty(B, N, dtype=torch.int32)
-    score = x.new_empty(B, N, dtype=torch.float32)
-    lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
-    y = x.new_empty(B, K, C)
-    size_out = score.new_empty(B, K)
-    mass, positions_out = torch.empty_like(size_out), score.new_empty(B, K, P)
-    launch(
-        assign_merge_kernel,
-        (B,),
-        x, *x_strides, *places,
-        dense(mask), dense(size), *items(positions), *items(fill),
-        index, score, lse, w, y, size_out, positions_out, mass,
-        N, K, 1.0 / similarity.temperature,
-        config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, ALIGN=gcd(align, alignment(x_strides)),
-    )  # fmt: skip
-    merged = Merged(y, size_out, None if positions is None else positions_out, mass)
-    return merged, MergePlan(index, K, score, lse, w)
+    longest = max((n for n, _ in launches), default=0)
+    if sequences is not None or not launches:
+        plan = assign(q, meta, similarity, weight, mask, sequences, longest)
+        merged = merge(x, plan, size, positions, "mean", fill)
+        if not launches:
+            return merged, plan
+    else:
+        index = x.new_empty(B, N, dtype=torch.int32)
+        score = x.new_empty(B, N, dtype=torch.float32)
+        lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
+        plan = MergePlan(index, K, score, lse, w)
+        size_out = score.new_empty(B, K)
+        positions_out = None if positions is None else score.new_empty(B, K, P)
+        merged = Merged(x.new_empty(B, K, C), size_out, positions_out, torch.empty_like(size_out))
+    longer = 0
+    for most, config in launches:
+        launch(
+            assign_merge_kernel,
+            (B if sequences is None else sequences.shape[0],),
+            x, *x_strides, *places,
+            dense(mask), dense(size), *items(positions), *items(fill),
+            plan.index, plan.score, plan.lse, plan.weight, *merged, told(sequences)[0], longer, most,
+            N, K, 1.0 / similarity.temperature,
+            config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, ALIGN=gcd(align, alignment(x_strides)),
+        )  # fmt: skip
+        longer = most
+    return merged, plan
 
 
 def _bytes_needed(config: Config, block_n: int, block_k: int, itemsize: int) -> int:
