@@ -243,9 +243,9 @@ def match(
         validate.generator(generator)
         cell = validate.extents("cell", cell, 2, "(sy, sx)")
         one = partial(match, cell=cell, generator=generator, threshold=threshold)
-        pairs = partial(_pairs, cell=cell, generator=generator, window=window, device=metric.device)
+        lists = partial(_lists, cell=cell, generator=generator, window=window)
         return packed.match(
-            one, pairs, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl
+            one, lists, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl
         )
     shape = validate.features("metric", metric, QUERIES, 3, 4)
     B, N = shape[0], shape[-2]
@@ -337,17 +337,35 @@ class _Split(NamedTuple):
         return _partition.src_and_dst(self.partition, self.destinations(mask), *at, self.moved)
 
 
-def _pairs(
-    N: int, r: int, num_prefix: int, partition: str | Tensor, grid: Any, protected: tuple[int, ...], *, window: Any,
-    cell: tuple[int, int], generator: torch.Generator | None, device: torch.device,
-) -> tuple[int, Tensor, Tensor]:  # fmt: skip
-    """How many tokens of a sequence of N may merge, and its src and dst, token indices."""
-    split = _Split.of(partition, 1, N, num_prefix, grid, window, cell, generator, protected, device)
-    src, dst = split.src_and_dst()
-    if split.moved is not None:
-        token = torch.nn.functional.pad(split.moved.token, (0, 1), value=-1)  # also of place -1
-        src, dst = (token[places.long()].to(torch.int32) for places in (src, dst))
-    return split.clamped(r), src, dst
+def _lists(
+    lengths: packed.Lengths, num_prefix: int, partition: str | Tensor, grids: Sequence[Any], stay: Sequence[int], *,
+    window: Any, cell: tuple[int, int], generator: torch.Generator | None,
+) -> _partition.PackedLists:  # fmt: skip
+    """The src and dst of packed sequences, of which the tokens `stay` neither merge nor receive."""
+    shapes = [
+        _check_grid(partition, grid, window, n - num_prefix) if n else None
+        for grid, n in zip(grids, lengths, strict=True)
+    ]
+    if window is not None:
+        window = validate.extents("window", window, 3, "(t, h, w)")
+    kept = _partition.mark(tuple(stay), sum(lengths), torch.device("cpu"))
+    if isinstance(partition, str) and partition == "random2d":
+        drawn = [
+            _partition.destinations(
+                "random2d",
+                n,
+                num_prefix,
+                shape,
+                cell,
+                generator,
+                kept.device,
+                own if bool(own[num_prefix:].any()) else None,
+            )[0]
+            for n, shape, own in zip(lengths, shapes, kept.split(lengths), strict=True)
+            if n
+        ]
+        partition = torch.cat(drawn)
+    return _partition.packed_lists(partition, lengths, num_prefix, shapes, window, kept)
 
 
 def _limit(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sttm_kernels import dispatch, ops, sequences, torch_private, validate
+from sttm_kernels.partition import PackedLists
 from sttm_kernels.plan import MergedTokens, MergePlan, Packed
 from sttm_kernels.reference import acc_dtype
 from sttm_kernels.sequences import Lengths, joined, starts
@@ -111,11 +112,10 @@ def grids(grid: Any, lengths: Lengths) -> Sequence[Any]:
 
 
 def match(
-    one: Callable[..., MergePlan], pairs: Callable[..., tuple[int, Tensor, Tensor]], metric: Tensor, r: Any,
-    num_prefix: int, partition: str | Tensor, grid: Any, window: Any, protect: Any, lengths: Lengths,
-    threshold: float | None, impl: str,
+    one: Callable[..., MergePlan], lists: Callable[..., PackedLists], metric: Tensor, r: Any, num_prefix: int,
+    partition: str | Tensor, grid: Any, window: Any, protect: Any, lengths: Lengths, threshold: float | None, impl: str,
 ) -> MergePlan:  # fmt: skip
-    """`pairs` of a sequence are how many of its tokens may merge, and its src and dst."""
+    """`lists` of all sequences are their src and dst."""
     T = metric.shape[-2]
     num_prefix = validate.integer("num_prefix", num_prefix, 0)
     amounts, geometry = merges(r, lengths, num_prefix), grids(grid, lengths)
@@ -129,20 +129,15 @@ def match(
     plain = grid is None and window is None and not protected
     if plain and isinstance(partition, str) and partition == "alternate" and together("match", metric, impl):
         return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl)
-    start = starts(lengths)
-    stay = [tuple(n - start[s] for n in protected if start[s] <= n < start[s + 1]) for s in range(len(lengths))]
     if together("match", metric, impl, lists=True):
-        given = zip(lengths, amounts, parts, geometry, stay, strict=True)
-        each = {
-            s: pairs(n, own, num_prefix, part, shape, tuple(at for at in kept if at >= num_prefix))
-            for s, (n, own, part, shape, kept) in enumerate(given)
-            if n > 0
-        }
-        return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl, each)
+        given = lists(lengths, num_prefix, partition, geometry, protected)
+        return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl, given)
+    start = starts(lengths)
+    stays = [[n - start[s] for n in protected if start[s] <= n < start[s + 1]] for s in range(len(lengths))]
     plans: dict[int, MergePlan] = {}
     for s, own in enumerate(metric.split(lengths, -2)):
         if lengths[s] > 0:
-            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], window, impl, protect=stay[s] or None)
+            plans[s] = one(own, amounts[s], num_prefix, parts[s], geometry[s], window, impl, protect=stays[s] or None)
     return joined(plans, lengths, threshold=threshold is not None)
 
 
@@ -150,34 +145,32 @@ def together(verb: str, features: Tensor, impl: str, lists: bool = False) -> boo
     """Whether an implementation takes all sequences together, here: not in a transform, where a batch joins theirs."""
     if torch_private.transforming() or hasattr(features, "device_mesh"):
         return False
-    if (verb != "match" or lists) and torch.compiler.is_exporting():  # what is exported can become plain ATen
+    if verb != "match" and torch.compiler.is_exporting():  # what is exported can become plain ATen
+        return False
+    if lists and torch.compiler.is_compiling():  # which cannot look at how long they are
         return False
     return dispatch.takes_sequences(verb, impl, features.device, features.dtype, lists)
 
 
 def _match_at_once(
     metric: Tensor, amounts: Lengths, num_prefix: int, lengths: Lengths, threshold: float | None, impl: str,
-    each: dict[int, tuple[int, Tensor, Tensor]] | None = None,
+    given: PackedLists | None = None,
 ) -> MergePlan:  # fmt: skip
-    """In one launch for all sequences: of every second token, or of the `pairs` of each that has tokens."""
+    """In one launch for all sequences: of every second token, or of lists."""
     free = [n - num_prefix for n in lengths]
-    if each is None:
-        limits = tuple(min(r, n // 2) for r, n in zip(amounts, free, strict=True))
-    else:
-        limits = tuple(each[s][0] if s in each else 0 for s in range(len(lengths)))
+    most = tuple(n // 2 for n in free) if given is None else given.most
+    limits = tuple(map(min, amounts, most))
     merged = lengths if threshold is not None else tuple(n - r for r, n in zip(limits, lengths, strict=True))
     table = sequences.table(lengths, merged, limits, metric.device)
-    lists: tuple[Tensor, ...] = ()
-    if each is None:
+    if given is None:
         num_dst = [(n + num_prefix % 2) // 2 for n in free]
         pairs = sum((n - dst) * dst for n, dst in zip(free, num_dst, strict=True))
     else:
-        src, dst = ({s: lists[side] for s, (_, *lists) in each.items()} for side in (0, 1))
-        lists = sequences.listed(src, lengths), sequences.listed(dst, lengths)
-        pairs = sum(src.shape[2] * dst.numel() for _, src, dst in each.values())
+        pairs = given.pairs
     least = -math.inf if threshold is None else float(threshold)
     packed = Packed(sum(merged), table, sequences.tiles(lengths), pairs, least)
     metric = metric.detach() if metric.requires_grad else metric
+    lists = () if given is None else (given.src, given.dst)
     plan = ops.match_packed(metric, num_prefix, packed, impl, *lists)
     plan = dataclasses.replace(plan, lengths=lengths, merged_lengths=merged)
     return plan if threshold is None else sequences.without_empty_groups(plan)

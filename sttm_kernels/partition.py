@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -230,6 +232,79 @@ def known_src_and_dst(
     kept = None if moved is None else moved.protected
     is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device, kept)
     return src_and_dst(partition, is_dst, num_prefix, grid, num_dst, window, protected, moved)
+
+
+class PackedLists(NamedTuple):
+    """The src and dst of packed sequences.
+
+    Attributes:
+        src, dst: int32 `(1, G, S)` and `(1, G, T)`, as of `window_lists`, of the windows of all sequences one after
+            another; a sequence without windows is one.
+        most: how many tokens of each sequence may merge.
+        pairs: how many pairs of src and dst are compared.
+    """
+
+    src: Tensor
+    dst: Tensor
+    most: tuple[int, ...]
+    pairs: int
+
+
+def packed_lists(
+    partition: str | Tensor, lengths: tuple[int, ...], num_prefix: int, grids: Sequence[Grid | None],
+    window: Grid | None, kept: Tensor,
+) -> PackedLists:  # fmt: skip
+    """On the CPU, where it is looked at how long they are. A partition other than by name is bool `(T,)`, True = dst;
+    `kept`, bool `(T,)`, are tokens that are neither."""
+    S, T = len(lengths), len(kept)
+    token, length = torch.arange(T), torch.tensor(lengths)
+    sequence = torch.arange(S).repeat_interleave(length, output_size=T)
+    in_sequence = token - (length.cumsum(0) - length)[sequence]
+    place = in_sequence - num_prefix
+
+    def of_each(numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers)[sequence]
+
+    shapes = [(1, 1, 1) if grid is None else grid for grid in grids]
+    frame = of_each([h * w for _, h, w in shapes]) if window is not None or isinstance(partition, str) else place
+    if isinstance(partition, Tensor):
+        is_dst = partition.to(kept.device)
+    else:
+        is_dst = (in_sequence if partition == "alternate" else place // frame) % 2 == 1
+    num_windows, block = S, sequence
+    if window is not None:
+        t, h, w = window
+        across, down = ([-(-grid[axis] // window[axis]) for grid in shapes] for axis in (2, 1))
+        count = [
+            -(-grid[0] // t) * a * b if n else 0 for grid, n, a, b in zip(shapes, lengths, across, down, strict=True)
+        ]
+        num_windows, before = sum(count), [0, *accumulate(count)][:-1]
+        columns = of_each([grid[2] for grid in shapes])
+        row = place // frame // t * of_each(down) + place % frame // columns // h
+        block = of_each(before) + row * of_each(across) + place % columns // w
+
+    stays = kept | (place < 0)
+    key = torch.where(stays, 2 * num_windows, 2 * block + is_dst)
+    counts = key.bincount(minlength=2 * num_windows + 1)
+    listed = key.argsort(stable=True)[: T - int(counts[-1])]
+    key = key[listed]
+    sizes = counts[:-1].view(-1, 2)
+    num_src, num_dst = (max(1, int(most)) for most in sizes.amax(0))
+    lists = torch.full((2 * num_windows, max(num_src, num_dst)), -1, dtype=torch.int32)
+    lists[key, torch.arange(len(key)) - (counts.cumsum(0) - counts)[key]] = listed.to(torch.int32)
+    src, dst = lists.view(1, num_windows, 2, -1).unbind(2)
+
+    matchable = sizes[:, 0] * (sizes[:, 1] > 0)
+    if window is None:
+        most = matchable.tolist()
+    else:
+        ends = torch.nn.functional.pad(matchable.cumsum(0), (1, 0))[torch.tensor([*before, num_windows])]
+        most = ends.diff().tolist()
+    if isinstance(partition, str) and partition == "alternate":
+        free = torch.zeros(S, dtype=torch.int64).index_add(0, sequence, (~stays).long())
+        most = torch.tensor(most).minimum(free // 2).tolist()
+    pairs = int(sizes.prod(1).sum())
+    return PackedLists(src[:, :, :num_src].contiguous(), dst[:, :, :num_dst].contiguous(), tuple(most), pairs)
 
 
 def window_bound(partition: str | Tensor, window: Grid) -> tuple[int, int]:

@@ -44,19 +44,6 @@ def table(lengths: Lengths, merged: Lengths, limits: Lengths, device: torch.devi
     return on_device(rows, device)
 
 
-def listed(lists: dict[int, Tensor], lengths: Lengths) -> Tensor:
-    """Lists of the tokens of each sequence, int32 (1, G, M) padded with -1, put together as those of the row."""
-    start = starts(lengths)
-    width = max(own.shape[2] for own in lists.values())
-    device = next(iter(lists.values())).device
-    out = torch.full((1, sum(own.shape[1] for own in lists.values()), width), -1, dtype=torch.int32, device=device)
-    at = 0
-    for s, own in lists.items():
-        out[:, at : at + own.shape[1], : own.shape[2]] = torch.where(own >= 0, own + start[s], -1)
-        at += own.shape[1]
-    return out
-
-
 def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """int32, without waiting for a GPU."""
     if device.type == "cpu" and not torch.compiler.is_compiling() and not torch_private.dispatching():
