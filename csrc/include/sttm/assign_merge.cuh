@@ -76,12 +76,11 @@ struct ResidentTiles {
     __device__ __forceinline__ void multiply(float (&acc)[2][NT][4], const OwnRows& own_rows, const Features& own_f,
                                              int first, const OtherRows& other_rows, const Features& other_f,
                                              Similarity kind) {
-        constexpr int kSize = Vec<T>::size, kPieces = CHUNK / kSize;
         const int D = own_f.D, chunks = ceil_div(D, CHUNK), here = min(OWN, rows - first);
-        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (kAssignMergeThreads - OTHER);
         const int warp_row = warp_index() / 2 * 32, warp_column = warp_index() % 2 * (OTHER / 2);
         T* const mine = own + first * pitch;
-        float own_square = 0, other_square = 0;
+        RowSquares<T, OWN> own_squares;
+        RowSquares<T, OTHER> other_squares;
         STTM_NO_UNROLL
         for (int chunk = -1; chunk < chunks; ++chunk) {
             if (chunk >= 0) {
@@ -90,18 +89,7 @@ struct ResidentTiles {
             }
             const int next = (chunk + 1) * CHUNK;
             if (next < D) {
-                STTM_NO_UNROLL
-                for (int i = thread; i < here * kPieces; i += kAssignMergeThreads) {
-                    const int row = i / kPieces, d = next + i % kPieces * kSize;
-                    if (d >= pitch - Tiles::PAD) continue;
-                    const T* from = own_rows(first + row);
-                    T* to = mine + row * pitch + d;
-                    if (from == nullptr || d >= D) {
-                        Vec<T>::filled(from_float<T>(0)).store(to);
-                    } else {
-                        copy_async(to, from + d, min(D - d, kSize) * static_cast<int>(sizeof(T)));
-                    }
-                }
+                load_tile<kAssignMergeThreads, OWN, CHUNK>(mine + next, pitch, own_rows, first, own_f, next, here);
                 load_tile<kAssignMergeThreads, OTHER, CHUNK>(other + (chunk + 1) % 2 * OTHER * PITCH, PITCH, other_rows,
                                                              0, other_f, next);
             }
@@ -112,11 +100,11 @@ struct ResidentTiles {
             if (warp_row < here)
                 warp_product<EXACT, false>(acc, own_tile + warp_row * pitch, pitch, other_tile + warp_column * PITCH,
                                            PITCH, depth);
-            if (thread < here) own_square += squares(own_tile + thread * pitch, depth);
-            if (other_row >= 0) other_square += squares(other_tile + other_row * PITCH, depth);
+            own_squares.template add<1>(own_tile, pitch, depth, 0, here);
+            other_squares.template add<1>(other_tile, PITCH, depth, 0, OTHER);
         }
-        if (thread < OWN) own_term[thread] = norm_term(own_square, kind);
-        if (other_row >= 0) other_term[other_row] = norm_term(other_square, kind);
+        own_squares.store(own_term, 0, here, kind);
+        other_squares.store(other_term, 0, OTHER, kind);
         __syncthreads();
     }
 };

@@ -107,23 +107,32 @@ __device__ __forceinline__ void store_features(T* at, const float (&values)[Vec<
     }
 }
 
-// Features [start, start + COLUMNS) of rows [first, first + ROWS) into a tile; 0 for rows that are not there and for
-// features from D to the next multiple of 16, beyond which nothing is written.
+// Features [start, start + COLUMNS) of `count` rows from `first` on, ROWS at most, into a tile; 0 for rows that are not
+// there and for features from D to the next multiple of 16, beyond which nothing is written.
 template <int THREADS, int ROWS, int COLUMNS, typename T, typename Rows>
 __device__ __forceinline__ void load_tile(T* tile, int pitch, const Rows& rows, int first, const Features& f,
-                                          int start) {
-    constexpr int kSize = Vec<T>::size, kPieces = COLUMNS / kSize;
-    const int end = (f.D + 15) / 16 * 16;
+                                          int start, int count = ROWS) {
+    constexpr int kSize = Vec<T>::size, kPieces = COLUMNS / kSize, kStep = THREADS / kPieces;
+    static_assert(THREADS % kPieces == 0, "a thread has the same features of every row that it copies");
+    const int thread = anew(threadIdx.x), column = thread % kPieces * kSize, d = start + column;
+    if (d >= (f.D + 15) / 16 * 16) return;
+    int row = thread / kPieces;
+    T* to = tile + row * pitch + column;
+    if (f.vectors && f.heads == 1) {
+        const int bytes = min(max(f.D - d, 0), kSize) * static_cast<int>(sizeof(T));
+        STTM_UNROLL
+        for (int i = 0; i < ceil_div(ROWS, kStep); ++i) {
+            if (row + i * kStep >= count) break;
+            const T* from = rows(first + row + i * kStep);
+            copy_async(to + i * kStep * pitch, from == nullptr ? rows.data : from + d, from == nullptr ? 0 : bytes);
+        }
+        return;
+    }
     STTM_NO_UNROLL
-    for (int i = anew(threadIdx.x); i < ROWS * kPieces; i += THREADS) {
-        const int row = i / kPieces, column = i % kPieces * kSize, d = start + column;
-        if (d >= end) continue;
-        T* to = tile + row * pitch + column;
+    for (; row < count; row += kStep, to += kStep * pitch) {
         const T* from = rows(first + row);
         if (from == nullptr || d >= f.D) {
             Vec<T>::filled(from_float<T>(0)).store(to);
-        } else if (f.vectors && f.heads == 1) {
-            copy_async(to, from + d, min(f.D - d, kSize) * static_cast<int>(sizeof(T)));
         } else if (f.vectors && d + kSize <= f.D) {
             features(from, f, d).store(to);
         } else {
@@ -168,6 +177,53 @@ __device__ __forceinline__ float norm_term(float square, Similarity kind) {
     return kind == Similarity::cosine ? inverse_norm(square) : square;
 }
 
+// Sums of the squares of the rows of a tile, chunk by chunk, by eight warps: of 16-bit features on tensor cores, the
+// diagonal of the product of 16 rows with themselves.
+template <typename T, int ROWS>
+struct RowSquares {
+#ifdef STTM_HOST
+    static constexpr bool DIAGONAL = false;
+#else
+    static constexpr bool DIAGONAL = sizeof(T) == 2;
+#endif
+    static constexpr int GROUPS = ROWS / 16, COUNT = DIAGONAL ? ceil_div(GROUPS, 8) : 1;
+    float acc[COUNT][2][4] = {};
+
+    // Of rows [first, end), multiples of 16.
+    template <int UNROLL>
+    __device__ __forceinline__ void add(const T* tile, int pitch, int depth, int first, int end) {
+        if constexpr (DIAGONAL) {
+#ifndef STTM_HOST
+            STTM_UNROLL
+            for (int c = 0; c < COUNT; ++c) {
+                const int row = (warp_index() + 8 * c) * 16;
+                if (row >= first && row < end) add_squares<UNROLL>(acc[c], tile + row * pitch, pitch, depth);
+            }
+#endif
+        } else {
+            const int row = static_cast<int>(threadIdx.x);
+            if (row >= first && row < end) acc[0][0][0] += squares(tile + row * pitch, depth);
+        }
+    }
+
+    // terms[row] of the rows that were added.
+    __device__ __forceinline__ void store(float* terms, int first, int end, Similarity kind) const {
+        if constexpr (DIAGONAL) {
+            const int group = lane_index() / 4, odd = group % 2;
+            STTM_UNROLL
+            for (int c = 0; c < COUNT; ++c) {
+                const int row = (warp_index() + 8 * c) * 16;
+                if (row < first || row >= end || lane_index() % 4 != group / 2) continue;
+                terms[row + group] = norm_term(odd ? acc[c][0][1] : acc[c][0][0], kind);
+                terms[row + group + 8] = norm_term(odd ? acc[c][1][3] : acc[c][1][2], kind);
+            }
+        } else {
+            const int row = static_cast<int>(threadIdx.x);
+            if (row >= first && row < end) terms[row] = norm_term(acc[0][0][0], kind);
+        }
+    }
+};
+
 // S from <q, m> and the terms of both rows; the same bits whichever side owns the tile.
 __device__ __forceinline__ float similarity_of(float dot, float own_term, float other_term, float inverse_temperature,
                                                Similarity kind) {
@@ -199,7 +255,7 @@ struct DotTiles {
     static constexpr int PITCH = CHUNK + PAD;
     static constexpr int TERMS = (OWN + OTHER) * sizeof(float);
     static constexpr int BYTES = TERMS + 2 * (OWN + OTHER) * PITCH * sizeof(T);
-    static_assert(OWN <= THREADS && OTHER <= THREADS, "a thread adds up the squares of at most one row of each side");
+    static_assert(THREADS == 256 && OWN <= THREADS && OTHER <= THREADS, "as squares of rows are added up");
 
     float* own_term;
     float* other_term;
@@ -239,8 +295,8 @@ struct DotTiles {
                                              Similarity kind, bool more, const Meanwhile& meanwhile) {
         const int D = own_f.D, chunks = ceil_div(D, CHUNK);
         const bool resident = stays(D), norms = kind != Similarity::dot;
-        const int thread = static_cast<int>(threadIdx.x), other_row = thread - (THREADS - OTHER);
-        float own_square = 0, other_square = 0;
+        RowSquares<T, OWN> own_squares;
+        RowSquares<T, OTHER> other_squares;
         STTM_NO_UNROLL
         for (int chunk = in_flight ? 0 : -1; chunk < chunks; ++chunk) {
             const int used = buffer;
@@ -266,13 +322,11 @@ struct DotTiles {
             const T* other_tile = other + used * OTHER * PITCH;
             warp_product<EXACT, false>(acc, own_tile + warp_index() / COLUMN_WARPS * (MT * 16) * pitch, pitch,
                                        other_tile + warp_index() % COLUMN_WARPS * (NT * 8) * PITCH, PITCH, depth);
-            if (norms && first_tile && thread < OWN) own_square += squares(own_tile + thread * pitch, depth);
-            if (norms && other_row >= 0) other_square += squares(other_tile + other_row * PITCH, depth);
+            if (norms && first_tile) own_squares.template add<1>(own_tile, pitch, depth, 0, OWN);
+            if (norms) other_squares.template add<1>(other_tile, PITCH, depth, 0, OTHER);
         }
-        if (norms) {
-            if (first_tile && thread < OWN) own_term[thread] = norm_term(own_square, kind);
-            if (other_row >= 0) other_term[other_row] = norm_term(other_square, kind);
-        }
+        if (norms && first_tile) own_squares.store(own_term, 0, OWN, kind);
+        if (norms) other_squares.store(other_term, 0, OTHER, kind);
         __syncthreads();
         first_tile = false;
         in_flight = more;

@@ -52,53 +52,6 @@ struct RowPieces {
     }
 };
 
-// Sums of the squares of the rows of a tile, chunk by chunk, by eight warps: of 16-bit features on tensor cores, the
-// diagonal of the product of 16 rows with themselves.
-template <typename T, int ROWS>
-struct RowSquares {
-#ifdef STTM_HOST
-    static constexpr bool DIAGONAL = false;
-#else
-    static constexpr bool DIAGONAL = sizeof(T) == 2;
-#endif
-    static constexpr int GROUPS = ROWS / 16, COUNT = DIAGONAL ? ceil_div(GROUPS, 8) : 1;
-    float acc[COUNT][2][4] = {};
-
-    // Of rows [first, end), multiples of 16.
-    template <int UNROLL>
-    __device__ __forceinline__ void add(const T* tile, int pitch, int depth, int first, int end) {
-        if constexpr (DIAGONAL) {
-#ifndef STTM_HOST
-            STTM_UNROLL
-            for (int c = 0; c < COUNT; ++c) {
-                const int row = (warp_index() + 8 * c) * 16;
-                if (row >= first && row < end) add_squares<UNROLL>(acc[c], tile + row * pitch, pitch, depth);
-            }
-#endif
-        } else {
-            const int row = static_cast<int>(threadIdx.x);
-            if (row >= first && row < end) acc[0][0][0] += squares(tile + row * pitch, depth);
-        }
-    }
-
-    // terms[row] of the rows that were added.
-    __device__ __forceinline__ void store(float* terms, int first, int end, Similarity kind) const {
-        if constexpr (DIAGONAL) {
-            const int group = lane_index() / 4, odd = group % 2;
-            STTM_UNROLL
-            for (int c = 0; c < COUNT; ++c) {
-                const int row = (warp_index() + 8 * c) * 16;
-                if (row < first || row >= end || lane_index() % 4 != group / 2) continue;
-                terms[row + group] = norm_term(odd ? acc[c][0][1] : acc[c][0][0], kind);
-                terms[row + group + 8] = norm_term(odd ? acc[c][1][3] : acc[c][1][2], kind);
-            }
-        } else {
-            const int row = static_cast<int>(threadIdx.x);
-            if (row >= first && row < end) terms[row] = norm_term(acc[0][0][0], kind);
-        }
-    }
-};
-
 // Of two neighbouring columns.
 struct alignas(8) Pair {
     float value[2];
