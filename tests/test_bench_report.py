@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import model as prediction
 from sttm_kernels.bench import compare, models, report, results, workloads
 from sttm_kernels.cli import main
 
@@ -297,6 +299,44 @@ def test_by_default_all_results_of_the_checkout(tmp_path, monkeypatch, capsys):
     text = Path("benchmarks/RESULTS.md").read_text(encoding="utf-8")
     assert "from a.csv, b.csv;" in text
     assert "2.50 x" in text
+
+
+def launch(**more):
+    """A launch of one item that nothing bounds."""
+    counted = {
+        "impl": "cuda", "workload": "clip", "r": 0, "K": 0, "items": 1, "part": "merge", "kernel": "merge",
+        "blocks": prediction.MULTIPROCESSORS, "threads": 1024, "blocks_per_sm": 2, "instructions": 0, "mma": 0,
+        "distinct": 0, "moved": 0,
+    }  # fmt: skip
+    return prediction.Launch(**counted | more)
+
+
+@pytest.mark.parametrize(
+    ("counted", "items", "takes"),
+    [
+        ({"distinct": 3e9, "moved": 3e9}, 2, (2000.0, "memory")),
+        ({"moved": 11e9}, 1, (2000.0, "L2")),
+        ({"mma": 798e9 / (2 * 16 * 8 * 16)}, 1, (1000.0, "products")),
+        ({"instructions": 132 * 4 * 1.755e6}, 1, (1000.0, "instructions")),
+        ({"instructions": 132 * 4 * 1.755e6, "threads": 64}, 1, (12000.0, "instructions")),  # two warps of 24
+        ({"instructions": 4 * 1.755e6, "blocks": 1}, 132, (1000.0, "instructions")),
+        ({"instructions": 4 * 1.755e6, "blocks": 1}, 133, (2000.0, "instructions")),  # one block more
+    ],
+)
+def test_a_launch_takes_the_longest_of_what_bounds_it(counted, items, takes):
+    time, limit = launch(**counted).microseconds(items)
+    assert (pytest.approx(time), limit) == takes
+
+
+def test_predictions_are_those_of_the_counts():
+    """The page is what the command writes; twice the counts of a part are seen in all that it is a part of."""
+    launches = prediction.read(prediction.COUNTED)
+    assert prediction.markdown(launches) == (ROOT / "benchmarks" / "PREDICTED.md").read_text(encoding="utf-8")
+    (work,) = (one for one in workloads.CANONICAL if (one.name, one.r) == ("VideoMAE-L 16x224", 784))
+    of = [one for one in launches if (one.workload, one.r) == (work.name, work.r) and one.impl == "cuda"]
+    more = [dataclasses.replace(one, distinct=2 * one.distinct) if one.part == "merge" else one for one in of]
+    slower = [a[0] for a, b in zip(prediction.rows(more, work), prediction.rows(of, work), strict=True) if a != b]
+    assert slower == ["merge", "merge forward + backward", "match + merge"]
 
 
 def without_a_folder_to_write_to(path):

@@ -22,7 +22,8 @@ every measurement the latest run is shown."""
 HOW = {
     "GPU": """\
 Not yet measured. `benchmarks/gpu_check.sh OUT` measures all of it on a machine with an NVIDIA GPU; once `OUT/*.csv` is
-in `benchmarks/results`, `sttm-kernels report` shows it here.""",
+in `benchmarks/results`, `sttm-kernels report` shows it here. What a model predicts from counts, which is no
+measurement: [PREDICTED.md](PREDICTED.md).""",
     "CPU": """\
 Not yet measured. `sttm-kernels bench --suite quick --device cpu --out benchmarks/results/cpu.csv` measures it;
 `sttm-kernels report` shows it here.""",
@@ -89,7 +90,7 @@ def _device(device: str, rows: Sequence[Row], pictures: Sequence[Path]) -> list[
 
 def _runs(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
     head = "run | UTC | threads | dtype | copy GB/s | product TFLOP/s | sttm_kernels | torch | triton | CUDA | command"
-    return _table(
+    return table(
         head,
         [
             (
@@ -138,7 +139,7 @@ def _operations(rows: Sequence[Row]) -> list[str]:
                     row["check"],
                 )
             )
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _ceiling(row: Row) -> str:
@@ -202,7 +203,7 @@ def _scaling(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
                     "; ".join(lacking),
                 )
             )
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _growth(exponent: float | None) -> str:
@@ -242,10 +243,11 @@ def _models(rows: Sequence[Row], runs: dict[str, str]) -> list[str]:
                 "; ".join(checks) or pair.after["check"],
             )
         )
-    return ["*Realised* is the speed-up over the reduction in operations.", "", *_table(head, cells)]
+    return ["*Realised* is the speed-up over the reduction in operations.", "", *table(head, cells)]
 
 
-def _table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown; `head` is the names of columns between bars."""
     columns = head.split(" | ")
     return [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in (columns, ["---"] * len(columns), *rows)]
 
