@@ -352,7 +352,7 @@ class Verbs:
         y, (size_out, positions_out, _) = x.new_empty((B, K, C)), _sums(meta, K, positions)
         lse = size_out.new_empty((items, N) if over_meta else (B, K))
         run, beside = self.run(), 2 + (0 if positions is None else positions.shape[2])
-        scratch = _scratch(x, run.soft_merge_scratch(x, K, C, beside))
+        scratch = _scratch(x, run.soft_merge_scratch(x, B, K, C, beside))
         run.soft_merge(
             x, q, meta, size, positions, mask, sequences, *similarity, over_meta, self.tf32(),
             y, size_out, positions_out, lse, scratch, self.stream(x),
@@ -397,7 +397,7 @@ class Verbs:
             *similarity, over_meta, self.tf32(), grad_x,
             grad_q if through_metric else None, grad_meta if through_metric else None, grad_size, grad_positions,
             out.size.new_empty((B, K)) if need_shift else None,
-            _scratch(x, run.soft_merge_scratch(x, K, meta.shape[2], 1)) if to_meta else None,
+            _scratch(x, run.soft_merge_scratch(x, B, K, meta.shape[2], 1)) if to_meta else None,
             self.stream(x),
         )  # fmt: skip
         grad_x, grad_q, grad_meta = (

@@ -21,7 +21,8 @@ static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& m
 static int64_t assign_scratch(const Array& q, const Array& meta) {
     Validate validate("assign_scratch");
     const int B = validate.extent(meta, "meta", 3, 0), K = validate.extent(meta, "meta", 3, 1);
-    return partial_floats(validate.dtype(q, "q"), B, K, validate.metric_extent(q, "q", 0),
+    const bool packed = q.size(0) != B;
+    return partial_floats(packed, validate.dtype(q, "q"), B, K, validate.metric_extent(q, "q", 0),
                           validate.extent(meta, "meta", 3, 2), 1);
 }
 
@@ -45,7 +46,8 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
     if (grad_lse && !lse) throw py::value_error("grad_lse needs lse");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
     if (grad_lse && grad_meta)
-        a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.D, 1));
+        a.scratch = read_scratch(validate, scratch,
+                                 partial_floats(a.sequences != nullptr, a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(assign_backward, a, stream);
 }
 

@@ -6,7 +6,8 @@
 
 namespace sttm {
 
-// Where B sequences of K groups each are among N rows; null if there are none. What a CPU can read is checked.
+// Where B sequences of K groups each are among N rows; null if there are none, or one, which is an item as it is. What
+// a CPU can read is checked.
 template <class Arguments>
 const PackedSequence* read_sequences(Validate& validate, const Arguments& a, const MaybeArray& sequences) {
     constexpr int64_t kNumbers = sizeof(PackedSequence) / sizeof(int32_t);
@@ -14,9 +15,7 @@ const PackedSequence* read_sequences(Validate& validate, const Arguments& a, con
         reinterpret_cast<const PackedSequence*>(validate.dense<int32_t>(sequences, "sequences", {a.B, kNumbers}));
     if (found != nullptr && (a.K < 1 || int64_t(a.B) * a.K > INT_MAX))
         throw py::value_error("sequences must have at least 1 and together fewer than 2^31 groups");
-#if !defined(STTM_CPU)
-    if (found != nullptr) throw py::value_error("sequences must be None: these kernels take one after another");
-#else
+#if defined(STTM_CPU) || defined(STTM_HOST)
     for (int s = 0; found != nullptr && s < a.B; ++s) {
         const PackedSequence& it = found[s];
         const bool inside = it.start >= 0 && it.length >= 0 && it.length <= a.N - it.start && it.first_group >= 0 &&
@@ -24,7 +23,7 @@ const PackedSequence* read_sequences(Validate& validate, const Arguments& a, con
         if (!inside) throw py::value_error("sequence " + std::to_string(s) + " must lie in the tokens and groups");
     }
 #endif
-    return found;
+    return a.B == 1 ? nullptr : found;
 }
 
 // How many items arrays of tokens have.

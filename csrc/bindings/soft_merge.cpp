@@ -20,12 +20,13 @@ static void read_inputs(Validate& validate, SoftMergeInputs& a, const Array& x, 
     a.positions = validate.float_rows(positions, "positions", items, a.N, a.P);
 }
 
-// How many floats of scratch a sum over the tokens of x (B, N, any) takes, by the rows of a (B, K, columns), with so
-// many numbers `beside` the columns.
-static int64_t soft_merge_scratch(const Array& x, int num_groups, int columns, int beside) {
+// How many floats of scratch a sum over the tokens of x (B, N, any) takes, or of B packed sequences (1, N, any), by the
+// rows of a (B, K, columns), with so many numbers `beside` the columns.
+static int64_t soft_merge_scratch(const Array& x, int num_sets, int num_groups, int columns, int beside) {
     Validate validate("soft_merge_scratch");
-    const int B = validate.extent(x, "x", 3, 0), N = validate.extent(x, "x", 3, 1);
-    return partial_floats(validate.dtype(x, "x"), B, num_groups, N, columns, beside);
+    const bool packed = validate.extent(x, "x", 3, 0) != num_sets;
+    return partial_floats(packed, validate.dtype(x, "x"), num_sets, num_groups, validate.extent(x, "x", 3, 1), columns,
+                          beside);
 }
 
 static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta, const MaybeArray& size,
@@ -43,7 +44,8 @@ static void soft_merge_arrays(const Array& x, const Array& q, const Array& meta,
     if (positions.has_value() != positions_out.has_value()) {
         throw py::value_error("positions and positions_out go together");
     }
-    a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.C, a.P + 2));
+    a.scratch = read_scratch(validate, scratch,
+                             partial_floats(a.sequences != nullptr, a.dtype, a.B, a.K, a.N, a.C, a.P + 2));
     validate.run(soft_merge, a, stream);
 }
 
@@ -77,14 +79,16 @@ static void soft_merge_backward_arrays(const MaybeArray& grad_y, const MaybeArra
     const bool of_metric = grad_q || grad_meta;  // an array without items has no address
     if ((of_metric || grad_size_in) && !shift) throw py::value_error("shift is needed");
     if (of_metric && over_meta && !grad_size_in) throw py::value_error("grad_size_in is needed");
-    if (grad_meta) a.scratch = read_scratch(validate, scratch, partial_floats(a.dtype, a.B, a.K, a.N, a.D, 1));
+    if (grad_meta)
+        a.scratch = read_scratch(validate, scratch,
+                                 partial_floats(a.sequences != nullptr, a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(soft_merge_backward, a, stream);
 }
 
 void bind_soft_merge(py::module_& m) {
-    m.def("soft_merge_scratch", &soft_merge_scratch, py::arg("x"), py::arg("num_groups"), py::arg("columns"),
-          py::arg("beside"),
-          "floats of scratch that sums over the tokens of x take, num_groups rows of so many columns");
+    m.def("soft_merge_scratch", &soft_merge_scratch, py::arg("x"), py::arg("num_sets"), py::arg("num_groups"),
+          py::arg("columns"), py::arg("beside"),
+          "floats of scratch that sums over the tokens of x take, num_groups rows of so many columns for each set");
     m.def("soft_merge", &soft_merge_arrays, py::arg("x"), py::arg("q"), py::arg("meta"), py::arg("size"),
           py::arg("positions"), py::arg("mask"), py::arg("sequences"), py::arg("similarity"), py::arg("temperature"),
           py::arg("over_meta"), py::arg("tf32"), py::arg("y"), py::arg("size_out"), py::arg("positions_out"),

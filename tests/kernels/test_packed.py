@@ -220,15 +220,16 @@ def test_sequences_of_many_tiles_and_of_none(backend):
     as_each_alone(backend, "match", lengths, given, lambda s: {"r": lengths[s] // 2}, r=0.5)
 
 
+@pytest.mark.parametrize("K", [3] if SMALL else [3, 70])
 @pytest.mark.parametrize("normalize", [None, *NORMALIZATIONS])
-def test_sequences_of_several_spans_and_of_none(backend, normalize):
+def test_sequences_of_several_spans_and_of_none(backend, normalize, K):
     """Long enough that sums over their tokens are split; by assign if there is no `normalize`.
 
     Groups of some are long on average, those of others not.
     """
     lengths = [3, 40, 0, 1, 150] if SMALL else [3, 300, 0, 1, 140]
     verb, how = ("assign", {}) if normalize is None else ("soft_merge", {"normalize": normalize})
-    given = inputs_of(sum(lengths), len(lengths), 3, 16, 2 if SMALL else 0, torch.float32, True, 0)
+    given = inputs_of(sum(lengths), len(lengths), K, 16, 2 if SMALL else 0, torch.float32, True, 0)
     as_each_alone(backend, verb, lengths, given, temperature=0.3, **how)
 
 

@@ -200,6 +200,7 @@ struct AssignArguments {
     float inverse_temperature;
     int B, N, K, D;
     const PackedSequence* sequences;  // B of them, or null
+    bool swapped;                     // with sequences: q are the meta tokens, N of each, and meta are the K tokens
     Metric q, meta;
     Mask mask, meta_mask;
     int32_t* index;
@@ -208,7 +209,7 @@ struct AssignArguments {
 Error assign(const AssignArguments&, Stream);
 
 // Gradients of score and, if grad_lse is given, of lse, with respect to q (its shape) and meta (B, K, D), either null
-// if not asked for. A row whose index is outside of [0, K) has none. `scratch`, of partial_floats(dtype, B, K, N, D, 1)
+// if not asked for. A row whose index is outside of [0, K) has none. `scratch`, of partial_floats(..., B, K, N, D, 1)
 // if that is not 0, is needed for the gradient of lse with respect to meta.
 struct AssignBackwardArguments {
     DType dtype;

@@ -7,8 +7,8 @@ namespace sttm {
 
 constexpr int kAssignBackwardThreads = 256;
 
-__device__ __forceinline__ float at(const Column& column, int64_t item, int n) {
-    return column.data[item * column.stride_b + n * column.stride_n];
+__device__ __forceinline__ float at(const Column& column, const Item& item, int n) {
+    return column.data[item.tokens * column.stride_b + (item.start + n) * column.stride_n];
 }
 
 // Tokens that have a group; the others are not read.
@@ -18,17 +18,20 @@ struct AssignedRows {
     int64_t stride;
     int count;
     const int32_t* index;
-    int K;
+    int first_group, K;
 
+    // The meta token of a row, K or more if it has none.
+    __device__ __forceinline__ unsigned chosen(int row) const { return unsigned(index[row]) - unsigned(first_group); }
     __device__ __forceinline__ const T* operator()(int row) const {
-        const bool real = row < count && index[row] >= 0 && index[row] < K;
+        const bool real = row < count && chosen(row) < unsigned(K);
         return real ? data + row * stride : nullptr;
     }
 };
 
 template <typename T>
-__device__ __forceinline__ AssignedRows<T> assigned_rows(const AssignBackwardArguments& a, int64_t item) {
-    return {static_cast<const T*>(a.q.data) + item * a.q.stride_b, a.q.stride_n, a.N, a.index + item * a.N, a.K};
+__device__ __forceinline__ AssignedRows<T> assigned_rows(const AssignBackwardArguments& a, const Item& item) {
+    const StridedRows<T> rows = token_rows<T>(a.q, Mask{}, item);
+    return {rows.data, rows.stride, item.N, a.index + item.first_row(), item.first_group, a.K};
 }
 
 // Of a token: index, dL/dscore, dL/dlse, lse; index -1 if it has no group.
@@ -37,12 +40,12 @@ struct TokenTerm {
     float score_grad, lse_grad, level;
 };
 
-__device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a, int64_t item, int n) {
+__device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a, const Item& item, int n) {
     TokenTerm term{-1, 0, 0, 0};
-    if (n >= a.N) return term;
-    const int chosen = a.index[item * a.N + n];
-    if (chosen < 0 || chosen >= a.K) return term;
-    return {chosen, at(a.grad_score, item, n), at(a.grad_lse, item, n), a.lse[item * a.N + n]};
+    if (n >= item.N) return term;
+    const unsigned chosen = unsigned(a.index[item.first_row() + n]) - unsigned(item.first_group);
+    if (chosen >= unsigned(a.K)) return term;
+    return {int(chosen), at(a.grad_score, item, n), at(a.grad_lse, item, n), a.lse[item.first_row() + n]};
 }
 
 // Where there are fewer blocks than kFewBlocks, up to kMostParts share the slices of a tile, each with weights of its
@@ -57,12 +60,14 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features,
                            const Partial partial, int width, int span_rows, int parts) {
     using Panel = WeightPanel<T, EXACT, ROWS>;
-    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N, num_tiles = ceil_div(num_own, ROWS);
-    const int spans = TOKENS ? 1 : partial.spans, mine = blockIdx.x % parts, span = blockIdx.x / parts % spans;
-    const int first = blockIdx.x / parts / spans % num_tiles * ROWS, begin = span * span_rows;
-    const int64_t item = blockIdx.x / (int64_t(parts) * spans * num_tiles);
+    const int mine = blockIdx.x % parts;
+    const auto tile = tile_of<TOKENS, ROWS>(a, partial, span_rows, blockIdx.x / parts);
+    const Item& item = tile.item;
+    if (!tile.there()) return;
+    const int num_own = TOKENS ? item.N : a.K, num_other = TOKENS ? a.K : item.N, first = tile.first;
+    const int begin = tile.begin;
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
-    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item.set, a.K);
     const auto& own = either<TOKENS>(tokens, metas);
     const auto& other = either<TOKENS>(metas, tokens);
     const Features& own_features = TOKENS ? q_features : m_features;
@@ -99,12 +104,12 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     if constexpr (TOKENS) {
         panel.for_each_slice(other, other_features, num_other, mine, parts, make_weights, [&](int part, bool fresh) {
             if (fresh) Panel::reduce(panel.sums);
-            panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
+            panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
+                                 a.similarity);
         });
     } else {
-        const int end = min(num_other - begin, span_rows) + begin;
-        panel.store_span(grad, item, own, num_own, own_features, first, a.similarity, other, other_features, num_other,
-                         Span{partial, span, begin, end, mine, parts}, make_weights);
+        panel.store_span(grad, own, num_own, own_features, a.similarity, other, other_features,
+                         Span{partial, tile, mine, parts}, make_weights);
     }
 }
 
@@ -116,11 +121,17 @@ template <typename T>
 __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     assign_gather_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
     constexpr int kSize = Vec<T>::size;
-    const int64_t token = int64_t(blockIdx.x) * kAssignWarps + warp_index(), item = token / a.N;
-    if (item >= a.B) return;
-    const int n = static_cast<int>(token % a.N), chosen = a.index[token], heads = q_features.heads;
-    const T* q = assigned_rows<T>(a, item)(n);
-    const T* m = q == nullptr ? q : rows_of<T>(a.meta, Mask{}, item, a.K)(chosen);
+    const int64_t token = int64_t(blockIdx.x) * kAssignWarps + warp_index();
+    if (token >= tokens_of(a)) return;
+    const int n = static_cast<int>(token % a.N), heads = q_features.heads;
+    Item item = batch_item(static_cast<int>(token / a.N), a.N);
+    if (a.sequences != nullptr) {  // the index says whose token it is
+        item.set = min(max(a.index[token], 0) / a.K, a.B - 1);
+        item.first_group = item.set * a.K;
+    }
+    const AssignedRows<T> tokens = assigned_rows<T>(a, item);
+    const T* q = tokens(n);
+    const T* m = q == nullptr ? q : rows_of<T>(a.meta, Mask{}, item.set, a.K)(static_cast<int>(tokens.chosen(n)));
     float of_q = 0, of_m = 0;  // the gradient is of_m * m - of_q * q
     if (q != nullptr) {
         of_m = of_q = at(a.grad_score, item, n) * a.inverse_temperature;
@@ -134,7 +145,7 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
             of_q = 0;
         }
     }
-    T* grad = static_cast<T*>(a.grad_q) + (item * heads * a.N + n) * a.D;
+    T* grad = static_cast<T*>(a.grad_q) + (int64_t(item.tokens) * heads * a.N + n) * a.D;
     for (int d = lane_index() * kSize; d < a.D; d += kWarpSize * kSize) {
         float value[kSize] = {};
         if (q != nullptr) {
@@ -158,23 +169,26 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     assign_members_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features) {
     constexpr int kSize = Vec<T>::size, kPieces = kMemberPieces, kSlice = kPieces * kSize * kWarpSize;
     const int slices = ceil_div(a.D, kSlice);
-    const int64_t task = int64_t(blockIdx.x) * kAssignWarps + warp_index(), row = task / slices, item = row / a.K;
-    if (item >= a.B) return;
-    const int k = static_cast<int>(row % a.K), part = static_cast<int>(task % slices) * kSlice;
+    const int64_t task = int64_t(blockIdx.x) * kAssignWarps + warp_index(), row = task / slices;
+    if (row >= int64_t(a.B) * a.K) return;
+    const int at_item = static_cast<int>(row / a.K), k = static_cast<int>(row % a.K);
+    const int part = static_cast<int>(task % slices) * kSlice;
+    const Item item = a.sequences == nullptr ? batch_item(at_item, a.N)
+                                             : sequence_item(a.sequences, at_item, a.B, a.N, a.K);
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
-    const T* m = rows_of<T>(a.meta, Mask{}, item, a.K)(k);
+    const T* m = rows_of<T>(a.meta, Mask{}, item.set, a.K)(k);
     const bool cosine = a.similarity == Similarity::cosine;
 
     float acc[kPieces][kSize] = {}, along = 0;
-    for (int start = 0; start < a.N; start += kWarpSize) {
+    for (int start = 0; start < item.N; start += kWarpSize) {
         const int lane_n = start + lane_index();
-        unsigned members = ballot(lane_n < a.N && tokens.index[min(lane_n, a.N - 1)] == k);
+        unsigned members = ballot(lane_n < item.N && tokens.chosen(min(lane_n, item.N - 1)) == unsigned(k));
         for (; members != 0; members &= members - 1) {
             const int n = start + __ffs(static_cast<int>(members)) - 1;
             const T* q = tokens(n);
             float weight = at(a.grad_score, item, n) * a.inverse_temperature;
             if (cosine) {
-                along += weight * (a.score[item * a.N + n] / a.inverse_temperature);
+                along += weight * (a.score[item.first_row() + n] / a.inverse_temperature);
                 weight *= inverse_norm(sum_of_squares(q, q_features));
             } else {
                 along += weight;
@@ -206,7 +220,8 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
                 acc[p][e] = 2 * (acc[p][e] - along * own);
             }
         }
-        store_features(static_cast<T*>(a.grad_meta) + row * a.D + d, acc[p], a.D - d, 1.0f);
+        T* const grad = static_cast<T*>(a.grad_meta) + (int64_t(item.set) * a.K + k) * a.D;
+        store_features(grad + d, acc[p], a.D - d, 1.0f);
     }
 }
 
@@ -216,7 +231,7 @@ cudaError_t launch_assign_grad_q(const AssignBackwardArguments& a, const Feature
     const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, true, decltype(rows)::value>; };
     return with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
         using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
-        const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
+        const int64_t tiles = token_tiles(a, Panel::OWN);
         const int parts = shares(tiles, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
         return launch(kernel_of(rows), Grid{times(tiles, parts)}, kAssignBackwardThreads,
                       Panel::bytes(width, width >= a.K), stream, a, q_features, m_features, Partial{}, width, 0, parts);
@@ -227,16 +242,15 @@ template <typename T, bool EXACT>
 cudaError_t launch_assign_grad_meta(const AssignBackwardArguments& a, const Features& q_features,
                                     const Features& m_features, cudaStream_t stream) {
     using Panel = WeightPanel<T, EXACT, kSpanOwners>;
-    const Spans spans = spans_of(a.dtype, a.K, a.N);
-    const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.D, 1);
-    const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
-    const int parts = shares(blocks, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
-    const int width = span_width(a.dtype, spans, a.N);
-    const cudaError_t error =
-        launch(assign_backward_kernel<T, EXACT, false, kSpanOwners>, Grid{times(blocks, parts)}, kAssignBackwardThreads,
-               Panel::bytes(width, true), stream, a, q_features, m_features, partial, width, spans.rows, parts);
-    if (error != cudaSuccess || a.N <= width) return error;
-    return join_spans<T>(partial, a.D, StoreMetaGradient<T, AssignBackwardArguments>{a, m_features, partial}, stream);
+    const SpanLaunch spans = span_launch(a, a.D, 1);
+    const int parts = shares(spans.blocks, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
+    const cudaError_t error = launch(assign_backward_kernel<T, EXACT, false, kSpanOwners>,
+                                     Grid{times(spans.blocks, parts)}, kAssignBackwardThreads,
+                                     Panel::bytes(spans.width, true), stream, a, q_features, m_features, spans.partial,
+                                     spans.width, spans.rows, parts);
+    if (error != cudaSuccess || !spans.joins) return error;
+    using Store = StoreMetaGradient<T, AssignBackwardArguments>;
+    return join_spans<T>(spans.partial, times(a.B, a.K), a.D, Store{a, m_features, spans.partial}, stream);
 }
 
 template <typename T, bool EXACT>
@@ -250,7 +264,7 @@ cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_
     cudaError_t error = cudaSuccess;
     if (a.grad_q != nullptr)
         error = soft ? launch_assign_grad_q<T, EXACT>(a, q_features, m_features, stream)
-                     : by_warps(assign_gather_kernel<T>, int64_t(a.B) * a.N);
+                     : by_warps(assign_gather_kernel<T>, tokens_of(a));
     if (error != cudaSuccess || a.grad_meta == nullptr) return error;
     if (soft) return launch_assign_grad_meta<T, EXACT>(a, q_features, m_features, stream);
     const int slices = ceil_div(a.D, kMemberPieces * Vec<T>::size * kWarpSize);

@@ -10,6 +10,7 @@
 #include "arguments.hpp"
 #include "platform.cuh"
 #include "product.cuh"
+#include "sequences.cuh"
 #include "view.cuh"
 
 namespace sttm {
@@ -52,6 +53,15 @@ __device__ __forceinline__ StridedRows<T> rows_of(const Metric& metric, const Ma
     const bool masked = mask.data != nullptr;
     return {static_cast<const T*>(metric.data) + item * metric.stride_b, metric.stride_n, count,
             masked ? mask.data + item * mask.stride_b : nullptr, mask.stride_n};
+}
+
+// The tokens of an item.
+template <typename T>
+__device__ __forceinline__ StridedRows<T> token_rows(const Metric& metric, const Mask& mask, const Item& item) {
+    StridedRows<T> rows = rows_of<T>(metric, mask, item.tokens, item.N);
+    rows.data += item.start * rows.stride;
+    if (rows.mask != nullptr) rows.mask += item.start * rows.stride_mask;
+    return rows;
 }
 
 // Feature d of a row, rounded to T as a mean over heads taken beforehand would be.
@@ -108,8 +118,9 @@ __device__ __forceinline__ void store_features(T* at, const float (&values)[Vec<
 }
 
 // Features [start, start + COLUMNS) of `count` rows from `first` on, ROWS at most, into a tile; 0 for rows that are not
-// there and for features from D to the next multiple of 16, beyond which nothing is written.
-template <int THREADS, int ROWS, int COLUMNS, typename T, typename Rows>
+// there and for features from D to the next multiple of 16, beyond which nothing is written. UNROLL copies are written
+// out, where registers allow it.
+template <int THREADS, int ROWS, int COLUMNS, int UNROLL = 8, typename T, typename Rows>
 __device__ __forceinline__ void load_tile(T* tile, int pitch, const Rows& rows, int first, const Features& f,
                                           int start, int count = ROWS) {
     constexpr int kSize = Vec<T>::size, kPieces = COLUMNS / kSize, kStep = THREADS / kPieces;
@@ -120,7 +131,7 @@ __device__ __forceinline__ void load_tile(T* tile, int pitch, const Rows& rows, 
     T* to = tile + row * pitch + column;
     if (f.vectors && f.heads == 1) {
         const int bytes = min(max(f.D - d, 0), kSize) * static_cast<int>(sizeof(T));
-        STTM_UNROLL
+#pragma unroll UNROLL
         for (int i = 0; i < ceil_div(ROWS, kStep); ++i) {
             if (row + i * kStep >= count) break;
             const T* from = rows(first + row + i * kStep);

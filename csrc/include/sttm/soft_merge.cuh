@@ -19,17 +19,16 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     soft_merge_kernel(const SoftMergeArguments a, const SoftFeatures f, const Partial partial, int width, int span_rows,
                       int parts) {
     using Panel = WeightPanel<T, EXACT, kSpanOwners>;
-    const int num_tiles = ceil_div(a.K, Panel::OWN);
     // Worked out again at the end, rather than kept in registers until then.
-    const auto item_of = [&](int block) { return block / (int64_t(parts) * partial.spans * num_tiles); };
-    const auto first_of = [&](int block) { return block / parts / partial.spans % num_tiles * Panel::OWN; };
-    const int span = blockIdx.x / parts % partial.spans, first = first_of(blockIdx.x);
-    const int64_t item = item_of(blockIdx.x);
-    const int begin = span * span_rows, end = min(a.N - begin, span_rows) + begin;
-    const auto whole = [&] { return a.N <= width; };
-    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
-    const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
-    const StridedRows<T> values = rows_of<T>(metric_of(a.x), a.mask, item, a.N);
+    const auto tile_of = [&](int block) { return span_tile<Panel::OWN>(a, partial, span_rows, block / parts); };
+    const SpanTile tile = tile_of(blockIdx.x);
+    if (!tile.there()) return;
+    const Item& item = tile.item;
+    const int first = tile.first, begin = tile.begin;
+    const auto whole = [&] { return item.N <= width; };
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item.set, a.K);
+    const StridedRows<T> tokens = token_rows<T>(a.q, a.mask, item);
+    const StridedRows<T> values = token_rows<T>(metric_of(a.x), a.mask, item);
 
     STTM_SHARED(SoftTerm, own_terms, [Panel::OWN]);
     STTM_SHARED(SoftTerm, terms, [Panel::OTHER]);
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     const int thread = static_cast<int>(threadIdx.x);
     Panel panel(shared_memory<unsigned char>(), width, true);
     const auto moments = [&] { return Moments<Panel>(moment_sums, a.positions, a.P, blockIdx.x % anew(parts)); };
-    if (thread < Panel::OWN) own_terms[thread] = soft_meta(a, a.lse, item, first + thread);
+    if (thread < Panel::OWN) own_terms[thread] = soft_meta(a, a.lse, item.set, first + thread);
     const auto make_weights = [&](int from, int until, int) {
         int start = from;
         do {
@@ -64,27 +63,31 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             });
             Panel::add_up(mass_sums, mass, start > begin);
             Panel::add_up(panel.sums, rounded, start > begin);
-            moments().add(W, a.positions, item, start, count, terms, start > begin);
+            moments().add(W, a.positions, item.tokens, item.start + start, count, terms, start > begin);
             start += Panel::OTHER;
         } while (start < until);
         if (whole()) Panel::reduce(panel.sums);
     };
+    const int end = tile.end;
     panel.for_each_panel(values, f.x, begin, end, blockIdx.x % parts, parts, make_weights, [&](int part, bool before) {
         panel.finish(a.K - first, a.C - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
             const int c = part + column;
             if (whole()) {
                 mean_of(value, panel.sums[row]);
-                store_features(static_cast<T*>(a.y) + (item * a.K + first + row) * a.C + c, value, a.C - c, 1.0f);
+                const int64_t out = int64_t(item.set) * a.K + first + row;
+                store_features(static_cast<T*>(a.y) + out * a.C + c, value, a.C - c, 1.0f);
             } else {
-                accumulate(partial_row(partial, span, item * a.K + first + row) + c, value, before);
+                accumulate(partial_row(partial, tile.span, tile.row(a.K) + row) + c, value, before);
             }
         });
     });
 
     __syncthreads();
-    const int block = anew(blockIdx.x), mine = block % parts, rows = min(Panel::OWN, a.K - first_of(block));
-    const int64_t out = item_of(block) * a.K + first_of(block);
-    if (whole()) {
+    const int block = anew(blockIdx.x), mine = block % parts;
+    const SpanTile same = tile_of(block);
+    const int rows = min(Panel::OWN, a.K - same.first);
+    if (same.item.N <= width) {
+        const int64_t out = int64_t(same.item.set) * a.K + same.first;
         if (mine == 0 && thread < rows) a.size_out[out + thread] = Panel::sum_of(mass_sums, thread);
         moments().finish(rows, [&](int row, int axis, float value) {
             const float mass = Panel::sum_of(mass_sums, row);
@@ -92,7 +95,9 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
         });
         return;
     }
-    const auto more_of = [&](int row) { return partial_row(partial, span, out + row) + partial.more_at; };
+    const auto more_of = [&](int row) {
+        return partial_row(partial, same.span, same.row(a.K) + row) + partial.more_at;
+    };
     if (mine == 0 && thread < rows) {
         more_of(thread)[kMassAt] = Panel::sum_of(mass_sums, thread);
         more_of(thread)[kRoundedAt] = Panel::sum_of(panel.sums, thread);
@@ -106,23 +111,26 @@ struct StoreSoftMerge {
     SoftMergeArguments a;
     Partial p;
 
-    __device__ __forceinline__ float sum_of(int64_t row, int at) const { return sum_of_spans(p, row, p.more_at + at); }
+    __device__ __forceinline__ Summed summed(int64_t row) const { return sttm::summed(a, p, row); }
+    __device__ __forceinline__ float sum_of(const Summed& of, int at) const {
+        return sum_of_spans(p, of, p.more_at + at);
+    }
 
     // Returns the sum of the weights that made `out`, so that it becomes a mean.
-    __device__ __forceinline__ float begin(int64_t row, int slice) const {
+    __device__ __forceinline__ float begin(const Summed& of, int slice) const {
         if (slice == 0) {
-            const float mass = sum_of(row, kMassAt);
-            if (lane_index() == 0) a.size_out[row] = mass;
+            const float mass = sum_of(of, kMassAt);
+            if (lane_index() == 0) a.size_out[of.out] = mass;
             for (int axis = lane_index(); axis < a.P; axis += kWarpSize) {
-                a.positions_out[row * a.P + axis] = mass == 0 ? 0.0f : sum_of(row, kMomentsAt + axis) / mass;
+                a.positions_out[of.out * a.P + axis] = mass == 0 ? 0.0f : sum_of(of, kMomentsAt + axis) / mass;
             }
         }
-        return sum_of(row, kRoundedAt);
+        return sum_of(of, kRoundedAt);
     }
-    __device__ __forceinline__ void operator()(int64_t row, int column, float (&value)[Vec<T>::size],
+    __device__ __forceinline__ void operator()(const Summed& of, int column, float (&value)[Vec<T>::size],
                                                float rounded) const {
         mean_of(value, rounded);
-        store_features(static_cast<T*>(a.y) + row * a.C + column, value, a.C - column, 1.0f);
+        store_features(static_cast<T*>(a.y) + of.out * a.C + column, value, a.C - column, 1.0f);
     }
 };
 
@@ -134,6 +142,8 @@ cudaError_t launch_soft_merge(const SoftMergeArguments& a, cudaStream_t stream) 
     lse.similarity = a.similarity;
     lse.inverse_temperature = a.inverse_temperature;
     lse.B = a.B, lse.D = a.D;
+    lse.sequences = a.sequences;
+    lse.swapped = a.sequences != nullptr && !a.over_meta;
     lse.N = a.over_meta ? a.N : a.K;
     lse.K = a.over_meta ? a.K : a.N;
     lse.q = a.over_meta ? a.q : a.meta;
@@ -143,14 +153,13 @@ cudaError_t launch_soft_merge(const SoftMergeArguments& a, cudaStream_t stream) 
     cudaError_t error = assign(lse, stream);
     if (error != cudaSuccess) return error;
     using Panel = WeightPanel<T, EXACT, kSpanOwners>;
-    const Spans spans = spans_of(a.dtype, a.K, a.N);
-    const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.C, kMomentsAt + a.P);
-    const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
-    const int parts = soft_shares(blocks, ceil_div(a.C, Panel::SLICE), a.P), width = span_width(a.dtype, spans, a.N);
-    error = launch(soft_merge_kernel<T, EXACT>, Grid{times(blocks, parts)}, kSoftThreads, Panel::bytes(width, true),
-                   stream, a, soft_features<T>(a, Rows{}), partial, width, spans.rows, parts);
-    if (error != cudaSuccess || a.N <= width) return error;
-    return join_spans<T>(partial, a.C, StoreSoftMerge<T>{a, partial}, stream);
+    const SpanLaunch spans = span_launch(a, a.C, kMomentsAt + a.P);
+    const int parts = soft_shares(spans.blocks, ceil_div(a.C, Panel::SLICE), a.P);
+    error = launch(soft_merge_kernel<T, EXACT>, Grid{times(spans.blocks, parts)}, kSoftThreads,
+                   Panel::bytes(spans.width, true), stream, a, soft_features<T>(a, Rows{}), spans.partial, spans.width,
+                   spans.rows, parts);
+    if (error != cudaSuccess || !spans.joins) return error;
+    return join_spans<T>(spans.partial, times(a.B, a.K), a.C, StoreSoftMerge<T>{a, spans.partial}, stream);
 }
 
 }  // namespace sttm

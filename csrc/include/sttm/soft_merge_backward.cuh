@@ -6,14 +6,14 @@
 
 namespace sttm {
 
-__device__ __forceinline__ SoftTerm soft_meta(const SoftMergeBackwardArguments& a, int64_t item, int k) {
-    SoftTerm term = soft_meta(a, a.lse, item, k);
+__device__ __forceinline__ SoftTerm soft_meta(const SoftMergeBackwardArguments& a, int64_t set, int k) {
+    SoftTerm term = soft_meta(a, a.lse, set, k);
     if (!term.real) return term;
-    const float mass = a.mass[item * a.K + k];
+    const float mass = a.mass[set * a.K + k];
     term.scale = mass == 0 ? 0.0f : 1.0f / (kUp * mass);
-    if (a.shift != nullptr) term.common = a.shift[item * a.K + k];
+    if (a.shift != nullptr) term.common = a.shift[set * a.K + k];
     if (a.grad_size.data != nullptr) {
-        term.grad_size = a.grad_size.data[item * a.grad_size.stride_b + k * a.grad_size.stride_n];
+        term.grad_size = a.grad_size.data[set * a.grad_size.stride_b + k * a.grad_size.stride_n];
         if (!a.over_meta) term.centre = mass * term.grad_size;
     }
     return term;
@@ -24,12 +24,14 @@ template <typename T, bool EXACT, int ROWS>
 __global__ void __launch_bounds__(kSoftThreads, 2)
     soft_merge_grad_x_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, int width, int parts) {
     using Panel = WeightPanel<T, EXACT, ROWS>;
-    const int num_tiles = ceil_div(a.N, Panel::OWN), mine = blockIdx.x % parts;
-    const int first = blockIdx.x / parts % num_tiles * Panel::OWN;
-    const int64_t item = blockIdx.x / (int64_t(parts) * num_tiles);
-    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
-    const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
-    const StridedRows<T> values = rows_of<T>(metric_of(a.grad_y), Mask{}, item, a.grad_y.data == nullptr ? 0 : a.K);
+    const int mine = blockIdx.x % parts;
+    const TokenTile tile = token_tile<ROWS>(a, blockIdx.x / parts);
+    if (!tile.there()) return;
+    const Item& item = tile.item;
+    const int first = tile.first;
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item.set, a.K);
+    const StridedRows<T> tokens = token_rows<T>(a.q, a.mask, item);
+    const StridedRows<T> values = rows_of<T>(metric_of(a.grad_y), Mask{}, item.set, a.grad_y.data == nullptr ? 0 : a.K);
 
     STTM_SHARED(SoftTerm, own_terms, [Panel::OWN]);
     STTM_SHARED(SoftTerm, terms, [Panel::OTHER]);
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             float W[2][Panel::NT][4];
             const int count = min(Panel::OTHER, end - start);
             panel.multiply(W, tokens, f.q, first, metas, f.meta, start, count, a.similarity, [&] {
-                if (thread < Panel::OTHER) terms[thread] = soft_meta(a, item, start + thread);
+                if (thread < Panel::OTHER) terms[thread] = soft_meta(a, item.set, start + thread);
             });
             panel.to_similarities(W, count, a.similarity, a.inverse_temperature);
             float level[2][2], scale[2][2];
@@ -62,26 +64,28 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
                 }
                 panel.weigh(row, start - from + column, Pair{W[i][j][2 * r], W[i][j][2 * r + 1]});
             });
-            if (part < parts * Panel::SLICE) moments.add(W, a.grad_positions, item, start, count, terms, start > 0);
+            if (part < parts * Panel::SLICE) moments.add(W, a.grad_positions, item.set, start, count, terms, start > 0);
         }
     };
     Features features = f.grad_y;
     if (a.grad_x == nullptr) features.D = 0;
     panel.for_each_slice(values, features, a.K, mine, parts, make_weights, [&](int part, bool) {
-        panel.finish(a.N - first, features.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+        panel.finish(item.N - first, features.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
             const int c = part + column;
             if (!own_terms[row].real) {
                 STTM_UNROLL
                 for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
             }
-            store_features(static_cast<T*>(a.grad_x) + (item * a.N + first + row) * a.C + c, value, a.C - c, 1.0f);
+            T* const to = static_cast<T*>(a.grad_x) + (item.first_row() + first + row) * a.C + c;
+            store_features(to, value, a.C - c, 1.0f);
         });
     });
     if (a.grad_positions_in == nullptr) return;
     const bool none = a.grad_positions.data == nullptr || a.K == 0;
     if (none) moments.count = min(kAxes, a.P - moments.first);
-    moments.finish(min(Panel::OWN, a.N - first), [&](int row, int axis, float value) {
-        a.grad_positions_in[(item * a.N + first + row) * a.P + axis] = none || !own_terms[row].real ? 0.0f : value;
+    moments.finish(min(Panel::OWN, item.N - first), [&](int row, int axis, float value) {
+        const int64_t n = item.first_row() + first + row;
+        a.grad_positions_in[n * a.P + axis] = none || !own_terms[row].real ? 0.0f : value;
     });
 }
 
@@ -130,15 +134,18 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     soft_merge_grad_metric_kernel(const SoftMergeBackwardArguments a, const SoftFeatures f, const Partial partial,
                                   int width, int span_rows, int parts, const SoftMetricWork work) {
     using Panel = WeightPanel<T, EXACT, ROWS>;
-    const int num_own = TOKENS ? a.N : a.K, num_other = TOKENS ? a.K : a.N;
-    const int num_tiles = ceil_div(num_own, Panel::OWN), spans = TOKENS ? 1 : partial.spans;
-    const int span = blockIdx.x / parts % spans, first = blockIdx.x / parts / spans % num_tiles * Panel::OWN;
-    const int64_t item = blockIdx.x / (int64_t(parts) * spans * num_tiles);
-    const int begin = span * span_rows, end = TOKENS ? num_other : min(num_other - begin, span_rows) + begin;
-    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
-    const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
-    const StridedRows<T> g = rows_of<T>(metric_of(a.grad_y), Mask{}, item, a.K);
-    const StridedRows<T> x = rows_of<T>(metric_of(a.x), a.mask, item, a.N);
+    const auto tile = tile_of<TOKENS, ROWS>(a, partial, span_rows, blockIdx.x / parts);
+    if (!tile.there()) return;
+    STTM_SHARED(Item, items, [1]);  // where it takes no registers
+    if (threadIdx.x == 0) items[0] = tile.item;
+    __syncthreads();
+    const Item& item = items[0];
+    const int num_own = TOKENS ? item.N : a.K, num_other = TOKENS ? a.K : item.N;
+    const int first = tile.first, begin = tile.begin;
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item.set, a.K);
+    const StridedRows<T> tokens = token_rows<T>(a.q, a.mask, item);
+    const StridedRows<T> g = rows_of<T>(metric_of(a.grad_y), Mask{}, item.set, a.K);
+    const StridedRows<T> x = token_rows<T>(metric_of(a.x), a.mask, item);
     const auto& own = either<TOKENS>(tokens, metas);
     const auto& other = either<TOKENS>(metas, tokens);
     const Features& own_features = TOKENS ? f.q : f.meta;
@@ -150,7 +157,8 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     const int thread = static_cast<int>(threadIdx.x);
     Panel panel(shared_memory<unsigned char>(), width, !TOKENS || width >= num_other);
     const auto term_of = [&](bool token, int row) {
-        return token ? soft_token(a, a.lse, work.sizes ? nullptr : a.grad_size_in, item, row) : soft_meta(a, item, row);
+        return token ? soft_token(a, a.lse, work.sizes ? nullptr : a.grad_size_in, item, row)
+                     : soft_meta(a, item.set, row);
     };
     if (thread < Panel::OWN) own_terms[thread] = term_of(TOKENS, first + thread);
     const auto make_weights = [&](int from, int until, int) {
@@ -171,14 +179,17 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             if (a.grad_positions.data != nullptr) {
                 const Rows& own_positions = TOKENS ? a.positions : a.grad_positions;
                 const Rows& other_positions = TOKENS ? a.grad_positions : a.positions;
+                const int own_item = TOKENS ? item.tokens : item.set, own_first = (TOKENS ? item.start : 0) + first;
+                const int other_item = TOKENS ? item.set : item.tokens, other_start = TOKENS ? 0 : item.start;
                 STTM_NO_UNROLL
                 for (int axis = 0; axis < a.P; ++axis) {
-                    const int from = anew(start);
+                    const int from = anew(other_start + start);
                     float mine[2][2];
                     Panel::of_own_rows([&](int i, int r, int row) {
-                        mine[i][r] = own_terms[row].real ? axis_of(own_positions, item, first + row, axis) : 0.0f;
+                        const bool real = own_terms[row].real;
+                        mine[i][r] = real ? axis_of(own_positions, own_item, own_first + row, axis) : 0.0f;
                     });
-                    Panel::each(count, neighbours(terms, other_positions, item, from, axis),
+                    Panel::each(count, neighbours(terms, other_positions, other_item, from, axis),
                                 [&](int i, int j, int r, int, int, const Pair& value) {
                                     STTM_UNROLL
                                     for (int e = 0; e < 2; ++e) U[i][j][2 * r + e] += mine[i][r] * value.value[e];
@@ -227,17 +238,18 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             other, other_features, a.K, blockIdx.x % parts, parts, make_weights, [&](int part, bool fresh) {
                 if (!work.metric) return;
                 if (fresh) Panel::reduce(panel.sums);
-                panel.store_gradient(grad, item, own, num_own, own_features, first, part, a.similarity);
+                panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
+                                     a.similarity);
             });
         if (!work.sizes || blockIdx.x % anew(parts) != 0) return;
         __syncthreads();
-        if (thread < Panel::OWN && first + thread < a.N) {
+        if (thread < Panel::OWN && first + thread < item.N) {
             const float sum = a.K == 0 || !own_terms[thread].real ? 0.0f : Panel::sum_of(size_sums, thread);
-            a.grad_size_in[item * a.N + first + thread] = sum;
+            a.grad_size_in[item.first_row() + first + thread] = sum;
         }
     } else {
-        panel.store_span(grad, item, own, num_own, own_features, first, a.similarity, other, other_features, num_other,
-                         Span{partial, span, begin, end, static_cast<int>(blockIdx.x % parts), parts}, make_weights);
+        panel.store_span(grad, own, num_own, own_features, a.similarity, other, other_features,
+                         Span{partial, tile, static_cast<int>(blockIdx.x % parts), parts}, make_weights);
     }
 }
 
@@ -249,7 +261,7 @@ cudaError_t launch_soft_merge_grad_tokens(const SoftMergeBackwardArguments& a, c
     };
     return with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
         using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
-        const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
+        const int64_t tiles = token_tiles(a, Panel::OWN);
         const int parts = work.metric ? soft_shares(tiles, ceil_div(a.D, Panel::SLICE), 0) : 1;
         return launch(kernel_of(rows), Grid{times(tiles, parts)}, kSoftThreads, Panel::bytes(width, width >= a.K),
                       stream, a, f, Partial{}, width, 0, parts, work);
@@ -260,15 +272,15 @@ template <typename T, bool EXACT>
 cudaError_t launch_soft_merge_grad_meta(const SoftMergeBackwardArguments& a, const SoftFeatures& f,
                                         cudaStream_t stream) {
     using Panel = WeightPanel<T, EXACT, kSpanOwners>;
-    const Spans spans = spans_of(a.dtype, a.K, a.N);
-    const Partial partial = partial_of(a.scratch, int64_t(a.B) * a.K, spans.count, a.D, 1);
-    const int64_t blocks = times(times(a.B, ceil_div(a.K, Panel::OWN)), spans.count);
-    const int parts = soft_shares(blocks, ceil_div(a.D, Panel::SLICE), 0), width = span_width(a.dtype, spans, a.N);
-    const cudaError_t error =
-        launch(soft_merge_grad_metric_kernel<T, EXACT, false, kSpanOwners>, Grid{times(blocks, parts)}, kSoftThreads,
-               Panel::bytes(width, true), stream, a, f, partial, width, spans.rows, parts, SoftMetricWork{false, true});
-    if (error != cudaSuccess || a.N <= width) return error;
-    return join_spans<T>(partial, a.D, StoreMetaGradient<T, SoftMergeBackwardArguments>{a, f.meta, partial}, stream);
+    const SpanLaunch spans = span_launch(a, a.D, 1);
+    const int parts = soft_shares(spans.blocks, ceil_div(a.D, Panel::SLICE), 0);
+    const cudaError_t error = launch(soft_merge_grad_metric_kernel<T, EXACT, false, kSpanOwners>,
+                                     Grid{times(spans.blocks, parts)}, kSoftThreads, Panel::bytes(spans.width, true),
+                                     stream, a, f, spans.partial, spans.width, spans.rows, parts,
+                                     SoftMetricWork{false, true});
+    if (error != cudaSuccess || !spans.joins) return error;
+    using Store = StoreMetaGradient<T, SoftMergeBackwardArguments>;
+    return join_spans<T>(spans.partial, times(a.B, a.K), a.D, Store{a, f.meta, spans.partial}, stream);
 }
 
 template <typename T, bool EXACT>
@@ -279,7 +291,7 @@ cudaError_t launch_soft_merge_backward(const SoftMergeBackwardArguments& a, cuda
         const auto kernel_of = [](auto rows) { return soft_merge_grad_x_kernel<T, EXACT, decltype(rows)::value>; };
         error = with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
             using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
-            const int64_t tiles = times(a.B, ceil_div(a.N, Panel::OWN));
+            const int64_t tiles = token_tiles(a, Panel::OWN);
             const int parts = soft_shares(tiles, ceil_div(a.C, Panel::SLICE), a.P);
             return launch(kernel_of(rows), Grid{times(tiles, parts)}, kSoftThreads, Panel::bytes(width, width >= a.K),
                           stream, a, f, width, parts);

@@ -27,22 +27,23 @@ constexpr float kUp = 0x1p24f;
 __device__ __forceinline__ float over_mass(float weight, const SoftTerm& meta) { return weight * kUp * meta.scale; }
 
 __device__ __forceinline__ SoftTerm soft_token(const SoftMergeInputs& a, const float* lse, const float* mean,
-                                               int64_t item, int n) {
+                                               const Item& item, int n) {
     SoftTerm term{};
-    if (n >= a.N) return term;
-    if (a.mask.data != nullptr && a.mask.data[item * a.mask.stride_b + n * a.mask.stride_n] == 0) return term;
+    if (n >= item.N) return term;
+    const int64_t b = item.tokens, at = item.start + n;
+    if (a.mask.data != nullptr && a.mask.data[b * a.mask.stride_b + at * a.mask.stride_n] == 0) return term;
     term.real = 1;
-    term.scale = a.size.data == nullptr ? 1.0f : a.size.data[item * a.size.stride_b + n * a.size.stride_n];
+    term.scale = a.size.data == nullptr ? 1.0f : a.size.data[b * a.size.stride_b + at * a.size.stride_n];
     if (a.over_meta) {
-        term.level = lse[item * a.N + n];
-        if (mean != nullptr && term.scale != 0) term.centre = mean[item * a.N + n];
+        term.level = lse[item.first_row() + n];
+        if (mean != nullptr && term.scale != 0) term.centre = mean[item.first_row() + n];
     }
     return term;
 }
 
-__device__ __forceinline__ SoftTerm soft_meta(const SoftMergeInputs& a, const float* lse, int64_t item, int k) {
+__device__ __forceinline__ SoftTerm soft_meta(const SoftMergeInputs& a, const float* lse, int64_t set, int k) {
     SoftTerm term{k < a.K, 1};
-    if (term.real && !a.over_meta) term.level = lse[item * a.K + k];
+    if (term.real && !a.over_meta) term.level = lse[set * a.K + k];
     return term;
 }
 

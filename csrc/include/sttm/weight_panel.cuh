@@ -34,7 +34,7 @@ struct RowPieces {
     __device__ __forceinline__ void copy(T* tile, int pitch, const Rows& rows, const Features& f, int first,
                                          int start) const {
         if (!vectors) {
-            load_tile<THREADS, ROWS, COLUMNS>(tile, pitch, rows, first, f, start);
+            load_tile<THREADS, ROWS, COLUMNS, 1>(tile, pitch, rows, first, f, start);
             return;
         }
         const int thread = anew(threadIdx.x), d = start + thread % PER_ROW * Vec<T>::size;
@@ -63,11 +63,12 @@ struct NoSquares {
     __device__ __forceinline__ void store(float*, int, int, Similarity) const {}
 };
 
-// A block's span of other rows, number `index` of the partial sums: [begin, end). `parts` blocks share its slices, and
-// this one is number `mine`.
+// A block's tile and span of other rows, whose sums go there. `parts` blocks share its slices, and this one is number
+// `mine`.
 struct Span {
     const Partial& partial;
-    int index, begin, end, mine, parts;
+    const SpanTile& tile;
+    int mine, parts;
 };
 
 // out[own row] = sum over other rows of weight[own row, other row] * values[other row], for ROWS own rows and SLICE
@@ -409,40 +410,43 @@ struct WeightPanel {
         } while (from < end);
     }
 
-    // grad (items, heads, num_own, D) of the own rows from `first` on and features from `part` on.
+    // grad (items, heads, count, D) of the own rows, num_own of an item from `start` on: from `first` of these on, and
+    // features from `part` on.
     template <typename Rows>
-    __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const Rows& own, int num_own,
-                                                   const Features& f, int first, int part, Similarity kind) {
+    __device__ __forceinline__ void store_gradient(T* grad, int64_t item, int count, int start, const Rows& own,
+                                                   int num_own, const Features& f, int first, int part,
+                                                   Similarity kind) {
         finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-            sttm::store_gradient(grad, item, own(first + row), num_own, f, first + row, part + column, value,
+            sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
                                  own_term[row], sums[row], kind);
         });
     }
 
-    // The same from a span of `num_other` other rows, whose weights make(from, end, 0) sets: `grad` itself where a
-    // panel has room for all of them, else partial sums.
+    // The same of meta tokens, num_own in each set, from a span of tokens, whose weights make(from, end, 0) sets:
+    // `grad` itself where a panel has room for all tokens, else partial sums.
     template <typename OwnRows, typename OtherRows, typename Make>
-    __device__ __forceinline__ void store_span(T* grad, int64_t item, const OwnRows& own, int num_own,
-                                               const Features& own_f, int first, Similarity kind,
-                                               const OtherRows& other, const Features& other_f, int num_other,
+    __device__ __forceinline__ void store_span(T* grad, const OwnRows& own, int num_own, const Features& own_f,
+                                               Similarity kind, const OtherRows& other, const Features& other_f,
                                                const Span& span, const Make& make) {
-        const bool whole = num_other <= width;
-        const int64_t out_row = item * num_own + first;
-        for_each_panel(other, other_f, span.begin, span.end, span.mine, span.parts, make, [&](int part, bool before) {
+        const SpanTile& tile = span.tile;
+        const bool whole = tile.item.N <= width;
+        const int first = tile.first;
+        for_each_panel(other, other_f, tile.begin, tile.end, span.mine, span.parts, make, [&](int part, bool before) {
             if (whole) {
                 if (part < span.parts * SLICE) reduce(sums);
-                store_gradient(grad, item, own, num_own, own_f, first, part, kind);
+                store_gradient(grad, tile.item.set, num_own, 0, own, num_own, own_f, first, part, kind);
                 return;
             }
             finish(num_own - first, own_f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-                accumulate(partial_row(span.partial, span.index, out_row + row) + part + column, value, before);
+                float* const to = partial_row(span.partial, tile.span, tile.row(num_own) + row);
+                accumulate(to + part + column, value, before);
             });
         });
         if (whole || span.mine != 0) return;
         __syncthreads();
         const int row = static_cast<int>(threadIdx.x);
         if (row < OWN && first + row < num_own) {
-            partial_row(span.partial, span.index, out_row + row)[span.partial.more_at] = sum_of(sums, row);
+            partial_row(span.partial, tile.span, tile.row(num_own) + row)[span.partial.more_at] = sum_of(sums, row);
         }
     }
 };
@@ -454,17 +458,19 @@ struct StoreMetaGradient {
     Features f;
     Partial p;
 
-    __device__ __forceinline__ const T* features(int64_t row) const {
-        return rows_of<T>(a.meta, Mask{}, row / a.K, a.K)(static_cast<int>(row % a.K));
+    __device__ __forceinline__ Summed summed(int64_t row) const { return sttm::summed(a, p, row); }
+    __device__ __forceinline__ const T* features(const Summed& of) const {
+        return rows_of<T>(a.meta, Mask{}, of.out / a.K, a.K)(static_cast<int>(of.out % a.K));
     }
     // Returns the inverse norm.
-    __device__ __forceinline__ float begin(int64_t row, int) const {
-        return a.similarity == Similarity::cosine ? inverse_norm(sum_of_squares(features(row), f)) : 1.0f;
+    __device__ __forceinline__ float begin(const Summed& of, int) const {
+        return a.similarity == Similarity::cosine ? inverse_norm(sum_of_squares(features(of), f)) : 1.0f;
     }
-    __device__ __forceinline__ void operator()(int64_t row, int column, float (&value)[Vec<T>::size],
+    __device__ __forceinline__ void operator()(const Summed& of, int column, float (&value)[Vec<T>::size],
                                                float inverse) const {
-        store_gradient(static_cast<T*>(a.grad_meta), row / a.K, features(row), a.K, f, static_cast<int>(row % a.K),
-                       column, value, inverse, sum_of_spans(p, row, p.more_at), a.similarity);
+        const T* const row = of.first == of.end ? nullptr : features(of);
+        store_gradient(static_cast<T*>(a.grad_meta), of.out / a.K, row, a.K, f, static_cast<int>(of.out % a.K), column,
+                       value, inverse, sum_of_spans(p, of, p.more_at), a.similarity);
     }
 };
 
