@@ -98,7 +98,9 @@ def _check_plan(name: str, plan: MergePlan) -> None:
 
 def _check_not_packed(meta_lengths: Any) -> None:
     if meta_lengths is not None:
-        raise ValueError("meta_lengths must be None without lengths: every item of a batch has K meta tokens")
+        raise ValueError(
+            f"meta_lengths must be None without lengths, as every item of a batch has K meta tokens, got {meta_lengths}"
+        )
 
 
 def _check_int32(name: str, value: Tensor) -> None:
