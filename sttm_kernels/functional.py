@@ -22,6 +22,7 @@ from sttm_kernels.reference import acc_dtype
 _Made = TypeVar("_Made")
 QUERIES = "(B, N, D) or (B, H, N, D)"
 IMPL_NAMES = ("auto", *dispatch.IMPLEMENTATIONS)
+CELL = (2, 2)
 
 
 def _check_comparison(
@@ -96,11 +97,10 @@ def _check_plan(name: str, plan: MergePlan) -> None:
         validate.lengths(f"{name}.merged_lengths", plan.merged_lengths, K)
 
 
-def _check_not_packed(meta_lengths: Any) -> None:
-    if meta_lengths is not None:
-        raise ValueError(
-            f"meta_lengths must be None without lengths, as every item of a batch has K meta tokens, got {meta_lengths}"
-        )
+def _not_packed(meta_lengths: Any) -> ValueError:
+    return ValueError(
+        f"meta_lengths must be None without lengths, as every item of a batch has K meta tokens, got {meta_lengths}"
+    )
 
 
 def _check_int32(name: str, value: Tensor) -> None:
@@ -152,7 +152,8 @@ def assign(
             return _assign_packed(q, meta, similarity, temperature, weight, impl, lengths)
         one = partial(assign, similarity=similarity, temperature=temperature, weight=weight, impl=impl)
         return packed.assign(one, q, meta, lengths, each)
-    _check_not_packed(meta_lengths)
+    if meta_lengths is not None:
+        raise _not_packed(meta_lengths)
     shape = validate.features("q", q, QUERIES, 3, 4)
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)
@@ -180,7 +181,7 @@ def match(
     window: tuple[int, int, int] | None = None,
     impl: str = "auto",
     *,
-    cell: tuple[int, int] = (2, 2),
+    cell: tuple[int, int] = CELL,
     generator: torch.Generator | None = None,
     protect: Tensor | Iterable[int] | None = None,
     mask: Tensor | None = None,
@@ -258,7 +259,7 @@ def match(
         raise ValueError(f"num_prefix must be at most N = {N}, got {num_prefix}")
     validate.partition(partition)
     validate.generator(generator)
-    cell = validate.extents("cell", cell, 2, "(sy, sx)")
+    cell = cell if cell is CELL else validate.extents("cell", cell, 2, "(sy, sx)")
     if mask is not None:
         validate.boolean("mask", mask)
         validate.beside("mask", mask, "(B, N)", (B, N), "metric", metric)
@@ -567,7 +568,8 @@ def assign_merge(
             return assign_merge(x, q, meta, similarity, temperature, weight, None, size, positions, fill, impl)
 
         return packed.assign_merge(one, x, q, meta, size, positions, fill, lengths, each)
-    _check_not_packed(meta_lengths)
+    if meta_lengths is not None:
+        raise _not_packed(meta_lengths)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
     metric, shape = (x, (B, N, C)) if q is None else (q, check_rows("q", q, x, (B, N)))
     meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
@@ -742,7 +744,8 @@ def soft_merge(
             return soft_merge(x, q, meta, similarity, temperature, normalize, size, positions, None, impl)
 
         return packed.soft_merge(one, x, q, meta, size, positions, lengths, each)
-    _check_not_packed(meta_lengths)
+    if meta_lengths is not None:
+        raise _not_packed(meta_lengths)
     B, N, _ = validate.features("x", x, "(B, N, C)", 3)
     shape = check_rows("q", q, x, (B, N))
     meta, comparison = _check_comparison(q, shape, meta, similarity, temperature, mask)

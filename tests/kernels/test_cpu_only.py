@@ -111,9 +111,9 @@ def test_the_threads_are_those_of_pytorch(threads):
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
         pytest.skip("PyTorch was built without OpenMP")
     torch.randn(1 << 20).exp()
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     _match_merge(metric, x)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # one of an earlier test may end meanwhile
 
 
 def test_several_callers_at_once(threads):
