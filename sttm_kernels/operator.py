@@ -265,14 +265,7 @@ class Operator:
         if getattr(self.inputs(*args), "sequences", None) is not None:  # which have no batch that could be joined
             return self._each(V, in_dims, args)
         B = args[lead].shape[0 if in_dims[lead] is None else int(in_dims[lead] == 0)]
-
-        def joined(arg: Any, dim: Any) -> Any:
-            if not isinstance(arg, Tensor):
-                return arg
-            arg = arg.expand(V, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return arg.expand(V, B, *arg.shape[2:]).flatten(0, 1)
-
-        results = self(self.inputs(*map(joined, args, in_dims)))
+        results = self(self.inputs(*(joined(V, B, arg, dim) for arg, dim in zip(args, in_dims, strict=True))))
         asked = [t is not None and t.dim() > 1 for t in results]
         lead_result = next(t for t in results if t is not None)
         split = [
@@ -320,6 +313,14 @@ class Operator:
 def _function(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method as the function that compiled autograd asks for."""
     return lambda *args: method(*args)
+
+
+def joined(V: int, B: int, arg: Any, dim: int | None) -> Any:
+    """An argument of `B` items, of which vmap maps over the dimension `dim` of `V`, with that joined to its batch."""
+    if not isinstance(arg, Tensor):
+        return arg
+    arg = arg.expand(V, *arg.shape) if dim is None else arg.movedim(dim, 0)
+    return arg.expand(V, B, *arg.shape[2:]).flatten(0, 1)
 
 
 def pull_back(

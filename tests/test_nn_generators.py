@@ -326,3 +326,15 @@ def test_bad_inputs(name, change, error, message):
 def test_bad_settings(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+@each_generator
+def test_vmap_takes_all_at_once(name, capfd):
+    made = generator(name, 6)
+    q, size = make_tokens(6, 12, 6).unflatten(0, (3, 2)), torch.tensor([1.0, 0, 3, 1]).repeat(2, 3)
+    alone = torch.stack([made(one, 3, 4, 5, size) for one in q])
+    assert_equal("over q", torch.func.vmap(lambda one: made(one, 3, 4, 5, size))(q), alone)
+    sizes = torch.stack([size, size.flip(1)])
+    alone = torch.stack([made(q[0], 3, 4, 5, one) for one in sizes])
+    assert_equal("over size", torch.func.vmap(lambda one: made(q[0], 3, 4, 5, one))(sizes), alone)
+    assert "batching rule" not in capfd.readouterr().err  # PyTorch's warning of one after another

@@ -26,7 +26,8 @@ A module of one's own that is called like this is a generator too. If it has an 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from sttm_kernels import validate
 from sttm_kernels.functional import assign, merge, soft_merge
-from sttm_kernels.operator import NAMESPACE
+from sttm_kernels.operator import NAMESPACE, joined
 from sttm_kernels.plan import MergePlan
 from sttm_kernels.reference import NORM_FLOOR, acc_dtype
 
@@ -184,6 +185,15 @@ def _operator(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
     name = choose.__name__.lstrip("_")
     operator = torch.library.custom_op(f"{NAMESPACE}::{name}", choose, mutates_args=())
     operator.register_fake(lambda q, count, *_: q.new_empty((q.shape[0], count), dtype=torch.int64))
+
+    def batch(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        """vmap: the mapped dimension joins the batch."""
+        V, (q, *_) = info.batch_size, args
+        B = q.shape[0 if in_dims[0] is None else int(in_dims[0] == 0)]
+        chosen = operator(*(joined(V, B, arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        return chosen.unflatten(0, (V, B)), 0
+
+    operator.register_vmap(batch)
     CHOICES[name] = choose
     return operator
 

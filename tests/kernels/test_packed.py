@@ -240,6 +240,7 @@ def test_short_and_long_sequences_of_assign_merge(backend):
     given = inputs_of(sum(lengths), len(lengths), K, 16, 0, torch.float16, True, 0)
     as_each_alone(backend, "assign_merge", lengths, given, temperature=0.3)
     given = {name: value.to(backend.device) for name, value in given.items() if name in ("x", "q", "meta")}
+    given["meta"][:, 2] = given["meta"][:, 1]  # a tie, which leaves the last group empty
     fill = make_tokens(len(lengths), K, 5, torch.float16, backend.device, seed=4)
     merged, _ = functional.assign_merge(**given, fill=fill, lengths=lengths, impl=backend.impl)
     for s, (own, x, q) in enumerate(zip(merged.x.split(K), *(given[n].split(lengths) for n in "xq"), strict=True)):
