@@ -27,8 +27,8 @@ CHOSEN_BELOW = 50
 """The percent at which settings are looked at beside it: there they differ more."""
 JUDGED = ("sttm-motion", "tome", "sttm")
 """What the goals compare, beside the unmerged network, with several seeds."""
-FLOORS = ("random-drop", "even-frames", "sttm-moments", "tome-once")
-"""What else they compare, when the others have their seeds."""
+FLOORS = ("random-drop", "even-frames", "sttm-moments", "tome-once", "sttm-kmeans", "sttm-farthest")
+"""What else they compare, and what could be the default generator, when the others have their seeds."""
 QUICK = ("unmerged", "sttm-motion", "tome")
 QUICK_STEPS = 600
 CONTROLS = ("shuffled", "one-frame")
