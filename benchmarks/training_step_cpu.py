@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=8.0, help="spent on each contender (%(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("contenders", nargs="*", default=["sttm-kmeans", "sttm-pool", "sttm-motion", "tome"])
+    parser.add_argument("contenders", nargs="*", default=["sttm", "sttm-kmeans", "tome"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     steps = {name: step(name, jobs.GOAL) for name in given.contenders} | {"unmerged": step("unmerged", 0)}

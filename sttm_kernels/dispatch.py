@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -108,15 +109,20 @@ def takes_sequences(verb: str, impl: str, device: torch.device | str, dtype: tor
     return verb in module.SEQUENCES and (not lists or getattr(module, "LISTS", False))
 
 
+def verb_of(name: str) -> str:
+    """The verb that an operator is a form of."""
+    return re.sub("_(backward|packed|earlier)$", "", name)
+
+
 @cache
 def kernel(name: str, impl: str, device: torch.device | str, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function behind the operator `name`, a verb or a verb with `_backward`.
+    """The function behind the operator `name`, a verb or a form of one.
 
     Raises:
         ValueError: `impl` is unknown.
         RuntimeError: `impl` was asked for by name and cannot run; the message says why.
     """
-    verb = name.removesuffix("_backward").removesuffix("_packed")
+    verb = verb_of(name)
     if impl == "auto":
         impl = choose(verb, device, dtype)
     reason = why_not(verb, impl, device, dtype)

@@ -272,6 +272,7 @@ def _soft_merge(
 
 _PLAIN: dict[str, Callable[..., Any]] = {
     "assign": reference.assign,
+    "assign_earlier": reference.assign_earlier,
     "match": _match,
     "match_packed": _match_packed,
     "merge": _merge,

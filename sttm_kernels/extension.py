@@ -286,6 +286,11 @@ class Verbs:
         )  # fmt: skip
         return plan
 
+    def assign_earlier(self, q: Tensor, similarity: Similarity) -> Tensor:
+        score = q.new_empty(q.shape[:2], dtype=torch.float32)
+        self.run().assign_earlier(q, *similarity, self.tf32(), score, self.stream(q))
+        return score
+
     def assign_backward(
         self,
         grads: PlanGrads,

@@ -81,7 +81,7 @@ class Operator:
     """`torch.ops.sttm_kernels.<name>`.
 
     Args:
-        name: a verb or a verb with `_backward`.
+        name: a verb or a form of one: `_backward`, `_packed`, `_earlier`.
         inputs, outputs: NamedTuples, from whose annotations the schema is written. The first tensor among the inputs
             decides device and dtype; the last input is `impl`.
         run: calls the implementation it is given with these inputs. Results not asked for are None, and leave the
@@ -114,7 +114,7 @@ class Operator:
         shape: Callable[[Any], Sequence[int]] | None = None,
     ):
         OPERATORS[name] = self
-        self.shape, self.verb = shape, name.removesuffix("_backward")
+        self.shape, self.verb = shape, dispatch.verb_of(name)
         self.name, self.inputs, self.outputs, self.run, self.formula = name, inputs, outputs, run, formula
         self.backward, self.differentiable, self.constants = backward, differentiable, constants
         self.kept = [field not in (*constants, *unsaved) for field in (*inputs._fields, *outputs._fields)]

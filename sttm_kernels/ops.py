@@ -217,6 +217,33 @@ _assign_backward = Operator(
 )
 
 
+class AssignEarlierIn(NamedTuple):
+    q: Tensor
+    similarity: str
+    temperature: float
+    impl: str
+
+
+class AssignEarlierOut(NamedTuple):
+    score: Tensor
+
+
+_assign_earlier = Operator(
+    "assign_earlier",
+    AssignEarlierIn,
+    AssignEarlierOut,
+    lambda run, a: AssignEarlierOut(run(a.q, _similarity(a))),
+    lambda a: [a.q.new_empty(a.q.shape[:2], dtype=acc_dtype(a.q.dtype))],
+    unsaved=("q",),
+    shape=lambda a: (a.q.shape[1], a.q.shape[1], a.q.shape[2]),
+)
+
+
+def assign_earlier(q: Tensor, similarity: Similarity, impl: str) -> Tensor:
+    """How alike every token `(B, N, D)` is to the earlier one that is most like it, `(B, N)`; -inf for the first."""
+    return _assign_earlier(AssignEarlierIn(q, *similarity, impl)).score
+
+
 def _of_plan(plan: MergePlan) -> tuple[Any, ...]:
     return plan.index, plan.score, plan.lse, plan.weight
 

@@ -60,6 +60,13 @@ def assign(
     return MergePlan(index.to(torch.int32), S.shape[-1], score, lse if soft else None, w if soft else None)
 
 
+def assign_earlier(q: Tensor, similarity: Similarity = COSINE) -> Tensor:
+    """max over m < n of sim(q_n, q_m) / temperature, `(B, N)`; -inf for the first token."""
+    S = pairwise_similarity(q, q, similarity)
+    earlier = torch.ones(S.shape[1:], dtype=torch.bool, device=S.device).tril(-1)
+    return S.masked_fill(~earlier, -torch.inf).amax(-1)
+
+
 def match(
     metric: Tensor,
     r: int,

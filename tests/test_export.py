@@ -128,7 +128,7 @@ def test_merges_and_back(plain, reduce, dtype):
 
 def test_every_verb_has_a_plain_form_that_knows_all_of_its_arguments():
     forward = {name for name in OPERATORS if "backward" not in name}
-    assert set(export._PLAIN) == forward == {*dispatch.VERBS, "match_packed"}
+    assert set(export._PLAIN) == forward == {*dispatch.VERBS, "match_packed", "assign_earlier"}
     known = ("metric", "src", "dst", "mask", "limit", "r", "num_groups", "num_prefix", "threshold", "impl")
     assert ops.MatchIn._fields == known
 

@@ -76,7 +76,7 @@ def test_a_moving_object_stays_one_token_and_its_second_moment_shows_the_motion(
 def test_the_stages_are_assign_and_merge():
     x, metric = make_tokens(2, 24, 6), make_tokens(2, 24, 4, seed=1)
     size = torch.rand(2, 24) + 0.5
-    module = STTM(6, 3, 5, motion=False)
+    module = STTM(6, 3, 5, "kmeans", motion=False)
     frames, q, p = x.view(6, 8, 6), metric.view(6, 8, 4), grid_positions((3, 2, 4), 0, torch.float32, x.device)
     meta = KMeans()(q, 2, 4, 3, size.view(6, 8))
     plan = sttm.assign(q, meta, temperature=0.1)

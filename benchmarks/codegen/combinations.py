@@ -114,7 +114,7 @@ def _tensor(op: str, name: str, dtype: torch.dtype, chosen: Combination, sizes: 
     K = sizes.K
     features = {
         "x": (B, K, C) if op == "unmerge" else (B, N, C),
-        "q": (B, H, N, D) if op != "assign_merge" else (B, N, D),
+        "q": (B, N, D) if op in ("assign_merge", "assign_earlier") else (B, H, N, D),
         "meta": (B, K, D if chosen.get("q") else C),
         "metric": (1 if op == "match_packed" else B, H, N, D),
         "fill": (B, K, C),

@@ -17,6 +17,19 @@ static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& m
     validate.run(assign, a, stream);
 }
 
+static void assign_earlier_arrays(const Array& q, const std::string& similarity, double temperature, bool tf32,
+                                  const Array& score, uint64_t stream) {
+    Validate validate("assign_earlier");
+    AssignArguments a{};
+    a.B = validate.extent(q, "q", 3, 0);
+    a.N = validate.extent(q, "q", 3, 1);
+    a.dtype = validate.dtype(q, "q");
+    a.earlier = true;
+    read_similarity(validate, a, q, q, std::nullopt, similarity, temperature, tf32);
+    a.score = validate.dense<float>(score, "score", {a.B, a.N});
+    validate.run(assign, a, stream);
+}
+
 // How many floats of scratch the gradient of lse with respect to meta takes.
 static int64_t assign_scratch(const Array& q, const Array& meta) {
     Validate validate("assign_scratch");
@@ -58,6 +71,9 @@ void bind_assign(py::module_& m) {
           "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q; "
           "(1, N) "
           "with sequences int32 (B, 6)");
+    m.def("assign_earlier", &assign_earlier_arrays, py::arg("q"), py::arg("similarity"), py::arg("temperature"),
+          py::arg("tf32"), py::arg("score"), py::arg("stream"),
+          "score (B, N): the similarity of each row of q (B, N, D) to the most similar one before it");
     m.def("assign_scratch", &assign_scratch, py::arg("q"), py::arg("meta"),
           "floats of scratch that the gradient of lse with respect to meta takes");
     m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"), py::arg("q"),

@@ -14,19 +14,23 @@ struct Found {
     Ints index[kVectors];
 };
 
-template <bool kSoft>
-inline void look(const Floats (&S)[kRows][kVectors], int first, int K, Found& found) {
+enum class Wants { choice, softmax, earlier };
+
+// With Wants::earlier, tokens from `token` on look at meta tokens before them alone.
+template <Wants kWants>
+inline void look(const Floats (&S)[kRows][kVectors], int first, int K, int token, Found& found) {
     STTM_UNROLL
     for (int v = 0; v < kVectors; ++v) {
         const Floats before = found.best[v];
         STTM_UNROLL
         for (int r = 0; r < kRows; ++r) {
             if (first + r >= K) break;
-            const Ints better = S[r][v] > found.best[v];
+            Ints better = S[r][v] > found.best[v];
+            if (kWants == Wants::earlier) better &= splat(first + r - token - v * kWidth) < counted();
             found.best[v] = better ? S[r][v] : found.best[v];
             found.index[v] = better ? splat(first + r) : found.index[v];
         }
-        if (!kSoft) continue;
+        if (kWants != Wants::softmax) continue;
         found.sum[v] *= exp(before - found.best[v]);
         STTM_UNROLL
         for (int r = 0; r < kRows; ++r) {
@@ -49,8 +53,10 @@ AssignArguments alone(AssignArguments a, const Item& item) {
     return a;
 }
 
-template <class T, bool kSoft>
+template <class T, Wants kWants>
 void assign_panel(const AssignArguments& a, const Meta& meta, int32_t first_group, int start, Panel& panel) {
+    constexpr bool kSoft = kWants == Wants::softmax;
+    const int K = kWants == Wants::earlier ? min(a.K, start + kPanel) : a.K;
     load_panel<T>(a, start, [&](int64_t n) { return is_real(a.mask, n); }, panel);
     Found found;
     for (int v = 0; v < kVectors; ++v) {
@@ -58,10 +64,10 @@ void assign_panel(const AssignArguments& a, const Meta& meta, int32_t first_grou
         found.sum[v] = Floats{};
         found.index[v] = Ints{};
     }
-    for (int block = 0; block < meta.num_blocks; ++block) {
+    for (int block = 0; block * kRows < K; ++block) {
         Floats S[kRows][kVectors];
         similarities(a, meta, block, panel, S);
-        look<kSoft>(S, block * kRows, a.K, found);
+        look<kWants>(S, block * kRows, K, start, found);
     }
     for (int v = 0; v < kVectors; ++v) {
         const Floats lse = kSoft ? found.best[v] + log(found.sum[v]) : Floats{};
@@ -95,10 +101,12 @@ void assign(const AssignArguments& a, Stream stream) {
             Panel panel;
             panel.q = packed + slot * panel_size;
             const int start = static_cast<int>(task - panels.first_of(i)) * kPanel;
-            if (a.lse != nullptr)
-                assign_panel<T, true>(own, meta.of(i), item.first_group, start, panel);
+            if (a.earlier)
+                assign_panel<T, Wants::earlier>(own, meta.of(i), item.first_group, start, panel);
+            else if (a.lse != nullptr)
+                assign_panel<T, Wants::softmax>(own, meta.of(i), item.first_group, start, panel);
             else
-                assign_panel<T, false>(own, meta.of(i), item.first_group, start, panel);
+                assign_panel<T, Wants::choice>(own, meta.of(i), item.first_group, start, panel);
         });
     });
 }

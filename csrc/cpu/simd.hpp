@@ -61,6 +61,11 @@ inline T max(T a, T b) {
 
 inline Floats splat(float value) { return value - Floats{}; }
 inline Ints splat(int32_t value) { return value - Ints{}; }
+inline Ints counted() {  // 0, 1, 2, ...
+    Ints lanes{};
+    for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+    return lanes;
+}
 
 template <class To, class From>
 inline To bits(From from) {

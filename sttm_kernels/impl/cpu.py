@@ -58,8 +58,8 @@ LISTS = True
 """Whether `match_packed` takes lists of src and dst."""
 
 _verbs = extension.Verbs(_extension, lambda _: torch.get_num_threads(), lambda: False, 1, 1, False)
-assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
-match_packed = _verbs.match_packed
+assign, assign_earlier, assign_backward = _verbs.assign, _verbs.assign_earlier, _verbs.assign_backward
+match, match_packed = _verbs.match, _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge
 unmerge, compose = _verbs.unmerge, _verbs.compose
 soft_merge, soft_merge_backward = _verbs.soft_merge, _verbs.soft_merge_backward

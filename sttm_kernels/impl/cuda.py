@@ -67,8 +67,8 @@ SEQUENCES = frozenset({"match", "assign", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
 
 _verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, MATCH_ROOM, True)
-assign, assign_backward, match = _verbs.assign, _verbs.assign_backward, _verbs.match
-match_packed = _verbs.match_packed
+assign, assign_earlier, assign_backward = _verbs.assign, _verbs.assign_earlier, _verbs.assign_backward
+match, match_packed = _verbs.match, _verbs.match_packed
 merge, merge_backward, assign_merge = _verbs.merge, _verbs.merge_backward, _verbs.assign_merge
 unmerge, compose = _verbs.unmerge, _verbs.compose
 soft_merge, soft_merge_backward = _verbs.soft_merge, _verbs.soft_merge_backward

@@ -130,6 +130,16 @@ def assign(q: Tensor, meta: Tensor, similarity: Similarity, weight: str, mask: T
 
 
 @in_given_dtypes
+def assign_earlier(q: Tensor, similarity: Similarity) -> Tensor:
+    m = _operand(q, similarity.kind)
+    tile = _similarity_to(m, q, None, similarity)
+    token, score = torch.arange(q.shape[1], device=q.device), m.new_empty(q.shape[:2])
+    for b, n in tile.tiles():
+        score[b, n] = tile(b, n).masked_fill_(token[:, None] >= token[n], -torch.inf).amax(1)
+    return score
+
+
+@in_given_dtypes
 def assign_backward(
     grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
 ) -> OfAssign:

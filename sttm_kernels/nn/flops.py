@@ -54,6 +54,11 @@ def _assign(a: Any) -> int:
     return _pairs(a.q, a.meta)
 
 
+def _assign_earlier(a: Any) -> int:
+    """Half of all pairs."""
+    return _pairs(a.q, a.q) // 2
+
+
 def _assign_backward(a: Any) -> int:
     """For each gradient, the similarities once more and one product; without grad_lse, a gather."""
     return 0 if a.grad_lse is None else sum(a.needs) * 2 * _pairs(a.q, a.meta)
@@ -97,11 +102,6 @@ def _farthest_points(q: Shape, num_points: int, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q) * (num_points + 1)
 
 
-def _distinct_tokens(q: Shape, *_: Any, **__: Any) -> int:
-    """Similarities to earlier tokens: half of all."""
-    return math.prod(q) * q[1]
-
-
 def _density_peaks(q: Shape, num_peaks: int, *_: Any, **__: Any) -> int:
     """All distances, twice."""
     return 2 * 2 * math.prod(q) * q[1]
@@ -109,6 +109,7 @@ def _density_peaks(q: Shape, num_peaks: int, *_: Any, **__: Any) -> int:
 
 FORMULAS: dict[str, Callable[..., int]] = {
     "assign": _assign,
+    "assign_earlier": _assign_earlier,
     "assign_backward": _assign_backward,
     "match": _match,
     "match_packed": _match_packed,
@@ -118,7 +119,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "soft_merge": _soft_merge,
     "soft_merge_backward": _soft_merge_backward,
     "farthest_points": _farthest_points,
-    "distinct_tokens": _distinct_tokens,
     "density_peaks": _density_peaks,
 }
 

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from sttm_kernels import validate
 from sttm_kernels.functional import assign, merge, soft_merge
 from sttm_kernels.operator import NAMESPACE, joined
-from sttm_kernels.plan import MergePlan
+from sttm_kernels.ops import assign_earlier
+from sttm_kernels.plan import MergePlan, Similarity
 from sttm_kernels.reference import NORM_FLOOR, acc_dtype
 
 CELLS = ("square", "tall")
@@ -253,11 +254,9 @@ class FarthestPoint(_Chosen):
     choose = staticmethod(_farthest_points)
 
 
-@_operator
 def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity: str, impl: str) -> Tensor:
-    B, N, D = q.shape
-    first = torch.zeros((B, 1), dtype=torch.int64, device=q.device)
     if size is not None:
+        B, N, _ = q.shape
         present = size != 0
         first = present.to(torch.int64).argmax(1, keepdim=True)
         # In an absent token's place stands the present one before it, a predecessor of all that follow anyway.
@@ -266,23 +265,9 @@ def _distinct_tokens(q: Tensor, num_tokens: int, size: Tensor | None, similarity
             1, rank.masked_fill(~present, N), torch.arange(N, device=q.device).expand(B, -1)
         )
         q = _take(q, ranked.gather(1, rank.clamp_min(0)))
-    likeness = torch.full((B, N + 1), -torch.inf, dtype=acc_dtype(q.dtype), device=q.device)
-    parts, token, length = q[:, None], torch.arange(N, device=q.device)[None], N
-    while length > 1:
-        # Of every part, the second half looks at the first; then halves are parts. What pads a part is behind all that
-        # is in it, so that only padding sees it.
-        half = -(-length // 2)
-        parts = F.pad(parts, (0, 0, 0, 2 * half - length)).unflatten(2, (2, half))
-        token = F.pad(token, (0, 2 * half - length), value=N).unflatten(1, (2, half))
-        earlier, later = parts.flatten(0, 1).unbind(1)
-        score = assign(later, earlier, similarity, weight="uniform", impl=impl).score
-        assert score is not None
-        looking = token[:, 1].flatten().expand(B, -1)
-        likeness = likeness.scatter(1, looking, torch.maximum(likeness.gather(1, looking), score.view(looking.shape)))
-        parts, token, length = parts.flatten(1, 2), token.flatten(0, 1), half
-    novelty = -likeness[:, :N].scatter(1, first, -torch.inf)
+    novelty = -assign_earlier(q, Similarity(similarity, 1.0), impl)
     if size is not None:
-        novelty = novelty.masked_fill(size == 0, -torch.inf)
+        novelty = novelty.scatter(1, first, torch.inf).masked_fill(~present, -torch.inf)
     return novelty.argsort(dim=1, descending=True, stable=True)[:, :num_tokens].sort(1).values
 
 

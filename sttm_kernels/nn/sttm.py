@@ -138,7 +138,7 @@ class STTM(nn.Module):
         dim: int,
         spatial_keep: Keep = 0.5,
         temporal_keep: Keep = 0.5,
-        meta: str | nn.Module = "kmeans",
+        meta: str | nn.Module = "distinct",
         motion: bool = True,
         *,
         num_prefix: int = 0,

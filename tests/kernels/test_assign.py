@@ -18,7 +18,9 @@ from cases import (
 )
 
 import sttm_kernels as sttm
+from sttm_kernels import ops, reference
 from sttm_kernels.checks import check_assign, fields, make_mask
+from sttm_kernels.plan import Similarity
 from sttm_kernels.testing import (
     DTYPES,
     LAYOUTS,
@@ -68,6 +70,35 @@ def check(backend, inputs, similarity="cosine", weight="softmax", mask=None):
 @each(("shape", "similarity", "weight"), CASES, ids=str)
 def test_choices_values_and_gradients(backend, shape, similarity, weight, dtype):
     check(backend, metrics(backend, *shape, dtype), similarity, weight)
+
+
+EARLIER = [(1, 1, 3), (2, T - 1, 20), (1, T, 64), (2, T + 1, 88), (1, 2 * T + 2, 80)]
+EARLIER += [] if SMALL else [(1, 300, 136), (3, 5, 600)]
+
+
+@each_dtype
+@each_similarity
+@each("shape", EARLIER, ids=str)
+def test_every_token_and_those_before_it(backend, shape, similarity, dtype):
+    dense = metrics(backend, *shape[:2], 1, shape[2], dtype)["q"].flatten(0, -3)[: shape[0]]
+    similarity = Similarity(similarity, 0.5)
+    plain, wide = (reference.assign_earlier(t, similarity) for t in (dense, dense.double()))
+    for q in (dense, dense.repeat_interleave(2, 2)[..., ::2], dense.mT.contiguous().mT):
+        with unwritten({"q": q}):
+            found = ops.assign_earlier(q, similarity, backend.impl)
+        assert found[:, 0].tolist() == [-torch.inf] * len(q)
+        assert_within_budget("score", found[:, 1:], wide[:, 1:], plain[:, 1:], shape[2], dtype)
+        alone = [ops.assign_earlier(one[None], similarity, backend.impl) for one in q]
+        assert_equal("score alone", found, torch.cat(alone))
+
+
+def test_what_comes_later_changes_nothing(backend):
+    q = metrics(backend, 2, 2 * T + 3, 1, 20)["q"].flatten(0, -3)
+    for later in (1, T, T + 1, 2 * T + 2):
+        spoiled = q.clone()
+        spoiled[:, later:] = torch.nan
+        found = [ops.assign_earlier(t, Similarity(), backend.impl)[:, :later] for t in (q, spoiled)]
+        assert_equal(f"score before {later}", *found)
 
 
 @each_layout

@@ -201,6 +201,7 @@ struct AssignArguments {
     int B, N, K, D;
     const PackedSequence* sequences;  // B of them, or null
     bool swapped;                     // with sequences: q are the meta tokens, N of each, and meta are the K tokens
+    bool earlier;                     // without: meta is q, whose rows look at those before them alone
     Metric q, meta;
     Mask mask, meta_mask;
     int32_t* index;

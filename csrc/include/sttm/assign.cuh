@@ -12,7 +12,7 @@ using AssignTiles = DotTiles<T, EXACT, 8, 1, 1, 8>;
 // One block per tile of the tokens of an item; with SWAPPED of its meta tokens, which the tokens are compared with. A
 // lane keeps the best of the similarities that it sees of its two rows, and the sum of their exponentials relative to
 // it.
-template <typename T, bool EXACT, bool SWAPPED>
+template <typename T, bool EXACT, bool SWAPPED, bool EARLIER = false>
 __global__ void __launch_bounds__(kAssignThreads, 2)
     assign_kernel(const AssignArguments a, const Features q_features, const Features m_features) {
     using Tiles = AssignTiles<T, EXACT>;
@@ -29,17 +29,18 @@ __global__ void __launch_bounds__(kAssignThreads, 2)
         SWAPPED ? rows_of<T>(a.q, Mask{}, item.set, a.N) : token_rows<T>(a.q, a.mask, item);
     const StridedRows<T> metas =
         SWAPPED ? token_rows<T>(a.meta, a.meta_mask, item) : rows_of<T>(a.meta, a.meta_mask, item.set, a.K);
-    const bool soft = a.lse != nullptr;
+    const bool soft = !EARLIER && a.lse != nullptr;
+    const int end = EARLIER ? min(num_other, first + Tiles::OWN) : num_other;
 
     Tiles tiles(shared_memory<unsigned char>());
     RowBest<1> best;
     best.clear();
     float total[2] = {0, 0};
-    for (int start = 0; start < num_other; start += Tiles::OTHER) {
+    for (int start = 0; start < end; start += Tiles::OTHER) {
         float S[1][8][4];
         clear(S);
         tiles.multiply(S, tokens, q_features, first, metas, m_features, start, a.similarity,
-                       start + Tiles::OTHER < num_other);
+                       start + Tiles::OTHER < end);
         const float before[2] = {best.value[0][0], best.value[0][1]};
         STTM_UNROLL
         for (int j = 0; j < 8; ++j) {
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kAssignThreads, 2)
                 const int column = tiles.column(j, e), k = start + column;
                 S[0][j][e] = similarity_of(S[0][j][e], tiles.own_term[tiles.row(0, e)], tiles.other_term[column],
                                            a.inverse_temperature, a.similarity);
-                const bool real = k < num_other && (metas.mask == nullptr || metas.mask[k * metas.stride_mask] != 0);
+                const int count = EARLIER ? first + tiles.row(0, e) : num_other;
+                const bool real = k < count && (metas.mask == nullptr || metas.mask[k * metas.stride_mask] != 0);
                 if (!real) S[0][j][e] = -INFINITY;
                 best.offer(0, e, S[0][j][e], k);
             }
@@ -85,12 +87,13 @@ __global__ void __launch_bounds__(kAssignThreads, 2)
 template <typename T, bool EXACT>
 cudaError_t launch_assign(const AssignArguments& a, cudaStream_t stream) {
     using Tiles = AssignTiles<T, EXACT>;
-    const auto run = [&](auto swapped) {
+    const auto run = [&](auto swapped, auto... earlier) {
         constexpr bool kSwapped = decltype(swapped)::value;
         const Grid grid{kSwapped ? times(a.B, ceil_div(a.N, Tiles::OWN)) : token_tiles(a, Tiles::OWN)};
-        return launch(assign_kernel<T, EXACT, kSwapped>, grid, kAssignThreads, Tiles::BYTES, stream, a,
+        return launch(assign_kernel<T, EXACT, kSwapped, decltype(earlier)::value...>, grid, kAssignThreads, Tiles::BYTES, stream, a,
                       features_of<T>(a.q, a.D), features_of<T>(a.meta, a.D));
     };
+    if (a.earlier) return run(std::false_type(), std::true_type());
     return with_flags(run, a.swapped);
 }
 

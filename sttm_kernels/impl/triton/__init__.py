@@ -10,6 +10,7 @@ import triton
 
 from sttm_kernels.impl.triton.assign import assign as assign
 from sttm_kernels.impl.triton.assign import assign_backward as assign_backward
+from sttm_kernels.impl.triton.assign import assign_earlier as assign_earlier
 from sttm_kernels.impl.triton.assign_merge import assign_merge as assign_merge
 from sttm_kernels.impl.triton.match import match as match
 from sttm_kernels.impl.triton.match import match_packed as match_packed

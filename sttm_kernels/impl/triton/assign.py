@@ -50,11 +50,13 @@ def assign_kernel(
     index, score, lse, weight, sequences, num_sequences, halvings, left_out,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    EARLIER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax.
 
-    In sequences of at most `left_out` tokens these have no group.
+    With EARLIER the meta tokens are the tokens, which look at those before them alone. In sequences of at most
+    `left_out` tokens these have no group.
     """
     place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
     lanes, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -71,12 +73,17 @@ def assign_kernel(
     count = rows_for(sequences, place, K)
     if sequences is not None:
         count = tl.where(place.N > left_out, count, 0)
+    if EARLIER:
+        count = tl.minimum(count, place.first + BLOCK_N)
     for start in range(0, count, BLOCK_K):
         real = start + k < K
         other = Tile(metas, rows_at(metas, start, k), real[:, None])
         dot, m_sq = products(values, own, other, D, HEADS, SIMILARITY != "dot", PRECISION, BLOCK_D)
         S = similarity_of(dot, q_sq, m_sq, inverse_temperature, SIMILARITY)
-        S = tl.where(real[None, :], S, float("-inf"))
+        sees = real[None, :]
+        if EARLIER:
+            sees = sees & ((start + k)[None, :] < n[:, None])
+        S = tl.where(sees, S, float("-inf"))
         top = tl.max(S, 1)
         higher = top > best  # strictly, and the lowest k within a tile: a tie goes to the lowest k
         if index is not None:
@@ -96,9 +103,10 @@ def assign_kernel(
     if index is not None:
         chosen = tl.minimum(chosen, K - 1)  # features that are not numbers
         tl.store(index + out, tl.where(real, place.group + chosen, -1), mask=inside)
-        tl.store(score + out, tl.where(real, best, 0.0), mask=inside)
         if lse is not None:
             tl.store(weight + out, tl.where(real, 1.0 / total, 0.0), mask=inside)
+    if score is not None:
+        tl.store(score + out, tl.where(real, best, 0.0), mask=inside)
     if lse is not None:
         tl.store(lse + out, tl.where(real, best + tl.log(total), 0.0), mask=inside)
 
@@ -320,9 +328,9 @@ def _backward_config(arch: int, dtype: torch.dtype, exact: bool, D: int) -> tupl
 def forward(
     pair: Pair, mask: Tensor | None, similarity: Similarity,
     index: Tensor | None, score: Tensor | None, lse: Tensor | None, weight: Tensor | None,
-    sequences: Tensor | None = None, left_out: int = 0,
+    sequences: Tensor | None = None, left_out: int = 0, earlier: bool = False,
 ) -> None:  # fmt: skip
-    """Launches the kernel; without an index only lse, logsumexp_k S[n, k], is wanted."""
+    """Launches the kernel; what is not given is not wanted: lse is logsumexp_k S[n, k]."""
     places, B, H, N, K, D, align = pair
     q = places[0]
     rounding = precision(q.dtype)
@@ -332,7 +340,7 @@ def forward(
         (tiles(B, N, config.blocks["BLOCK_N"], sequences),),
         *places, dense(mask), index, score, lse, weight, *told(sequences), left_out,
         N, K, 1.0 / similarity.temperature,
-        config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, PRECISION=rounding,
+        config=config, D=D, HEADS=H, SIMILARITY=similarity.kind, ALIGN=align, PRECISION=rounding, EARLIER=earlier,
     )  # fmt: skip
 
 
@@ -353,6 +361,12 @@ def assign(
     lse, w = (torch.empty_like(score) if weight == "softmax" else None for _ in range(2))
     forward(pair, mask, similarity, index, score, lse, w, sequences, left_out)
     return MergePlan(index, pair[4] * (1 if sequences is None else meta.shape[0]), score, lse, w)
+
+
+def assign_earlier(q: Tensor, similarity: Similarity) -> Tensor:
+    score = q.new_empty(q.shape[:2], dtype=torch.float32)
+    forward(paired(q, q), None, similarity, None, score, None, None, earlier=True)
+    return score
 
 
 def assign_backward(
