@@ -161,6 +161,16 @@ def runs_again() -> bool:
     return not torch.compiler.is_compiling() and in_backward()
 
 
+def left_for(x: Tensor) -> State | None:
+    """The state of what the last layer returned, if x is that or its copy."""
+    left = THREAD.now.left() if THREAD.now.left is not None else None
+    if left is None or left.shape != x.shape:
+        return None
+    moved = left.detach().to(x.device, x.dtype)
+    same = x.is_meta or moved.data_ptr() == x.data_ptr() or torch.equal(moved, x.detach())
+    return getattr(left, STATE) if same else None
+
+
 def _find(x: Tensor, layer: int) -> State:
     """The state of a hidden tensor; of one without, that of what the last layer returned, if it is that or its copy.
 
@@ -173,12 +183,8 @@ def _find(x: Tensor, layer: int) -> State:
     state: State | None = getattr(x, STATE, None)
     carried = state
     if state is None and not compiling:
-        left = THREAD.now.left() if THREAD.now.left is not None and layer > 0 else None
+        state = left_for(x) if layer > 0 else None
         THREAD.now.left = None
-        if left is not None and left.shape == x.shape:
-            moved = left.detach().to(x.device, x.dtype)
-            if x.is_meta or moved.data_ptr() == x.data_ptr() or torch.equal(moved, x.detach()):
-                state = getattr(left, STATE)
     if THREAD.now.dense and not (state is not None and state.dense):  # the embeddings do not know
         state = replace(state or NOTHING, dense=True)
     if state is None:
@@ -255,7 +261,7 @@ class Family:
         heads: `(layer) -> int`: of the attention.
         attend: `(layer, x, told, arguments) -> (x, rest)`: norm, attention, residual; `arguments` are those of the
             layer by name; `rest` is what the layer returns after x, if it returns a tuple.
-        feed: `(layer, x) -> x`: norm, MLP, residual.
+        feed: `(layer, x) -> x`: norm, MLP, residual; of packed tokens the row `(T, C)`.
         merge: `(layer, x, keys, step, state) -> (x, State)`, if `merge_tokens` is not it.
         start: `(x, arguments, state) -> State`: of tokens of which none has merged, before the first do.
         packed: whether hidden states are tokens in one row, `(T, C)`; to the functions here they are `(1, T, C)`.
@@ -525,14 +531,27 @@ class HoldsLayers(Swapped):
         """What a call that runs the layers returns; `RuntimeError` if the last of them was none that ends merging."""
         THREAD.now.merged_after = None
         out = call(*args, **kwargs)
-        number, THREAD.now.merged_after = THREAD.now.merged_after, None
-        if number is not None:
-            raise RuntimeError(
-                f"model must have all of its layers: layer {number} left tokens merged, and what came after it, whose "
-                "last layer copies them back, was taken out, skipped, or is in another process; remove, and then apply "
-                "again"
-            )
+        all_tokens_are_back()
         return out
+
+
+def all_tokens_are_back() -> None:
+    """`RuntimeError` if the last of the layers that ran left tokens merged."""
+    number, THREAD.now.merged_after = THREAD.now.merged_after, None
+    if number is not None:
+        raise RuntimeError(
+            f"model must have all of its layers: layer {number} left tokens merged, and what came after it, whose "
+            "last layer copies them back, was taken out, skipped, or is in another process; remove, and then apply "
+            "again"
+        )
+
+
+class Behind(Swapped):
+    """A module that is called when all layers have run, and would fail where tokens are left merged."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        all_tokens_are_back()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
 
 class MergingModel(HoldsLayers):
@@ -623,7 +642,6 @@ class MergingLayer(Swapped, nn.Module):
         elif step.record is not None and state.size is not None:
             state = _trace(step, state, 0)
         x = step.family.feed(self, x)
-        x = x[0] if step.family.packed else x
         if not step.last:
             sttm.after = None if state is NOTHING else replace(state, applied=step.applied)
         elif state.index is not None:

@@ -22,6 +22,7 @@ from sttm_kernels.integrations.merging import (
     STATE,
     THREAD,
     Attends,
+    Behind,
     Family,
     Layer,
     MergingModel,
@@ -29,6 +30,7 @@ from sttm_kernels.integrations.merging import (
     Step,
     Swapped,
     Told,
+    left_for,
     must_reach,
     runs_again,
     told_to,
@@ -58,7 +60,8 @@ class PackedTower(MergingModel):
 def pieces_of(grid_thw: Tensor, window: int | None, unit: int) -> tuple[Lengths, Lengths]:
     """The tokens of each window and of each frame, in the order of the row; each window holds up to window x window
     units of unit x unit tokens."""
-    windows, frames = list[int](), list[int]()
+    windows: list[int] = []
+    frames: list[int] = []
     for t, h, w in grid_thw.tolist():
         rows, columns = h // unit, w // unit
         extent = max(rows, columns) if window is None else window
@@ -77,6 +80,8 @@ class Tap(Swapped):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         state: State | None = getattr(x, STATE, None)
+        if state is None and not torch.compiler.is_compiling():
+            state = left_for(x)
         if state is not None and state.index is not None:
             x = unmerge(x[None], MergePlan(state.index, x.shape[0]))[0]
         elif THREAD.now.merged_after is not None:
@@ -183,7 +188,7 @@ def _sequences(here: Lengths, pieces: tuple[Lengths, Lengths], count: int) -> Le
 
 def _feed(layer: Layer, x: Tensor) -> Tensor:
     row = x.flatten(0, 1)
-    return (row + layer.mlp(layer.norm2(row))).view_as(x)
+    return row + layer.mlp(layer.norm2(row))
 
 
 def _start(x: Tensor, arguments: dict[str, Any], state: State) -> State:
@@ -249,6 +254,7 @@ def anatomy(tower: Layer) -> dict[str, Any]:
         window = tower.window_size // tower.spatial_merge_size // tower.patch_size
     swaps: list[tuple[nn.Module, type, Any]] = [(tower, PackedTower, window)]
     swaps += [(each, Tap, None) for each in getattr(tower, "deepstack_merger_list", ())]
+    swaps.append((tower.merger, Behind, None))
     return {
         "families": (PACKED,),
         "num_prefix": 0,
