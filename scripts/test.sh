@@ -5,10 +5,10 @@
 #   triton  the verbs through the Triton kernels, by their interpreter, which needs a process of its own; and their code
 #   cuda    the verbs through the CUDA kernels, compiled for the CPU, and the CPU kernels, both under sanitizers; and the
 #           registers of all CUDA kernels
-#   models  every way in which models are run, in every family; all that is exported
-#   all     one in eight of the cases of all of this; every other test; the older of the two major versions of
-#           transformers, in a process of its own; and last the ratios to rivals, with nothing beside them; what is run
-#           where nothing is named
+#   models  every way in which models are run, in every family; all that is exported or compiled
+#   all     one in eight of the cases of all of this, in the interpreter and under sanitizers one in 16; every other
+#           test; the older of the two major versions of transformers, in a process of its own; and last the ratios to
+#           rivals, with nothing beside them; what is run where nothing is named
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,9 +45,10 @@ tests() {
 if [[ $what == fast || $what == all ]]; then
   $bin/ruff check .
   $bin/ruff format --check .
-  $bin/mypy
+  $bin/mypy & types=$!
   NO_MKDOCS_2_WARNING=1 $bin/mkdocs build --strict --quiet
   $bin/sttm-kernels verify --quick --shapes 2x61x7x12x20
+  wait $types
 fi
 case $what in
   fast) tests tests/kernels ;;
@@ -56,10 +57,10 @@ case $what in
     tests tests/test_triton_compile.py tests/test_triton_combinations.py
     ;;
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py tests/test_cuda_compile.py ;;
-  models) tests tests/test_how_models_are_run.py tests/test_export.py ;;
+  models) tests tests/test_how_models_are_run.py tests/test_export.py tests/test_compile.py ;;
   all)
     tests --tables-one-in 8
-    TRITON_INTERPRET=1 tests --one-in 8 tests/kernels
+    TRITON_INTERPRET=1 tests --one-in 16 tests/kernels
     PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks
     ;;

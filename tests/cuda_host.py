@@ -20,7 +20,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SHARED = ("array", "module", "validate")  # sources of the bindings that every verb needs
 PYTEST = (
     *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-    *("--one-in", os.environ.get("STTM_SANITIZED_ONE_IN", "8")),
+    *("--one-in", os.environ.get("STTM_SANITIZED_ONE_IN", "16")),
 )
 """Runs tests under sanitizers, which take ten times as long: of the cases of every test one in so many."""
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")

@@ -247,6 +247,7 @@ def test_match_of_a_metric_that_requires_grad_goes_through_the_dispatcher():
     assert_equal("index", found[0], sttm.match(metric, 2, impl=IMPL).index)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_compiles_once_for_every_number_of_tokens(program):
     counter = CompileCounterWithBackend("aot_eager")

@@ -349,6 +349,7 @@ class There(nn.Module):
 
 
 @pytest.mark.long
+@pytest.mark.table
 @pytest.mark.unpoisoned
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["plain", "kernels"])
