@@ -277,12 +277,14 @@ class Verbs:
         weight: str,
         mask: Tensor | None,
         sequences: Tensor | None = None,
+        left_out: int = 0,
     ) -> MergePlan:
+        """In sequences of at most `left_out` tokens these have no group, and nothing else either."""
         K = meta.shape[1] if sequences is None else meta.shape[0] * meta.shape[1]
         plan = _new_plan(q, K, weight)
         self.run().assign(
-            q, meta, mask, sequences, *similarity, self.tf32(), plan.index, plan.score, plan.lse, plan.weight,
-            self.stream(q),
+            q, meta, mask, sequences, left_out, *similarity, self.tf32(),
+            plan.index, plan.score, plan.lse, plan.weight, self.stream(q),
         )  # fmt: skip
         return plan
 
@@ -324,16 +326,20 @@ class Verbs:
         sequences: Tensor | None = None,
     ) -> tuple[Merged, MergePlan]:
         q = x if q is None else q
-        (B, N, C), K = x.shape, meta.shape[1]
+        (B, N, C), (S, K) = x.shape, meta.shape[:2]
         run = self.run()
-        short = N <= run.ASSIGN_MERGE_TOKENS and K <= run.ASSIGN_MERGE_GROUPS
-        if sequences is not None or not short or q.dtype != x.dtype:
-            plan = self.assign(q, meta, similarity, weight, mask, sequences)
-            return self.merge(x, plan, size, positions, "mean", fill), plan
-        plan = _new_plan(q, K, weight)
-        out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
+        together = sequences is not None and S > 1  # one alone is an item
+        longest = run.ASSIGN_MERGE_TOKENS if K <= run.ASSIGN_MERGE_GROUPS and q.dtype == x.dtype else 0
+        if longest == 0 or N > longest:
+            plan = self.assign(q, meta, similarity, weight, mask, sequences, longest if together else 0)
+            out = self.merge(x, plan, size, positions, "mean", fill)
+            if longest == 0 or not together:
+                return out, plan
+        else:
+            plan = _new_plan(q, S * K if together else K, weight)
+            out = Merged(x.new_empty((B, plan.num_groups, C)), *_sums(x, plan.num_groups, positions))
         run.assign_merge(
-            x, q, meta, mask, _dense(size), _items(positions), _items(fill), *similarity, self.tf32(),
+            x, q, meta, mask, _dense(size), _items(positions), _items(fill), sequences, *similarity, self.tf32(),
             plan.index, plan.score, plan.lse, plan.weight,
             out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
         )  # fmt: skip

@@ -3,8 +3,9 @@
 namespace sttm {
 
 static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& mask, const MaybeArray& sequences,
-                          const std::string& similarity, double temperature, bool tf32, const MaybeArray& index,
-                          const MaybeArray& score, const MaybeArray& lse, const MaybeArray& weight, uint64_t stream) {
+                          int left_out, const std::string& similarity, double temperature, bool tf32,
+                          const MaybeArray& index, const MaybeArray& score, const MaybeArray& lse,
+                          const MaybeArray& weight, uint64_t stream) {
     Validate validate("assign");
     AssignArguments a{};
     a.B = validate.extent(meta, "meta", 3, 0);
@@ -14,6 +15,9 @@ static void assign_arrays(const Array& q, const Array& meta, const MaybeArray& m
     a.mask = validate.mask(mask, items_of(a), a.N);
     read_assignment(validate, a, index, score, lse, weight);
     if (weight && !lse) throw py::value_error("weight needs lse");
+    if (left_out > 0 && (a.sequences == nullptr || a.index == nullptr))
+        throw py::value_error("left_out needs sequences and index");
+    a.left_out = left_out;
     validate.run(assign, a, stream);
 }
 
@@ -66,8 +70,8 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
 
 void bind_assign(py::module_& m) {
     m.def("assign", &assign_arrays, py::arg("q"), py::arg("meta"), py::arg("mask"), py::arg("sequences"),
-          py::arg("similarity"), py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"),
-          py::arg("lse"), py::arg("weight"), py::arg("stream"),
+          py::arg("left_out"), py::arg("similarity"), py::arg("temperature"), py::arg("tf32"), py::arg("index"),
+          py::arg("score"), py::arg("lse"), py::arg("weight"), py::arg("stream"),
           "index, score, lse, weight (B, N), each or None: the most similar row of meta (B, K, D) to each row of q; "
           "(1, N) "
           "with sequences int32 (B, 6)");

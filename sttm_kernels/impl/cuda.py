@@ -63,7 +63,7 @@ def _stream(t: Tensor) -> int:
 
 SORT_ROOM, MATCH_ROOM = 2, 8  # kSortRoom and kMatchRoom of csrc/include/sttm/arguments.hpp
 
-SEQUENCES = frozenset({"match", "assign", "soft_merge"})
+SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
 
 _verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, MATCH_ROOM, True)

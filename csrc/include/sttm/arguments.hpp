@@ -202,6 +202,7 @@ struct AssignArguments {
     const PackedSequence* sequences;  // B of them, or null
     bool swapped;                     // with sequences: q are the meta tokens, N of each, and meta are the K tokens
     bool earlier;                     // without: meta is q, whose rows look at those before them alone
+    int left_out;                     // tokens of sequences of at most so many have no group; not on CPUs
     Metric q, meta;
     Mask mask, meta_mask;
     int32_t* index;
@@ -229,7 +230,8 @@ struct AssignBackwardArguments {
 Error assign_backward(const AssignBackwardArguments&, Stream);
 
 // assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in
-// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other.
+// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other. With
+// sequences, merge is of one item with the groups of all, and those that are longer are passed over.
 struct AssignMergeArguments {
     AssignArguments assign;
     MergeArguments merge;

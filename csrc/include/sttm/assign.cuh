@@ -25,6 +25,11 @@ __global__ void __launch_bounds__(kAssignThreads, 2)
     const Item& item = tile.item;
     const int first = tile.first, num_own = SWAPPED ? a.N : item.N, num_other = SWAPPED ? item.N : a.K;
     if (first >= num_own) return;
+    if (!SWAPPED && item.N <= a.left_out) {
+        for (int n = first + static_cast<int>(threadIdx.x); n < min(num_own, first + Tiles::OWN); n += kAssignThreads)
+            a.index[item.first_row() + n] = -1;
+        return;
+    }
     const StridedRows<T> tokens =
         SWAPPED ? rows_of<T>(a.q, Mask{}, item.set, a.N) : token_rows<T>(a.q, a.mask, item);
     const StridedRows<T> metas =

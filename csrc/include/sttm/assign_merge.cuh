@@ -1,4 +1,5 @@
-// assign and merge of short sequences, such as the tokens of a frame, in one launch: one batch item per block.
+// assign and merge of short sequences, such as the tokens of a frame, in one launch: one batch item per block, or one
+// sequence of those that are packed.
 //
 // All meta tokens of an item make one tile, so its features are read once for the similarities. They end in an index
 // and a weight per token on chip, the tokens are sorted by group, and the features are added up group by group: threads
@@ -123,11 +124,11 @@ struct Sequence {
 // Index, score, lse and weight of the tokens first .. first + OWN, as assign has them; their weights into `sequence`.
 template <typename T, int NT, typename Tiles>
 __device__ __forceinline__ void assign_tokens(const AssignMergeArguments& args, const Features& q_features,
-                                              const Features& m_features, int64_t item, int first, Sequence& sequence,
-                                              Tiles& tiles) {
+                                              const Features& m_features, const Item& item, int first,
+                                              Sequence& sequence, Tiles& tiles) {
     const AssignArguments& a = args.assign;
-    const StridedRows<T> tokens = rows_of<T>(a.q, a.mask, item, a.N);
-    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item, a.K);
+    const StridedRows<T> tokens = token_rows<T>(a.q, a.mask, item);
+    const StridedRows<T> metas = rows_of<T>(a.meta, Mask{}, item.set, a.K);
     const bool soft = a.lse != nullptr;
     float S[2][NT][4];
     clear(S);
@@ -171,12 +172,13 @@ __device__ __forceinline__ void assign_tokens(const AssignMergeArguments& args, 
     __syncthreads();
 
     const int row = static_cast<int>(threadIdx.x), n = first + row;
-    if (row >= Tiles::OWN || n >= a.N) return;
+    if (row >= Tiles::OWN || n >= item.N) return;
     const bool real = tokens(n) != nullptr, second = sequence.best[1][row] > sequence.best[0][row];
     const float score = sequence.best[second][row], level = score == -INFINITY ? 0.0f : score;
-    const int64_t out = item * a.N + n;
-    sequence.index[n] = real ? sequence.at[second][row] : -1;
-    a.index[out] = sequence.index[n];
+    const int64_t out = item.first_row() + n;
+    const int k = sequence.at[second][row];
+    sequence.index[n] = real ? k : -1;
+    a.index[out] = real ? item.first_group + k : -1;
     a.score[out] = real ? score : 0.0f;
     const float size = !real ? 0.0f : args.merge.size == nullptr ? 1.0f : args.merge.size[out];
     float weight = 1.0f;
@@ -195,27 +197,29 @@ __device__ __forceinline__ void assign_tokens(const AssignMergeArguments& args, 
 }
 
 // Mass, count and mean position of the groups.
-__device__ inline void merge_positions(const MergeArguments& a, int64_t item, Sequence& sequence) {
+__device__ inline void merge_positions(const MergeArguments& a, const Item& item, int K, Sequence& sequence) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < a.K) {
+    const int64_t first = int64_t(item.set) * K;
+    const float* const positions = a.positions + item.tokens * a.stride_pb + int64_t(item.start) * a.P;
+    if (thread < K) {
         float mass = 0, count = 0;
         for (int i = sequence.offsets[thread]; i < sequence.offsets[thread + 1]; ++i) {
             mass += sequence.w[sequence.order[i]];
             count += sequence.size[sequence.order[i]];
         }
         sequence.mass[thread] = mass;
-        a.mass_out[item * a.K + thread] = mass;
-        a.size_out[item * a.K + thread] = count;
+        a.mass_out[first + thread] = mass;
+        a.size_out[first + thread] = count;
     }
     __syncthreads();
-    for (int64_t at = thread; at < int64_t(a.K) * a.P; at += kAssignMergeThreads) {
+    for (int64_t at = thread; at < int64_t(K) * a.P; at += kAssignMergeThreads) {
         const int k = static_cast<int>(at / a.P), p = static_cast<int>(at % a.P);
         float total = 0;
         for (int i = sequence.offsets[k]; i < sequence.offsets[k + 1]; ++i) {
             const int n = sequence.order[i];
-            total = fmaf(sequence.w[n], a.positions[item * a.stride_pb + int64_t(n) * a.P + p], total);
+            total = fmaf(sequence.w[n], positions[int64_t(n) * a.P + p], total);
         }
-        a.positions_out[item * a.K * a.P + at] = sequence.mass[k] == 0 ? 0.0f : total / sequence.mass[k];
+        a.positions_out[first * a.P + at] = sequence.mass[k] == 0 ? 0.0f : total / sequence.mass[k];
     }
 }
 
@@ -239,13 +243,13 @@ __device__ __forceinline__ void store_channels(T* row, int c, int C, bool vector
 // cut where a group starts.
 template <typename T>
 __device__ __forceinline__ void merge_features(const MergeArguments& a, const T* x, int64_t stride, const Features& f,
-                                               int64_t item, const Sequence& sequence) {
+                                               const Item& item, int K, const Sequence& sequence) {
     constexpr int kSize = Vec<T>::size;
     const int pieces = ceil_div(a.C, kSize), lanes = min(pieces, kAssignMergeThreads);
     const int thread = static_cast<int>(threadIdx.x), parts = kAssignMergeThreads / lanes, part = thread / lanes;
-    const int members = sequence.offsets[a.K];
+    const int members = sequence.offsets[K];
     const bool vectors = a.C % kSize == 0 && reinterpret_cast<uintptr_t>(a.y) % 16 == 0;
-    T* y = static_cast<T*>(a.y) + item * a.K * a.C;
+    T* y = static_cast<T*>(a.y) + int64_t(item.set) * K * a.C;
     const auto start_of = [&](int part) {
         const int at = members * part / parts;
         if (at >= members) return members;
@@ -288,11 +292,12 @@ __device__ __forceinline__ void merge_features(const MergeArguments& a, const T*
             finish();
         }
     }
-    const T* fill = static_cast<const T*>(a.fill) + item * a.stride_fb;
-    for (int k = 0; k < a.K; ++k) {
+    const T* fill = static_cast<const T*>(a.fill);
+    if (fill != nullptr) fill += item.tokens * a.stride_fb + int64_t(item.first_group) * a.C;
+    for (int k = 0; k < K; ++k) {
         if (sequence.mass[k] != 0) continue;
         for (int c = thread; c < a.C; c += kAssignMergeThreads)
-            y[int64_t(k) * a.C + c] = a.fill == nullptr ? from_float<T>(0) : fill[int64_t(k) * a.C + c];
+            y[int64_t(k) * a.C + c] = fill == nullptr ? from_float<T>(0) : fill[int64_t(k) * a.C + c];
     }
 }
 
@@ -305,26 +310,30 @@ __global__ void __launch_bounds__(kAssignMergeThreads, NT == 4 ? 2 : 1)
     STTM_SHARED(Sequence, sequences, [1]);
     Sequence& sequence = sequences[0];
     unsigned char* const shared = shared_memory<unsigned char>();
-    const int64_t item = blockIdx.x;
+    const int block = static_cast<int>(blockIdx.x), K = a.assign.K;
+    const Item item = a.assign.sequences == nullptr
+                          ? batch_item(block, a.assign.N)
+                          : sequence_item(a.assign.sequences, block, a.assign.B, a.assign.N, K);
+    if (item.N > kAssignMergeTokens) return;
     const auto tiles_of = [&] {
         if constexpr (RESIDENT) {
-            return Resident(shared, a.assign.N, a.assign.D);
+            return Resident(shared, item.N, a.assign.D);
         } else {
             return Streamed{shared};
         }
     };
     auto tiles = tiles_of();
-    for (int first = 0; first < a.assign.N; first += Resident::OWN)
+    for (int first = 0; first < item.N; first += Resident::OWN)
         assign_tokens<T, NT>(a, q_features, m_features, item, first, sequence, tiles);
     __syncthreads();
-    Sort<kAssignMergeThreads>::run(sequence.index, a.assign.N, a.assign.K, sequence.order, sequence.offsets,
-                                   sequence.other, reinterpret_cast<int*>(shared));
-    merge_positions(a.merge, item, sequence);
+    Sort<kAssignMergeThreads>::run(sequence.index, item.N, K, sequence.order, sequence.offsets, sequence.other,
+                                   reinterpret_cast<int*>(shared));
+    merge_positions(a.merge, item, K, sequence);
     if constexpr (RESIDENT) {
-        merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, sequence);
+        merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, K, sequence);
     } else {
-        const T* const x = static_cast<const T*>(a.merge.x.data) + item * a.merge.x.stride_b;
-        merge_features(a.merge, x, a.merge.x.stride_n, x_features, item, sequence);
+        const T* const x = row_of<T>(a.merge.x, item.tokens, item.start);
+        merge_features(a.merge, x, a.merge.x.stride_n, x_features, item, K, sequence);
     }
 }
 
@@ -336,7 +345,8 @@ inline bool is_same(const Metric& a, const Metric& b) {
 template <typename T, bool EXACT>
 cudaError_t launch_assign_merge(const AssignMergeArguments& a, cudaStream_t stream) {
     const AssignArguments& given = a.assign;
-    if (given.N > kAssignMergeTokens || given.K > kAssignMergeGroups) return cudaErrorInvalidValue;
+    const bool packed = given.sequences != nullptr;
+    if ((given.N > kAssignMergeTokens && !packed) || given.K > kAssignMergeGroups) return cudaErrorInvalidValue;
     const Metric x{a.merge.x.data, 1, a.merge.x.stride_b, 0, a.merge.x.stride_n, a.merge.x.stride_c};
     const Features q_features = features_of<T>(given.q, given.D), m_features = features_of<T>(given.meta, given.D);
     const Features x_features = features_of<T>(x, a.merge.C);
@@ -350,8 +360,9 @@ cudaError_t launch_assign_merge(const AssignMergeArguments& a, cudaStream_t stre
                           m_features, x_features);
         };
         if constexpr (sizeof(T) == 2) {  // float32 features seldom fit, and kernels take their time to compile
-            const int64_t bytes = Resident::bytes(given.N, given.D);
-            if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= kMostShared) {
+            const int64_t bytes = Resident::bytes(min(given.N, kAssignMergeTokens), given.D);
+            const int64_t most = packed ? kMostShared / 2 : kMostShared;  // many of the sequences are shorter than that
+            if (is_same(given.q, x) && given.D == a.merge.C && x_features.vectors && bytes <= most) {
                 const auto kernel = assign_merge_kernel<T, EXACT, NT, true>;
                 const cudaError_t fits = can_have_shared_memory(kernel, static_cast<size_t>(bytes));
                 if (fits == cudaSuccess) return run_kernel(kernel, bytes);
