@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import torch
@@ -325,20 +326,56 @@ def num_matchable(
     window: Grid,
     protected: tuple[int, ...] = (),
 ) -> int:
-    """How many src tokens have a dst token in their window (for a mask: the fewest of any batch item)."""
-    device = torch.device("cpu")
-    if not isinstance(partition, Tensor) and not protected:
-        (t, h, w), (wt, _, ww) = grid, window
-        if partition == "frames":
-            frames = [range(start, min(start + wt, t)) for start in range(0, t, wt)]
-            return sum(sum(f % 2 == 0 for f in here) for here in frames if any(f % 2 for f in here)) * h * w
-        if ww > 1 and w % ww != 1:
-            return num_tokens - num_prefix - num_destinations(partition, num_tokens, num_prefix, grid, (1, 1))
-    kept = mark(protected, num_tokens, device)
-    is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device, kept)[:, num_prefix:]
-    block = blocks(grid, window, device).expand_as(is_dst)
-    has_dst = torch.zeros_like(is_dst).scatter_reduce(1, block, is_dst, "amax")
-    return int((~is_dst & ~kept[num_prefix:] & has_dst.gather(1, block)).sum(1).min())
+    """How many src tokens have a dst token in their window (for a mask, whose values are read: the fewest of any item
+    of the batch)."""
+    if isinstance(partition, Tensor):
+        device = torch.device("cpu")
+        kept = mark(protected, num_tokens, device)
+        is_dst = destinations(partition, num_tokens, num_prefix, grid, (1, 1), None, device, kept)[:, num_prefix:]
+        block = blocks(grid, window, device).expand_as(is_dst)
+        has_dst = torch.zeros_like(is_dst).scatter_reduce(1, block, is_dst, "amax")
+        return int((~is_dst & ~kept[num_prefix:] & has_dst.gather(1, block)).sum(1).min())
+    if partition == "alternate" and not protected and window[2] > 1 and grid[2] % window[2] != 1:
+        return num_tokens - num_prefix - num_destinations(partition, num_tokens, num_prefix, grid, (1, 1))
+    return _num_matchable_by_name(partition, num_prefix, grid, window, protected)
+
+
+def _num_matchable_by_name(
+    partition: str, num_prefix: int, grid: Grid, window: Grid, protected: tuple[int, ...]
+) -> int:
+    """Without tensors, which hold no values while a program is exported: a token is dst where `first` and the strides
+    times its coordinates add up to an odd number."""
+    by_frame = partition == "frames"
+    first, strides = (0, (1, 0, 0)) if by_frame else (num_prefix, (grid[1] * grid[2], grid[2], 1))
+
+    def pieces(extent: int, step: int, stride: int) -> list[tuple[int, int]]:
+        """How many coordinates of each piece of an axis give even and odd numbers."""
+        ranges = [range(start, min(start + step, extent)) for start in range(0, extent, step)]
+        odd = [sum(at * stride % 2 for at in here) for here in ranges]
+        return [(len(here) - n, n) for here, n in zip(ranges, odd, strict=True)]
+
+    axes = [pieces(*axis) for axis in zip(grid, window, strides, strict=True)]
+
+    def src_and_dst_of(counts: Sequence[tuple[int, int]]) -> list[int]:
+        even, odd = (1, 0) if first % 2 == 0 else (0, 1)
+        for e, o in counts:
+            even, odd = even * e + odd * o, even * o + odd * e
+        return [even, odd]
+
+    total = 0
+    for alike in product(*(Counter(axis).items() for axis in axes)):
+        src, dst = src_and_dst_of([counts for counts, _ in alike])
+        total += math.prod(times for _, times in alike) * (src if dst else 0)
+    changed: dict[tuple[int, ...], list[int]] = {}
+    for n in protected:
+        at = n - num_prefix
+        place = at // (grid[1] * grid[2]), at // grid[2] % grid[1], at % grid[2]
+        key = tuple(coordinate // step for coordinate, step in zip(place, window, strict=True))
+        if key not in changed:
+            changed[key] = src_and_dst_of([axis[k] for axis, k in zip(axes, key, strict=True)])
+            total -= changed[key][0] if changed[key][1] else 0
+        changed[key][(first + sum(s * c for s, c in zip(strides, place, strict=True))) % 2] -= 1
+    return total + sum(src for src, dst in changed.values() if dst)
 
 
 def clamped(

@@ -81,17 +81,20 @@ def test_bounds_of_a_match(plain, how, masked):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize("protect", [None, [3, 34]])
 @pytest.mark.parametrize("num_prefix", [0, 1])
-def test_packed_sequences(num_prefix):
-    """Of a program, in which the operator is written out."""
-    lengths = [12, 1, 30, 7]
+def test_packed_sequences(num_prefix, protect):
+    """Of a program, in which the operator is written out; with protected tokens in windows, some of one column."""
+    lengths = [12, 1, 30, 7] if protect is None else [num_prefix + 30, num_prefix + 10]
+    given = {} if protect is None else {"grid": [(2, 3, 5), (1, 2, 5)], "window": (1, 2, 2), "protect": protect}
+    amounts = [2, 1, 100, 3] if protect is None else [100, 2]
 
     class Matching(nn.Module):
         def forward(self, metric: Tensor) -> tuple[Tensor | None, ...]:
-            plan = sttm.match(metric, [2, 1, 100, 3], num_prefix, lengths=lengths, impl="auto")
+            plan = sttm.match(metric, amounts, num_prefix, lengths=lengths, impl="auto", **given)
             return plan.index, plan.score, plan.order, plan.offsets
 
-    metric = make_tokens(1, 50, 12)[0]
+    metric = make_tokens(1, sum(lengths), 12)[0]
     program = torch.export.export(Matching(), (metric,))
     for got, expected in zip(export.decompose(program).module()(metric), Matching()(metric), strict=True):
         torch.testing.assert_close(got, expected)

@@ -1,6 +1,8 @@
 """The specification against cases worked out by hand, against plain loops, and its gradients against differences."""
 
 import math
+import random
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import sttm_kernels as sttm
+from sttm_kernels import partition
 from sttm_kernels.testing import make_index, make_tokens
 
 F64 = torch.float64
@@ -574,3 +577,23 @@ def test_soft_merge_gradients(similarity, normalize):
 def test_match_is_not_differentiable():
     plan = match(make_tokens(1, 8, 3).requires_grad_(), 2)
     assert not plan.score.requires_grad
+
+
+@pytest.mark.parametrize("way", ["alternate", "frames"])
+def test_how_many_tokens_can_merge_in_windows(way):
+    """Token by token, around protected ones."""
+    draw = random.Random(0)
+    for _ in range(150):
+        grid, window = (tuple(draw.randint(1, 6) for _ in range(3)) for _ in range(2))
+        prefix, tokens = draw.randint(0, 2), math.prod(grid)
+        protected = sorted(draw.sample(range(prefix, prefix + tokens), min(tokens, draw.choice([0, 0, 1, 5]))))
+        src, dst = Counter(), set()
+        for n in set(range(tokens)) - {n - prefix for n in protected}:
+            at = (n // (grid[1] * grid[2]), n // grid[2] % grid[1], n % grid[2])
+            here = tuple(a // w for a, w in zip(at, window, strict=True))
+            if (prefix + n if way == "alternate" else at[0]) % 2:
+                dst.add(here)
+            else:
+                src[here] += 1
+        expected = sum(count for here, count in src.items() if here in dst)
+        assert partition.num_matchable(way, prefix + tokens, prefix, grid, window, tuple(protected)) == expected
