@@ -13,9 +13,9 @@ synchronises with the host. NaN or infinite features may give a meaningless grou
 Packed sequences are tokens `(T, C)`, those of all S sequences one after another, and `lengths`, how many each has: a
 list, or an integer tensor `(S,)` on the CPU. Every sequence gets the bits that it has alone, whatever else is packed
 beside it. The results have no batch either, and lengths of their own: `plan.merged_lengths`, `merged.lengths`. `merge`,
-`unmerge`, `compose`, and `match` by "alternate" without a grid and protected tokens, run once for all sequences, and so
-do `assign`, `assign_merge` and `soft_merge` in the kernels, and every other `match` in those of the CPU; plain PyTorch,
-and all else that finds groups, run for one after another.
+`unmerge` and `compose` run once for all sequences, and so do the kernels of the verbs that find groups, but where
+"random2d" draws on a GPU, where sequences have differently many meta tokens, and in transforms and exported programs;
+there, and in plain PyTorch, one sequence comes after another.
 
 Autocast changes nothing inside. DTensors are taken and returned where all tensors are, but by "reference": a sharded
 batch stays sharded, so do channels of x that are only carried along, other shardings are gathered first; gradients come

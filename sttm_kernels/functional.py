@@ -246,7 +246,9 @@ def match(
         validate.generator(generator)
         cell = validate.extents("cell", cell, 2, "(sy, sx)")
         one = partial(match, cell=cell, generator=generator, threshold=threshold)
-        lists = partial(_lists, cell=cell, generator=generator, window=window)
+        drawn_on = metric.device if generator is None else generator.device
+        on_host = drawn_on.type == "cpu" or not isinstance(partition, str) or partition != "random2d"
+        lists = partial(_lists, cell=cell, generator=generator, window=window) if on_host else None
         return packed.match(
             one, lists, metric, r, num_prefix, partition, grid, window, protect, lengths, threshold, impl
         )

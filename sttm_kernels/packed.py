@@ -112,10 +112,10 @@ def grids(grid: Any, lengths: Lengths) -> Sequence[Any]:
 
 
 def match(
-    one: Callable[..., MergePlan], lists: Callable[..., PackedLists], metric: Tensor, r: Any, num_prefix: int,
+    one: Callable[..., MergePlan], lists: Callable[..., PackedLists] | None, metric: Tensor, r: Any, num_prefix: int,
     partition: str | Tensor, grid: Any, window: Any, protect: Any, lengths: Lengths, threshold: float | None, impl: str,
 ) -> MergePlan:  # fmt: skip
-    """`lists` of all sequences are their src and dst."""
+    """`lists` of all sequences are their src and dst; None where they cannot be known on the host."""
     T = metric.shape[-2]
     num_prefix = validate.integer("num_prefix", num_prefix, 0)
     amounts, geometry = merges(r, lengths, num_prefix), grids(grid, lengths)
@@ -129,7 +129,7 @@ def match(
     plain = grid is None and window is None and not protected
     if plain and isinstance(partition, str) and partition == "alternate" and together("match", metric, impl):
         return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl)
-    if together("match", metric, impl, lists=True):
+    if lists is not None and together("match", metric, impl, lists=True):
         given = lists(lengths, num_prefix, partition, geometry, protected)
         return _match_at_once(metric, amounts, num_prefix, lengths, threshold, impl, given)
     start = starts(lengths)
@@ -148,6 +148,8 @@ def together(verb: str, features: Tensor, impl: str, lists: bool = False) -> boo
     if verb != "match" and torch.compiler.is_exporting():  # what is exported can become plain ATen
         return False
     if lists and torch.compiler.is_compiling():  # which cannot look at how long they are
+        return False
+    if lists and features.is_cuda and torch.cuda.is_current_stream_capturing():  # see sequences.on_device
         return False
     return dispatch.takes_sequences(verb, impl, features.device, features.dtype, lists)
 
@@ -170,7 +172,7 @@ def _match_at_once(
     least = -math.inf if threshold is None else float(threshold)
     packed = Packed(sum(merged), table, sequences.tiles(lengths), pairs, least)
     metric = metric.detach() if metric.requires_grad else metric
-    lists = () if given is None else (given.src, given.dst)
+    lists = () if given is None else [sequences.moved(each, metric.device) for each in (given.src, given.dst)]
     plan = ops.match_packed(metric, num_prefix, packed, impl, *lists)
     plan = dataclasses.replace(plan, lengths=lengths, merged_lengths=merged)
     return plan if threshold is None else sequences.without_empty_groups(plan)

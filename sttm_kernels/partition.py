@@ -240,7 +240,7 @@ class PackedLists(NamedTuple):
 
     Attributes:
         src, dst: int32 `(1, G, S)` and `(1, G, T)`, as of `window_lists`, of the windows of all sequences one after
-            another; a sequence without windows is one.
+            another; a sequence without windows is one, and long ones come first.
         most: how many tokens of each sequence may merge.
         pairs: how many pairs of src and dst are compared.
     """
@@ -293,7 +293,10 @@ def packed_lists(
     num_src, num_dst = (max(1, int(most)) for most in sizes.amax(0))
     lists = torch.full((2 * num_windows, max(num_src, num_dst)), -1, dtype=torch.int32)
     lists[key, torch.arange(len(key)) - (counts.cumsum(0) - counts)[key]] = listed.to(torch.int32)
-    src, dst = lists.view(1, num_windows, 2, -1).unbind(2)
+    lists = lists.view(num_windows, 2, -1)
+    if window is None:
+        lists = lists[length.argsort(descending=True)]  # what takes longest begins first
+    src, dst = lists.unbind(1)
 
     matchable = sizes[:, 0] * (sizes[:, 1] > 0)
     if window is None:
@@ -305,7 +308,7 @@ def packed_lists(
         free = torch.zeros(S, dtype=torch.int64).index_add(0, sequence, (~stays).long())
         most = torch.tensor(most).minimum(free // 2).tolist()
     pairs = int(sizes.prod(1).sum())
-    return PackedLists(src[:, :, :num_src].contiguous(), dst[:, :, :num_dst].contiguous(), tuple(most), pairs)
+    return PackedLists(src[None, :, :num_src].contiguous(), dst[None, :, :num_dst].contiguous(), tuple(most), pairs)
 
 
 def window_bound(partition: str | Tensor, window: Grid) -> tuple[int, int]:

@@ -54,7 +54,12 @@ def on_device(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():  # a graph would copy again what the host has here by then
         each = [torch.full((1,), number, dtype=torch.int32, device=device) for row in rows for number in row]
         return torch.cat(each).view(len(rows), -1)
-    return torch.tensor(rows, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+    return moved(torch.tensor(rows, dtype=torch.int32), device)
+
+
+def moved(host: Tensor, device: torch.device) -> Tensor:
+    """What is in the memory of the CPU, without waiting for a GPU."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def joined(

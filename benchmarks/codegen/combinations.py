@@ -77,8 +77,6 @@ def _is_tensor(argument: Any) -> bool:
 
 def _choices(op: str, argument: Any, results: int) -> tuple[Any, ...]:
     """What is passed for an argument, the usual value first: settings, and for tensors whether they are there."""
-    if op == "match_packed" and argument.name in ("src", "dst"):  # which no GPU takes
-        return (None,)
     if argument.name == "sequences" and str(argument.type) == "Optional[Tensor]":
         return (None,)
     if _is_tensor(argument):

@@ -97,9 +97,6 @@ static void match_packed_arrays(const Array& metric, const Array& sequences, con
     if (num_prefix < 0 || num_groups < 0 || num_groups > a.N || tiles < 0)
         throw py::value_error("num_prefix and tiles must be at least 0, num_groups in [0, T]");
     read_lists(validate, a, src, dst);
-#if !defined(STTM_CPU)
-    if (a.listed) throw py::value_error("src and dst must be None: these kernels take every second token");
-#endif
     a.num_groups = num_groups;
     a.num_prefix = num_prefix;
     a.threshold = static_cast<float>(threshold);

@@ -65,6 +65,8 @@ SORT_ROOM, MATCH_ROOM = 2, 8  # kSortRoom and kMatchRoom of csrc/include/sttm/ar
 
 SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
+LISTS = True
+"""Whether `match_packed` takes lists of src and dst."""
 
 _verbs = extension.Verbs(_extension, _stream, tf32, SORT_ROOM, MATCH_ROOM, True)
 assign, assign_earlier, assign_backward = _verbs.assign, _verbs.assign_earlier, _verbs.assign_backward

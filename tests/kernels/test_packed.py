@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sttm_kernels as sttm
-from sttm_kernels import functional
+from sttm_kernels import dispatch, functional, ops, sequences
 from sttm_kernels.testing import DTYPES, assert_equal, make_tokens
 from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
@@ -331,3 +331,21 @@ def test_grids_partitions_and_protected_tokens_are_of_each_sequence(backend, opt
     as_each_alone(
         backend, "match", lengths, given, each, grid=GRIDS, partition=partition, protect=protect, **how
     )  # fmt: skip
+
+
+def test_kernels_take_all_sequences_together(backend, monkeypatch):
+    def one(*args, **options):
+        raise AssertionError("one sequence after another")
+
+    if not dispatch.takes_sequences("match", backend.impl, backend.device, torch.float32, lists=True):
+        pytest.skip("takes one sequence after another")
+    monkeypatch.setattr(ops, "match", one)
+    monkeypatch.setattr(sequences, "apart", one)
+    lengths = [1 + t * h * w for t, h, w in GRIDS]
+    given = inputs_of(sum(lengths), 3, 0 if SMALL else 4, 8, 0, torch.float32, False, 0)
+    given = {name: value.to(backend.device) for name, value in given.items()}
+    how = {"lengths": lengths, "impl": backend.impl}
+    for options in ({"partition": "frames"}, {"window": (2, 2, 2)}, {"protect": [2, 30]}):
+        sttm.match(given["q"], 2, 1, grid=GRIDS, **options, **how)
+    if not SMALL:
+        functional.assign_merge(**given, **how)

@@ -36,6 +36,18 @@ def test_how_many_launches_merge_takes(K, ordered, launches):
 
 
 @pytest.mark.shipped_blocks
+@each("how", [{}, {"partition": "frames"}, {"window": (2, 2, 2)}, {"protect": [3]}], ids=lambda how: "-".join(how))
+def test_packed_sequences_take_as_many_launches_however_many(how):
+    seen = {}
+    for S in (2, 7):
+        seen[S] = []
+        with launch.launching_instead(lambda *args, names=seen[S]: names.append(args[0].__name__)):
+            grid = {"grid": (3, 2, 2)} if how else {}
+            sttm.match(make_tokens(1, 12 * S, 8)[0], 3, lengths=[12] * S, impl="triton", **grid, **how)
+    assert seen[2] == seen[7]
+
+
+@pytest.mark.shipped_blocks
 @each("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_a_group_has_the_bits_that_it_has_alone(dtype):
     """Whether groups are long on average, which decides who owns them, or only this one is."""

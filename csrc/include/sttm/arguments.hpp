@@ -113,8 +113,8 @@ constexpr int kSequenceTile = 128;
 // num_groups groups, and the last ones are empty; of more, those beyond the last join it.
 //
 // With sequences (num_sequences), in any order, that have `tiles` tiles together, B is 1 and each sequence is matched
-// as if it were alone, without mask, limit and r. On CPUs there may be lists: a window lies in one sequence, and a token
-// in none of them stays, behind the prefix of its sequence.
+// as if it were alone, without mask, limit and r. With lists, which then have one item, a window lies in one sequence,
+// and a token in none of them stays, behind the prefix of its sequence.
 //
 // index, order and score are (B, N), offsets (B, num_groups + 1); score is -inf where there was nothing to find. order
 // and offsets may be null. partner, of kMatchRoom * B * N + B numbers, at a multiple of 8 bytes, is scratch; so is mean

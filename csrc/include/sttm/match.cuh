@@ -4,7 +4,7 @@
 // block that is the last of its batch item to finish selects. More tokens take a third launch, in which larger blocks
 // select, and more than kOneBlock several, of blocks for chunks of tokens. Where every src merges nothing is selected:
 // the groups of dst follow from their places, and tokens are sorted by them. Sequences that are packed take three
-// launches, of blocks for the tiles of all of them.
+// launches, of blocks for the tiles of all of them, or of the windows that lists name.
 #pragma once
 
 #include "nearest.cuh"
@@ -28,17 +28,23 @@ constexpr int64_t kEnoughBlocks = 264;  // two for each multiprocessor of a larg
 template <typename T, bool EXACT, bool PACKED>
 __global__ void __launch_bounds__(kMatchThreads, 2)
     nearest_any_kernel(const MatchLaunch given, const Features f, int tiles) {
+    using Tiles = MatchTiles<T, EXACT>;
     MatchLaunch own_part;
     int block = static_cast<int>(blockIdx.x);
     if constexpr (PACKED) {
-        const PackedSequence s = sequence_of(given, sequence_of_tile(given, block));
-        own_part = alone<T>(given, s);
-        block -= s.first_tile;
-        tiles = ceil_div(s.length, kSequenceTile);
+        if (given.listed) {
+            own_part = alone(given, block / tiles, Tiles::OWN, Tiles::OTHER);
+            block %= tiles;
+            tiles = max(1, ceil_div(own_part.num_src, Tiles::OWN));
+        } else {
+            const PackedSequence s = sequence_of(given, sequence_of_tile(given, block));
+            own_part = alone<T>(given, s);
+            block -= s.first_tile;
+            tiles = ceil_div(s.length, kSequenceTile);
+        }
         if (block < 0 || block >= tiles) return;
     }
     const MatchLaunch& a = PACKED ? own_part : given;
-    using Tiles = MatchTiles<T, EXACT>;
     static_assert(Tiles::OWN == kMatchOwn && Tiles::THREADS == kMatchThreads);
     constexpr int kMT = 2, kNT = 4, kColumnWarps = 4;
     const int blocks = tiles * a.windows;
@@ -118,15 +124,34 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const MatchLaunch a) {
     select_item<THREADS>(a, item, a.score + first, a.partner + first, shared_memory<void>());
 }
 
+// What was found of the tokens of a sequence by lists, as if it were alone: partners counted from its start, and for
+// tokens of no list the group that they stay in. Returns how many these are.
+template <int THREADS>
+__device__ __forceinline__ int settle(int* partner, const PackedSequence& s) {
+    int before = 0;
+    for (int first = 0; first < s.length; first += THREADS) {
+        const int n = first + static_cast<int>(threadIdx.x);
+        const int found = n < s.length ? partner[n] : kIsDst;
+        const bool stays = found == kIsPrefix;
+        int here;
+        const int rank = block_exclusive_sum<THREADS>(stays, here);
+        if (stays) partner[n] = kFirstStay - (before + rank);
+        if (found >= 0) partner[n] = found >= s.start && found - s.start < s.length ? found - s.start : kNoPartner;
+        before += here;
+    }
+    __syncthreads();
+    return before;
+}
+
 // One block per sequence. Groups and tokens are numbered through afterwards.
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) select_packed_kernel(const MatchLaunch a) {
     const PackedSequence s = sequence_of(a, static_cast<int>(blockIdx.x));
     int* const index = a.index + s.start;
     int* const order = a.order + s.start;
-    Select<THREADS>::run(a.score + s.start, a.partner + s.start, s.length, s.limit, a.threshold, s.groups,
-                         min(a.num_prefix, s.length), index, order, a.offsets + s.first_group, a.partner + s.start,
-                         shared_memory<void>(), s.start, false);
+    const int stay = a.listed ? settle<THREADS>(a.partner + s.start, s) : min(a.num_prefix, s.length);
+    Select<THREADS>::run(a.score + s.start, a.partner + s.start, s.length, s.limit, a.threshold, s.groups, stay, index,
+                         order, a.offsets + s.first_group, a.partner + s.start, shared_memory<void>(), s.start, false);
     for (int n = threadIdx.x; n < s.length; n += THREADS) {
         index[n] += s.first_group;
         order[n] += s.start;
@@ -185,7 +210,7 @@ cudaError_t launch_match(const MatchArguments& given, cudaStream_t stream) {
     if (halves && !a.listed && !packed)
         a.parts = static_cast<int>(min(ceil_div64(kEnoughBlocks, blocks), int64_t(ceil_div(a.num_dst, kNearestOther))));
     a.parts = max(a.parts, 1);
-    const Grid grid{packed ? a.tiles : times(blocks, a.parts)};
+    const Grid grid{packed && !a.listed ? a.tiles : times(blocks, a.parts)};
     grid.checked();  // before anything is written
     int* const end = lay_out(a, given.partner, tiles);
     int* const zero = reinterpret_cast<int*>(a.best);

@@ -1,4 +1,5 @@
-// Before the search for partners, in one pass over the metric: means over heads, inverse norms, scratch set to 0.
+// Before the search for partners, in one pass over the metric: means over heads, inverse norms, scratch set to 0, and
+// of packed sequences that have lists what holds for the tokens of none.
 #pragma once
 
 #include "match_tokens.cuh"
@@ -43,14 +44,18 @@ __device__ __forceinline__ Vec<T> features_ahead(const T* row, const Features& f
 }
 
 // `mean` (B, N, pitch) and `inverse` (B, N), NaN where `mask` is 0, each unless it is null; `zeros` integers from
-// `zero` on become 0. A thread has 16 bytes of a row at a time, a block whole rows.
+// `zero` on become 0, and `others` tokens stay. A thread has 16 bytes of a row at a time, a block whole rows.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     rows_kernel(const Metric metric, const Features f, const Mask mask, int64_t rows, int N, T* mean, float* inverse,
-                int* zero, int64_t zeros) {
+                int* zero, int64_t zeros, int* partner, float* score, int64_t others) {
     const int thread = static_cast<int>(threadIdx.x);
     for (int64_t i = int64_t(blockIdx.x) * kRowThreads + thread; i < zeros; i += int64_t(gridDim.x) * kRowThreads)
         zero[i] = 0;
+    for (int64_t i = int64_t(blockIdx.x) * kRowThreads + thread; i < others; i += int64_t(gridDim.x) * kRowThreads) {
+        partner[i] = kIsPrefix;
+        score[i] = -INFINITY;
+    }
     if (mean == nullptr && inverse == nullptr) return;
     STTM_SHARED(float, squares, [kRowThreads]);
     const int pitch = ceil_div(f.D, 8) * 8, pieces = pitch / Vec<T>::size, each = max(1, min(pieces, kRowThreads));
@@ -84,11 +89,12 @@ template <typename T>
 cudaError_t launch_rows(const MatchLaunch& a, int* zero, int64_t zeros, bool norms, cudaStream_t stream) {
     const int each = max(1, min(mean_pitch(a.D) / Vec<T>::size, kRowThreads));
     const int64_t rows = int64_t(a.B) * a.N;
+    const int64_t others = a.listed && a.sequences != nullptr ? rows : 0, writes = zeros + others;
     const bool reads = norms || a.mean != nullptr;
-    if (!reads && zeros == 0) return cudaSuccess;
-    const Grid grid{reads ? ceil_div64(rows, kRowThreads / each) : min(ceil_div64(zeros, kRowThreads), int64_t(264))};
+    if (!reads && writes == 0) return cudaSuccess;
+    const Grid grid{reads ? ceil_div64(rows, kRowThreads / each) : min(ceil_div64(writes, kRowThreads), int64_t(264))};
     return launch(rows_kernel<T>, grid, kRowThreads, 0, stream, a.metric, features_of<T>(a.metric, a.D), a.mask, rows,
-                  a.N, static_cast<T*>(a.mean), norms ? a.inverse : nullptr, zero, zeros);
+                  a.N, static_cast<T*>(a.mean), norms ? a.inverse : nullptr, zero, zeros, a.partner, a.score, others);
 }
 
 }  // namespace sttm

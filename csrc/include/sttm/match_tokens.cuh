@@ -47,6 +47,31 @@ __device__ __forceinline__ MatchLaunch alone(MatchLaunch a, const PackedSequence
     return a;
 }
 
+// How many tiles of so many places of a list have tokens, which come first. Every lane of a warp must call.
+__device__ __forceinline__ int tiles_with_tokens(const int* list, int count, int places) {
+    int tiles = 0;
+    for (int64_t first = 0; first < count; first += int64_t(kWarpSize) * places) {
+        const int64_t at = first + int64_t(lane_index()) * places;
+        const unsigned there = ballot(at < count && list[at] >= 0);
+        tiles += __popc(there);
+        if (there != kAllLanes) break;
+    }
+    return tiles;
+}
+
+// The arguments of a window of the lists of all sequences, in which tokens have their numbers of the row, without what
+// pads its lists beyond the tiles of `own` src and `other` dst.
+__device__ __forceinline__ MatchLaunch alone(MatchLaunch a, int window, int own, int other) {
+    a.src += int64_t(window) * a.num_src;
+    a.dst += int64_t(window) * a.num_dst;
+    a.num_src = min(tiles_with_tokens(a.src, a.num_src, own) * own, a.num_src);
+    a.num_dst = min(tiles_with_tokens(a.dst, a.num_dst, other) * other, a.num_dst);
+    a.windows = 1;
+    a.num_prefix = 0;
+    a.first_token = 0;
+    return a;
+}
+
 // Which sequence a tile of all of them belongs to.
 __device__ __forceinline__ int sequence_of_tile(const MatchArguments& a, int tile) {
     int low = 0;

@@ -298,22 +298,32 @@ struct NearestBlock {
           item(block / tiles / parts / a.windows) {}
 };
 
-// One block per part of the dst and tile of the src of a window, or per tile of a sequence.
+// One block per part of the dst and tile of the src of a window, or per tile of a sequence, or of its windows.
 template <typename T, int DEPTH, bool PACKED>
 __global__ void __launch_bounds__(kNearestThreads, DEPTH <= 96 ? 3 : 2)
     nearest_kernel(const MatchLaunch given, int tiles) {
-    MatchLaunch own_part;
+    STTM_SHARED(MatchLaunch, own_parts, [1]);  // registers are for the product
     int block = static_cast<int>(blockIdx.x);
     if constexpr (PACKED) {
-        const PackedSequence s = sequence_of(given, sequence_of_tile(given, block));
-        constexpr int kEach = kNearestOwn / (kSequenceTile / 2);
-        block -= s.first_tile;
-        tiles = ceil_div(ceil_div(s.length, kSequenceTile), kEach);
-        if (block < 0 || block % kEach != 0 || block / kEach >= tiles) return;
-        block /= kEach;
-        own_part = alone<T>(given, s);
+        MatchLaunch own_part;
+        if (given.listed) {
+            own_part = alone(given, block / tiles, kNearestOwn, kNearestOther);
+            block %= tiles;
+            tiles = max(1, ceil_div(own_part.num_src, kNearestOwn));
+            if (block >= tiles) return;
+        } else {
+            const PackedSequence s = sequence_of(given, sequence_of_tile(given, block));
+            constexpr int kEach = kNearestOwn / (kSequenceTile / 2);
+            block -= s.first_tile;
+            tiles = ceil_div(ceil_div(s.length, kSequenceTile), kEach);
+            if (block < 0 || block % kEach != 0 || block / kEach >= tiles) return;
+            block /= kEach;
+            own_part = alone<T>(given, s);
+        }
+        if (threadIdx.x == 0) own_parts[0] = own_part;
+        __syncthreads();
     }
-    const MatchLaunch& a = PACKED ? own_part : given;
+    const MatchLaunch& a = PACKED ? own_parts[0] : given;
     const int parts = PACKED ? 1 : a.parts, thread = static_cast<int>(threadIdx.x);
     unsigned char* const shared = shared_memory<unsigned char>();
     float value;
@@ -325,7 +335,7 @@ __global__ void __launch_bounds__(kNearestThreads, DEPTH <= 96 ? 3 : 2)
         const int token = TokenList<false>(a, mine.item, mine.window)[mine.tile * kNearestOwn + thread];
         const int item = static_cast<int>(mine.item);
         Nearest<T, DEPTH> nearest(shared, rows, a.metric.stride_n, a.D);
-        nearest.run(NearestTokens(a, item, mine.window), PACKED ? own_part.first_token : item * a.N, token,
+        nearest.run(NearestTokens(a, item, mine.window), PACKED ? a.first_token : item * a.N, token,
                     min(mine.part * each, a.num_dst), min((mine.part + 1) * each, a.num_dst), value, place);
     }
 
@@ -341,7 +351,7 @@ __global__ void __launch_bounds__(kNearestThreads, DEPTH <= 96 ? 3 : 2)
     const TokenList<false> src(a, mine.item, mine.window);
     const TokenList<true> dst(a, mine.item, mine.window);
     const int token = src[at];
-    value *= token < 0 ? 0.0f : a.inverse[(PACKED ? own_part.first_token : mine.item * a.N) + token];
+    value *= token < 0 ? 0.0f : a.inverse[(PACKED ? a.first_token : mine.item * a.N) + token];
     if (!(value > -INFINITY)) value = -INFINITY, place = 0;
     const Found found(a, mine.item);
     found.of_src(src, dst, at, value, place);

@@ -11,6 +11,7 @@ constexpr int kNoPartner = -1;
 constexpr int kIsDst = -2;
 constexpr int kIsPrefix = -3;
 constexpr int kMasked = -4;
+constexpr int kFirstStay = -5;  // less k: a token that stays in group k
 
 // Of some tokens: src above the threshold, src at it, all src, all dst.
 struct Counts {
@@ -182,7 +183,7 @@ struct Select {
                 const unsigned tied = ballot(tokens.tie(i));
                 const bool merges = tokens.above(i) || (tokens.tie(i) && ties + __popc(tied & lower) < need);
                 const unsigned stay = ballot(tokens.src(i) && !merges), dsts = ballot(tokens.dst(i));
-                int group = n;  // of the prefix
+                int group = tokens.partner[i] <= kFirstStay ? kFirstStay - tokens.partner[i] : n;  // of the prefix
                 if (tokens.src(i)) group = num_prefix + unmerged + __popc(stay & lower);
                 if (tokens.dst(i)) group = first_dst + dst + __popc(dsts & lower);
                 if (tokens.partner[i] == kMasked) group = -1;

@@ -24,6 +24,8 @@ from sttm_kernels.impl.triton.unmerge import unmerge as unmerge
 MIN_TRITON = (3, 5)
 SEQUENCES = frozenset({"match", "assign", "assign_merge", "soft_merge"})
 """Verbs that take all sequences of a packed batch together."""
+LISTS = True
+"""Whether `match_packed` takes lists of src and dst."""
 
 
 def why_not(verb: str, device: torch.device | str) -> str | None:

@@ -43,6 +43,8 @@ NO_PARTNER = tl.constexpr(-1)
 IS_DST = tl.constexpr(-2)
 IS_PREFIX = tl.constexpr(-3)
 IS_MASKED = tl.constexpr(-4)
+FIRST_STAY = tl.constexpr(-5)
+"""Less k: a token that stays in group k."""
 TILE_SRC = tl.constexpr(TILE // 2)
 """Src in a tile of the table of sequences."""
 
@@ -107,20 +109,23 @@ def nearest_kernel(
         mask += item * N
     tokens = rows_of_item(metric, item, stride_b, stride_h, stride_n, stride_d, N, ALIGN)
     first_dst = num_prefix + 1 - num_prefix % 2
+    listed = num_dst
     if src is not None:
-        src += item * stride_src + window * num_src
-        dst += item * stride_dst + window * num_dst
+        src += item * stride_src + window * tl.cast(num_src, tl.int64)
+        dst += item * stride_dst + window * tl.cast(num_dst, tl.int64)
         any_dst = tl.load(dst, mask=num_dst > 0, other=-1) >= 0
     else:
         any_dst = num_dst > 0
 
     s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
     token = _token(src, s, num_src, num_prefix + num_prefix % 2, N)
+    if src is not None:
+        listed = tl.where(tl.max(token, 0) >= 0, _listed(dst, num_dst, BLOCK_T), 0)
     own = Tile(tokens, rows_at(tokens, origin, token), (token >= 0)[:, None])
     values, _ = resident(own, D, HEADS, False, BLOCK_D)
     best = tl.full([BLOCK_S], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_S], tl.int32)
-    for start in range(0, num_dst, BLOCK_T):
+    for start in range(0, listed, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         partner_token = _token(dst, t, num_dst, first_dst, N)
         real = _real(mask, partner_token)
@@ -165,6 +170,16 @@ def _token(tokens, at, count, first, N):
     else:
         token = tl.where(inside, first + 2 * at, -1)
     return tl.where((token >= 0) & (token < N), token, -1).to(tl.int64)
+
+
+@triton.jit
+def _listed(tokens, count, BLOCK: tl.constexpr):
+    """Up to where blocks of a list have tokens, which come first."""
+    end = 0
+    for start in range(0, count, BLOCK * 128):
+        at = start + tl.arange(0, 128) * BLOCK
+        end += BLOCK * tl.sum((tl.load(tokens + at, mask=at < count, other=-1) >= 0).to(tl.int32), 0)
+    return tl.minimum(end, count)
 
 
 @triton.jit
@@ -248,7 +263,8 @@ def _select(
         stays = (other >= NO_PARTNER) & (merges == 0)
         counted = tl.cumsum(is_dst.to(tl.int32) * 65536 + stays.to(tl.int32), 0)
         group = tl.where(is_dst, first_dst + dst + (counted >> 16) - 1, num_prefix + unmerged + (counted & 65535) - 1)
-        group = first_group + tl.minimum(tl.where(other == IS_PREFIX, n, group), K - 1)
+        group = tl.where(other == IS_PREFIX, n, tl.where(other <= FIRST_STAY, FIRST_STAY - other, group))
+        group = first_group + tl.minimum(group, K - 1)
         tl.store(index + n, tl.where(merges | (other == IS_MASKED), -1, group), mask=n < N)
         ties += tl.sum(tie.to(tl.int32), 0)
         unmerged += tl.sum(stays.to(tl.int32), 0)
@@ -265,6 +281,25 @@ def _select(
     tl.debug_barrier()
 
 
+@triton.jit
+def _settle(score, partner, start, N, BLOCK: tl.constexpr):
+    """Of a sequence that starts at token `start`, whose src and dst were listed, as if it were alone: partners counted
+    from its start, and for tokens of no list the group that they stay in. Returns how many these are."""
+    before = 0
+    for first in range(0, N, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        other = tl.load(partner + n, mask=n < N, other=IS_DST)
+        stays = other == IS_PREFIX
+        group = before + tl.cumsum(stays.to(tl.int32), 0) - 1
+        before += tl.sum(stays.to(tl.int32), 0)
+        own = tl.where(other >= 0, other - start, other).to(tl.int32)
+        tl.debug_barrier()  # threads may share a token
+        tl.store(partner + n, tl.where(stays, FIRST_STAY - group, own), mask=n < N)
+        tl.store(score + n, tl.full([BLOCK], float("-inf"), tl.float32), mask=stays)
+    tl.debug_barrier()
+    return before
+
+
 @triton.jit(do_not_specialize=["N", "K", "r", "num_prefix", "selecting", "sorting"])
 def select_kernel(
     score, partner, limit, least, index, order, offsets, sequences, N, K, r, num_prefix, selecting, sorting,
@@ -274,7 +309,8 @@ def select_kernel(
     and a score above `least`. The groups are there already unless `selecting`; sorts the tokens by them, if `sorting`,
     in the place of `partner`.
 
-    Of `sequences` each is an item, whose groups are numbered from its first one; sorted they are together."""
+    Of `sequences` each is an item, whose groups are numbered from its first one; sorted they are together. If
+    `selecting` is 2, their src and dst were listed, and tokens without a partner of any kind stay."""
     item = tl.program_id(0).to(tl.int64)
     first_group = 0
     if sequences is not None:
@@ -285,6 +321,8 @@ def select_kernel(
         score += start
         partner += start
         index += start
+        if selecting == 2:
+            num_prefix = _settle(score, partner, start, N, BLOCK)
     if limit is not None:
         r = tl.minimum(r, tl.load(limit + item))
     score += item * N
@@ -392,7 +430,9 @@ def match(
     return MergePlan(index, K, score, order=order, offsets=offsets)
 
 
-def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
+def match_packed(
+    metric: Tensor, num_prefix: int, packed: Packed, src: Tensor | None = None, dst: Tensor | None = None
+) -> MergePlan:
     (_, H, T, D), strides = by_heads(metric)
     K, sequences, tiles, _, threshold = packed
     sequences, S = sequences.contiguous(), sequences.shape[0]
@@ -403,18 +443,24 @@ def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
         (_, H, _, _), strides = by_heads(metric)
     score = metric.new_empty(1, T, dtype=torch.float32)
     index = metric.new_empty(1, T, dtype=torch.int32)
-    partner = torch.empty_like(index)
+    if src is None or dst is None:
+        partner, lists, windows = torch.empty_like(index), (None, 0, None, 0), (1, 0, 0)
+        programs, where = tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]), told(sequences)
+    else:  # windows of one row, whatever sequences they are of
+        partner = torch.full_like(index, IS_PREFIX.value)
+        lists, windows = (src.contiguous(), 0, dst.contiguous(), 0), (src.shape[1], src.shape[2], dst.shape[2])
+        programs, where = src.shape[1] * -(-src.shape[2] // config.blocks["BLOCK_S"]), (None, 0, 0)
     launch(
         nearest_kernel,
-        (tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]),),
-        metric, *strides, None, 0, None, 0, None, score, partner, *told(sequences),
-        T, 1, 0, 0, num_prefix, 0,
+        (programs,),
+        metric, *strides, *lists, None, score, partner, *where,
+        T, *windows, 0 if src is not None else num_prefix, 0,
         config=config, D=D, HEADS=H, ALIGN=alignment(strides), PRECISION=rounding,
     )  # fmt: skip
     fewer = threshold > -math.inf
     launch(
         select_kernel, (S,), score, partner, None, threshold if fewer else None, index, index, index, sequences,
-        T, K, 0, num_prefix, 1, 0,
+        T, K, 0, num_prefix, 1 if src is None else 2, 0,
         config=fixed("select", SORT), FEWER=fewer,
     )  # fmt: skip
     order, offsets = torch.empty_like(index), index.new_empty(1, K + 1)
