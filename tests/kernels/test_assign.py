@@ -189,6 +189,21 @@ def test_a_token_that_is_not_a_number_reaches_its_own_meta_token_alone(backend, 
         assert_within_budget(key, found[key][:, kept], expected, usual, 40)
 
 
+@each_similarity
+def test_masked_tokens_that_are_not_numbers_change_nothing(backend, similarity):
+    """Their gradients are 0, and all others have the bits that they have beside numbers."""
+    inputs = metrics(backend, 1, 70, 7, 64)
+    mask = torch.arange(70)[None] % 9 != 2
+    settings = {"similarity": similarity, "temperature": temperature_of(similarity, 64), "mask": mask}
+    found = []
+    for beside in (1.0, torch.nan):
+        inputs["q"][~mask] = beside
+        found.append(run(lambda q, meta: fields(sttm.assign(q, meta, impl=backend.impl, **settings)), inputs))
+    assert not found[1]["gradient of q"][~mask].any()
+    for name in ("gradient of q", "gradient of meta"):
+        assert_equal(name, found[1][name], found[0][name])
+
+
 @kernels_only
 @each_weight
 def test_gradients_with_any_index_stay_in_bounds(backend, weight, outputs_amid_poison):

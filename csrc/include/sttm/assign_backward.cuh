@@ -7,6 +7,9 @@ namespace sttm {
 
 constexpr int kAssignBackwardThreads = 256;
 
+template <typename T, bool EXACT, int ROWS>
+using AssignPanel = WeightPanel<T, EXACT, ROWS, true>;
+
 __device__ __forceinline__ float at(const Column& column, const Item& item, int n) {
     return column.data[item.tokens * column.stride_b + (item.start + n) * column.stride_n];
 }
@@ -22,10 +25,8 @@ struct AssignedRows {
 
     // The meta token of a row, K or more if it has none.
     __device__ __forceinline__ unsigned chosen(int row) const { return unsigned(index[row]) - unsigned(first_group); }
-    __device__ __forceinline__ const T* operator()(int row) const {
-        const bool real = row < count && chosen(row) < unsigned(K);
-        return real ? data + row * stride : nullptr;
-    }
+    __device__ __forceinline__ bool there(int row) const { return row < count && chosen(row) < unsigned(K); }
+    __device__ __forceinline__ const T* operator()(int row) const { return there(row) ? data + row * stride : nullptr; }
 };
 
 template <typename T>
@@ -59,11 +60,14 @@ template <typename T, bool EXACT, bool TOKENS, int ROWS>
 __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     assign_backward_kernel(const AssignBackwardArguments a, const Features q_features, const Features m_features,
                            const Partial partial, int width, int span_rows, int parts) {
-    using Panel = WeightPanel<T, EXACT, ROWS>;
+    using Panel = AssignPanel<T, EXACT, ROWS>;
     const int mine = blockIdx.x % parts;
     const auto tile = tile_of<TOKENS, ROWS>(a, partial, span_rows, blockIdx.x / parts);
-    const Item& item = tile.item;
     if (!tile.there()) return;
+    STTM_SHARED(Item, items, [1]);  // where it takes no registers
+    if (threadIdx.x == 0) items[0] = tile.item;
+    __syncthreads();
+    const Item& item = items[0];
     const int num_own = TOKENS ? item.N : a.K, num_other = TOKENS ? a.K : item.N, first = tile.first;
     const int begin = tile.begin;
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     T* const grad = static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta);
     if constexpr (TOKENS) {
         panel.for_each_slice(other, other_features, num_other, mine, parts, make_weights, [&](int part, bool fresh) {
-            if (fresh) Panel::reduce(panel.sums);
+            if (fresh) panel.find_shares(own, first, a.similarity);
             panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
                                  a.similarity);
         });
@@ -230,7 +234,7 @@ cudaError_t launch_assign_grad_q(const AssignBackwardArguments& a, const Feature
                                  const Features& m_features, cudaStream_t stream) {
     const auto kernel_of = [](auto rows) { return assign_backward_kernel<T, EXACT, true, decltype(rows)::value>; };
     return with_panel<T, EXACT>(a.K, kernel_of, [&](auto rows, int width) {
-        using Panel = WeightPanel<T, EXACT, decltype(rows)::value>;
+        using Panel = AssignPanel<T, EXACT, decltype(rows)::value>;
         const int64_t tiles = token_tiles(a, Panel::OWN);
         const int parts = shares(tiles, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
         return launch(kernel_of(rows), Grid{times(tiles, parts)}, kAssignBackwardThreads,
@@ -241,7 +245,7 @@ cudaError_t launch_assign_grad_q(const AssignBackwardArguments& a, const Feature
 template <typename T, bool EXACT>
 cudaError_t launch_assign_grad_meta(const AssignBackwardArguments& a, const Features& q_features,
                                     const Features& m_features, cudaStream_t stream) {
-    using Panel = WeightPanel<T, EXACT, kSpanOwners>;
+    using Panel = AssignPanel<T, EXACT, kSpanOwners>;
     const SpanLaunch spans = span_launch(a, a.D, 1);
     const int parts = shares(spans.blocks, ceil_div(a.D, Panel::SLICE), kFewBlocks, kMostParts);
     const cudaError_t error = launch(assign_backward_kernel<T, EXACT, false, kSpanOwners>,

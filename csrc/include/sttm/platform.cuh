@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -154,6 +155,58 @@ struct alignas(16) Vec {
     }
     __device__ __forceinline__ void store(T* at) const { *reinterpret_cast<Vec*>(at) = *this; }
 };
+
+// 16 bytes to global memory, which the compiler may not take apart.
+__device__ __forceinline__ void store_whole(const Vec<uint32_t>& words, void* at) {
+#if defined(STTM_HOST)
+    words.store(static_cast<uint32_t*>(at));
+#else
+    __stwb(static_cast<uint4*>(at), make_uint4(words.value[0], words.value[1], words.value[2], words.value[3]));
+#endif
+}
+
+// Element i of as many T as 32 bits hold, and those 32 bits.
+template <class T>
+__device__ __forceinline__ float element_of(uint32_t word, int i) {
+    if constexpr (std::is_same_v<T, __half>) {
+        const uint16_t bits = static_cast<uint16_t>(word >> 16 * i);
+        __half value;
+        std::memcpy(&value, &bits, sizeof value);
+        return to_float(value);
+    } else {
+        return __uint_as_float(sizeof(T) == 4 ? word : i == 0 ? word << 16 : word & 0xffff0000u);
+    }
+}
+
+#if defined(STTM_HOST)
+
+template <class T>
+inline uint32_t word_of(const float (&values)[4 / sizeof(T)]) {
+    T all[4 / sizeof(T)];
+    for (size_t i = 0; i < 4 / sizeof(T); ++i) all[i] = from_float<T>(values[i]);
+    uint32_t word;
+    std::memcpy(&word, all, sizeof word);
+    return word;
+}
+
+#else
+
+template <class T>
+__device__ __forceinline__ uint32_t word_of(const float (&values)[4 / sizeof(T)]) {
+    uint32_t word;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(values[0], values[1]);
+        std::memcpy(&word, &both, sizeof word);
+    } else if constexpr (std::is_same_v<T, __half>) {
+        const __half2 both = __floats2half2_rn(values[0], values[1]);
+        std::memcpy(&word, &both, sizeof word);
+    } else {
+        word = __float_as_uint(values[0]);
+    }
+    return word;
+}
+
+#endif
 
 // Warps. Every lane must call; lane and warp are those of a block in one dimension.
 

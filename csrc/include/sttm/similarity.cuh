@@ -23,6 +23,7 @@ struct Features {
     int heads;
     int64_t stride_h, stride_d;
     bool vectors;  // 16 bytes at a time: features adjacent, every row and head at a multiple of 16 bytes
+    bool pieces;   // nothing but such vectors of one head, rows so near that some tens of them are 31 bits of bytes
 };
 
 template <typename T>
@@ -30,7 +31,8 @@ Features features_of(const Metric& metric, int D) {
     constexpr int64_t kSize = Vec<T>::size;
     const bool vectors = metric.stride_d == 1 && is_aligned(metric.data) && metric.stride_b % kSize == 0 &&
                          metric.stride_h % kSize == 0 && metric.stride_n % kSize == 0;
-    return Features{D, metric.heads, metric.stride_h, metric.stride_d, vectors};
+    const bool pieces = vectors && metric.heads == 1 && D % kSize == 0 && metric.stride_n <= INT32_MAX / 256;
+    return Features{D, metric.heads, metric.stride_h, metric.stride_d, vectors, pieces};
 }
 
 // Rows [0, count) at a stride; nullptr beyond, and where `mask` is 0.
@@ -42,6 +44,9 @@ struct StridedRows {
     const uint8_t* mask;
     int64_t stride_mask;
 
+    __device__ __forceinline__ bool there(int row) const {
+        return row < count && (mask == nullptr || mask[row * stride_mask] != 0);
+    }
     __device__ __forceinline__ const T* operator()(int row) const {
         const bool real = row < count && (mask == nullptr || mask[row * stride_mask] != 0);
         return real ? data + row * stride : nullptr;
@@ -391,10 +396,46 @@ struct RowBest {
     }
 };
 
-// Features from d on of the gradient of a row of (items, heads, count, D): `value`, the sum of other rows by the
-// weights dL/dS, times the inverse norm of the other row (cosine), less what is along the row (cosine) or what -|row|^2
-// adds (l2), of which `along` is the sum; 0 for a row without `features`. Every head has the same share of the gradient
-// of their mean.
+// What makes the gradient of a row of the sum of other rows by the weights dL/dS: what lies along the row is taken off,
+// and the rest scaled.
+struct alignas(8) OwnShare {
+    float off, scale;  // a scale below 0: there is no such row, and its gradient is 0
+
+    __device__ __forceinline__ float of(float sum, float feature) const { return (sum - off * feature) * scale; }
+};
+
+// `term` is the inverse norm of the row and `along` the sum of the weights by cosines, for cosine; for l2, that of the
+// weights, as -|row|^2 is a part of the similarity.
+__device__ __forceinline__ OwnShare own_share(bool there, float term, float along, Similarity kind) {
+    const float inverse = kind == Similarity::cosine ? term : 1.0f;
+    const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
+    OwnShare share{0, kind == Similarity::l2 ? 2.0f : inverse};
+    if (kind == Similarity::l2 || normalised) share.off = along * inverse * inverse;
+    if (!there) share.scale = -1;
+    return share;
+}
+
+// Features from d on of the gradient of a row of (items, heads, count, D), of `value`, the sum by weights; 0 for a row
+// without `features`. Every head has the same share of the gradient of their mean.
+template <typename T>
+__device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* features, int count, const Features& f,
+                                               int row, int d, float (&value)[Vec<T>::size], const OwnShare& share,
+                                               Similarity kind) {
+    if (features != nullptr && kind != Similarity::dot) {
+        const Vec<T> v = sttm::features(features, f, d);
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) value[e] = share.of(value[e], to_float(v.value[e]));
+    } else if (features == nullptr) {
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
+    }
+    T* const to = grad + (item * f.heads * count + row) * f.D + d;
+    for (int h = 0; h < f.heads; ++h) {
+        store_features(to + h * int64_t(count) * f.D, value, f.D - d, 1.0f / f.heads);
+    }
+}
+
+// The same of a row whose share is not worked out beforehand.
 template <typename T>
 __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* features, int count, const Features& f,
                                                int row, int d, float (&value)[Vec<T>::size], float term, float along,

@@ -52,6 +52,44 @@ struct RowPieces {
     }
 };
 
+// The same without a branch for each copy, where registers allow it: these go from row to row by a step.
+template <typename T, int THREADS, int ROWS, int COLUMNS>
+struct SteppedPieces {
+    static constexpr int PER_ROW = COLUMNS / Vec<T>::size, STEP = THREADS / PER_ROW, COUNT = ROWS / STEP;
+    static_assert(COUNT * STEP == ROWS && STEP * PER_ROW == THREADS, "threads share the pieces evenly");
+
+    const T* from;       // of the first row
+    int step;            // from row to row of a thread, in bytes
+    unsigned there = 0;  // a bit for every row
+
+    template <typename Rows>
+    __device__ __forceinline__ SteppedPieces(const Rows& rows, const Features&, int first) {
+        const int row = first + static_cast<int>(threadIdx.x) / PER_ROW;
+        from = rows.data + row * rows.stride + threadIdx.x % PER_ROW * Vec<T>::size;
+        step = static_cast<int>(rows.stride) * (STEP * static_cast<int>(sizeof(T)));
+        STTM_UNROLL
+        for (int s = 0; s < COUNT; ++s) there |= unsigned(rows.there(row + s * STEP)) << s;
+    }
+
+    // Features from `start` on; what is not there is 0.
+    template <typename Rows>
+    __device__ __forceinline__ void copy(T* tile, int pitch, const Rows& rows, const Features& f, int first,
+                                         int start) const {
+        if (!f.pieces) {
+            load_tile<THREADS, ROWS, COLUMNS, 1>(tile, pitch, rows, first, f, start);
+            return;
+        }
+        const int thread = anew(threadIdx.x), column = thread % PER_ROW * Vec<T>::size;
+        const unsigned copied = start + column < f.D ? there : 0;
+        T* const to = tile + thread / PER_ROW * pitch + column;
+        const char* at = reinterpret_cast<const char*>(from + start);
+        STTM_UNROLL
+        for (int s = 0; s < COUNT; ++s, at += step) {
+            copy_async(to + s * STEP * pitch, at, (copied >> s & 1) * 16);  // of 0 bytes nothing is read
+        }
+    }
+};
+
 // Of two neighbouring columns.
 struct alignas(8) Pair {
     float value[2];
@@ -76,10 +114,13 @@ struct Span {
 //
 // Weights keep the exponents of float32, as a softmax over many rows falls below the range of float16: they are
 // bfloat16 beside bfloat16 values and float32, multiplied in TF32, beside float16 ones.
-template <typename T, bool EXACT, int ROWS>
+template <typename T, bool EXACT, int ROWS, bool STEPPED = false>
 struct WeightPanel {
     using Weight = std::conditional_t<std::is_same<T, __nv_bfloat16>::value, __nv_bfloat16, float>;
     static constexpr int THREADS = 256, OWN = ROWS, OTHER = 128, SLICE = 128;
+    template <int COUNT, int COLUMNS>
+    using Pieces = std::conditional_t<STEPPED, SteppedPieces<T, THREADS, COUNT, COLUMNS>,
+                                      RowPieces<T, THREADS, COUNT, COLUMNS>>;
     static constexpr int COLUMN_WARPS = 256 / OWN, NT = 16 / COLUMN_WARPS;
     static constexpr int PAIR = 16 * COLUMN_WARPS;  // warps take turns, so that all have work where columns are few
     static constexpr int CHUNK = 128 / sizeof(T);   // features of rows, or rows of values, at a time
@@ -196,8 +237,8 @@ struct WeightPanel {
     __device__ __forceinline__ void multiply(float (&dot)[2][NT][4], const OwnRows& own, const Features& own_f,
                                              int first, const OtherRows& other, const Features& other_f, int start,
                                              int count, Similarity kind, const Meanwhile& meanwhile) {
-        const RowPieces<T, THREADS, OWN, CHUNK> own_pieces(own, own_f, anew(first));
-        const RowPieces<T, THREADS, OTHER, CHUNK> other_pieces(other, other_f, start);
+        const Pieces<OWN, CHUNK> own_pieces(own, own_f, anew(first));
+        const Pieces<OTHER, CHUNK> other_pieces(other, other_f, start);
         std::conditional_t<TERMS, RowSquares<T, OWN + OTHER>, NoSquares> squares;
         const int D = own_f.D, end = OWN + (count + 15) / 16 * 16;
         clear(dot);
@@ -318,7 +359,7 @@ struct WeightPanel {
             }
             const int next = at + CHUNK;
             if (next < count) {
-                const RowPieces<T, THREADS, CHUNK, SLICE> pieces(rows, f, first + next);
+                const Pieces<CHUNK, SLICE> pieces(rows, f, first + next);
                 pieces.copy(tiles + (buffer ^ 1) * CHUNK * VALUE_PITCH, VALUE_PITCH, rows, f, first + next, part);
             }
             if (at < 0) continue;
@@ -346,6 +387,18 @@ struct WeightPanel {
         __syncthreads();
         const int own_row = static_cast<int>(threadIdx.x);
         if (own_row < OWN) sums[own_row] = sum_of(sums, own_row);
+    }
+
+    // Takes the place of the sums: what makes gradients of those of own rows, after the next barrier.
+    __device__ __forceinline__ OwnShare* shares() const { return reinterpret_cast<OwnShare*>(sums); }
+    template <typename Rows>
+    __device__ __forceinline__ void find_shares(const Rows& own, int first, Similarity kind) const {
+        const int row = static_cast<int>(threadIdx.x);
+        OwnShare share{};
+        __syncthreads();
+        if (row < OWN) share = own_share(own.there(first + row), own_term[row], sum_of(sums, row), kind);
+        __syncthreads();
+        if (row < OWN) shares()[row] = share;
     }
 
     // Calls store(row, column, values) for 16 bytes' worth of `out` at a time, neighbours side by side; rows below
@@ -416,10 +469,67 @@ struct WeightPanel {
     __device__ __forceinline__ void store_gradient(T* grad, int64_t item, int count, int start, const Rows& own,
                                                    int num_own, const Features& f, int first, int part,
                                                    Similarity kind) {
-        finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-            sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
-                                 own_term[row], sums[row], kind);
-        });
+        if constexpr (STEPPED) {
+            if (f.pieces && reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
+                T* const to = grad + (item * count + start) * f.D;
+                if (kind == Similarity::dot) return store_pieces<false>(to, own, num_own, f.D, first, part);
+                return store_pieces<true>(to, own, num_own, f.D, first, part);
+            }
+            finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+                sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
+                                     shares()[row], kind);
+            });
+        } else {
+            finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+                sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
+                                     own_term[row], sums[row], kind);
+            });
+        }
+    }
+
+    // The same of features in pieces; `grad` is that of the first own row. A thread has the same columns of rows that
+    // are STEP apart, and reads kMost of them before it writes. READS: `out` is not all of the gradient.
+    template <bool READS, typename Rows>
+    __device__ __forceinline__ void store_pieces(T* grad, const Rows& own, int num_own, int D, int first,
+                                                 int part) const {
+        using Pieces = SteppedPieces<T, THREADS, OWN, SLICE>;
+        using Words = Vec<uint32_t>;
+        constexpr int kSize = Vec<T>::size, kMost = Pieces::COUNT < 4 ? Pieces::COUNT : 4;
+        const int thread = anew(threadIdx.x), column = thread % Pieces::PER_ROW * kSize, left = num_own - first;
+        int row = thread / Pieces::PER_ROW;
+        const T* from = own.data + (first + row) * own.stride + (part + column);
+        T* to = grad + int64_t(first + row) * D + (part + column);
+        const int step = static_cast<int>(own.stride) * Pieces::STEP;
+        __syncthreads();
+        STTM_NO_UNROLL
+        for (int s = 0; s < Pieces::COUNT && part + column < D; s += kMost) {
+            Words features[kMost];
+            STTM_UNROLL
+            for (int i = 0; i < kMost; ++i, from += step) {
+                features[i] = Words::filled(0);
+                if (READS && row + i * Pieces::STEP < left)
+                    features[i] = Words::load(reinterpret_cast<const uint32_t*>(from));
+            }
+            STTM_UNROLL
+            for (int i = 0; i < kMost; ++i, row += Pieces::STEP, to += D * Pieces::STEP) {
+                const OwnShare share = shares()[row];
+                const uint32_t kept = share.scale >= 0 ? ~0u : 0u;
+                const float* const sums = out + row * OUT_PITCH + column;
+                Words gradient;
+                STTM_UNROLL
+                for (int e = 0; e < 4; ++e) {
+                    float value[kSize / 4];
+                    STTM_UNROLL
+                    for (int j = 0; j < kSize / 4; ++j) {
+                        value[j] = sums[e * (kSize / 4) + j];
+                        if (READS) value[j] = share.of(value[j], element_of<T>(features[i].value[e], j));
+                    }
+                    gradient.value[e] = word_of<T>(value) & kept;
+                }
+                if (row < left) store_whole(gradient, to);
+            }
+        }
+        __syncthreads();
     }
 
     // The same of meta tokens, num_own in each set, from a span of tokens, whose weights make(from, end, 0) sets:
@@ -433,7 +543,11 @@ struct WeightPanel {
         const int first = tile.first;
         for_each_panel(other, other_f, tile.begin, tile.end, span.mine, span.parts, make, [&](int part, bool before) {
             if (whole) {
-                if (part < span.parts * SLICE) reduce(sums);
+                if constexpr (STEPPED) {
+                    if (part < span.parts * SLICE) find_shares(own, first, kind);
+                } else {
+                    if (part < span.parts * SLICE) reduce(sums);
+                }
                 store_gradient(grad, tile.item.set, num_own, 0, own, num_own, own_f, first, part, kind);
                 return;
             }
@@ -470,7 +584,8 @@ struct StoreMetaGradient {
                                                float inverse) const {
         const T* const row = of.first == of.end ? nullptr : features(of);
         store_gradient(static_cast<T*>(a.grad_meta), of.out / a.K, row, a.K, f, static_cast<int>(of.out % a.K), column,
-                       value, inverse, sum_of_spans(p, of, p.more_at), a.similarity);
+                       value, own_share(row != nullptr, inverse, sum_of_spans(p, of, p.more_at), a.similarity),
+                       a.similarity);
     }
 };
 
