@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import sttm_kernels as sttm
+from sttm_kernels.integrations import qwen
 from sttm_kernels.nn.flops import count
 
 FRAMES, PIXELS, SHARES = 64, 448, (0.02, 0.05)
@@ -28,21 +29,6 @@ def towers() -> dict[str, nn.Module]:
         }
 
 
-def clip(tower: nn.Module) -> dict[str, torch.Tensor]:
-    """What the model is called with, and what it works out from the grid on the grid's device."""
-    size = tower.patch_size
-    grid = torch.tensor([[FRAMES // 2, PIXELS // size, PIXELS // size]])
-    patches = int(grid.prod())
-
-    def empty(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(patches, columns, dtype=dtype, device="meta")
-
-    given = {"hidden_states": empty(3 * 2 * size**2), "grid_thw": grid, "position_ids": empty(2, torch.long)}
-    if hasattr(tower, "deepstack_merger_list"):
-        given |= {"interp_indices": empty(4, torch.long), "interp_weights": empty(4)}
-    return given
-
-
 def operations(tower: nn.Module, given: dict[str, torch.Tensor]) -> int:
     return count(lambda: tower(**given))
 
@@ -50,7 +36,7 @@ def operations(tower: nn.Module, given: dict[str, torch.Tensor]) -> int:
 def main() -> None:
     print("model, r, tokens, GFLOP, share")
     for name, tower in towers().items():
-        given = clip(tower)
+        given = qwen.clip(tower, FRAMES, PIXELS, PIXELS)
         plain = operations(tower, given)
         print(f"{name}, 0, {len(given['hidden_states'])}, {plain / 1e9:.0f}, 1", flush=True)
         for share in SHARES:

@@ -3,14 +3,19 @@
 import sys
 
 import pytest
+import test_integrations_packed as packed
 import torch
 from transformers import VideoMAEConfig, VideoMAEModel
 
+import sttm_kernels as sttm
 from sttm_kernels.bench import models, shares
 from sttm_kernels.bench.models import Encoder
 from sttm_kernels.bench.runner import Settings
 from sttm_kernels.bench.timing import Ceilings
 from sttm_kernels.cli import main
+from sttm_kernels.integrations import qwen
+from sttm_kernels.integrations.amounts import Share
+from sttm_kernels.integrations.merging import find_layers
 from sttm_kernels.nn.flops import flops
 
 D, MLP, DEPTH = 48, 96, 6
@@ -105,3 +110,30 @@ def test_a_folder_of_transformers(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == out
     assert main(["flops", str(tmp_path), "--r", "0", "--keep", "1"]) == 0
     assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[:2]] == ["1.000", "1.000"]
+
+
+@pytest.mark.parametrize("family", [packed.qwen2_5, packed.qwen3])
+def test_a_tower_of_packed_tokens_near_the_share(family, monkeypatch):
+    small = shares.Model(lambda: family(torch.float32), (4, 3, 32, 32), row=True)
+    plain, tome, merged = shares.settings(small, 0.7)
+    assert abs(tome.operations / plain.operations - 0.7) < 0.02
+    assert "method must be left out" in merged.says
+    assert merged.operations is None
+    r = float(tome.says.split("r = ")[1].split()[0])
+    assert [each.operations for each in shares.settings(small, 0.7, r=0)][:2] == [plain.operations] * 2
+
+    monkeypatch.setattr(qwen, "CONFIGURED", (32, 32))
+    tower = sttm.apply(family(torch.float32), flops=0.7)
+    assert {step.r for step in (block._sttm for block in tower.blocks)} == {Share(round(1000 * r), 1000)}
+    with pytest.raises(ValueError, match="flops must be at least"):
+        sttm.apply(tower, flops=0.1)
+    with pytest.raises(ValueError, match=r"shape must be of multiples of 2 frames and of 8 pixels, got \(4, 30, 32\)"):
+        next(shares.settings(shares.Model(small.build, (4, 3, 30, 32), row=True), 0.7))
+
+
+def test_the_operations_of_a_video_language_model_are_those_of_its_tower():
+    whole = packed.with_tower("InternVL")
+    sttm.apply(whole, flops=0.7)
+    alone = sttm.apply(packed.with_tower("InternVL").model.vision_tower, flops=0.7)
+    assert [layer._sttm.r for layer in find_layers(whole)] == [layer._sttm.r for layer in find_layers(alone)]
+    assert find_layers(whole)[0]._sttm.planned[0] == 37

@@ -228,8 +228,6 @@ def test_what_a_tower_cannot_do_is_refused(family):
             sttm.apply(tower, **told)
     with pytest.raises(ValueError, match="protect must be left out"):
         sttm.apply(tower, r=2, protect=[3])
-    with pytest.raises(ValueError, match="flops must be left out"):
-        sttm.apply(tower, flops=0.5)
     tables = calls_of(tower, patches(), GRIDS)[0]["position_embeddings"]
     block = sttm.apply(tower, r=2).blocks[0]
     with pytest.raises(RuntimeError, match="layers must be called by the vision model"):

@@ -22,10 +22,12 @@ STEPS = 256
 
 @dataclass(frozen=True)
 class Model:
-    """A model of random weights and the shape of one input of it."""
+    """A model of random weights and the shape of one input of it; `row`: of Qwen's vision models, whose tokens
+    are those of all frames in one row."""
 
     build: Callable[[], nn.Module]
     shape: Shape
+    row: bool = False
 
 
 def _timm(name: str, size: int = 224) -> Model:
@@ -47,6 +49,23 @@ def _sizes(width: int, depth: int, heads: int, mlp: int) -> dict[str, int]:
     return {
         "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp,
     }  # fmt: skip
+
+
+def _qwen(kind: str, **vision: int) -> Model:
+    """The vision model of the language model of 7B or 8B."""
+
+    def build() -> nn.Module:
+        config = found_in("transformers", f"{kind}Config")
+        model = found_in("transformers", f"{kind}Model")
+        return _tower(model(config(vision_config=vision, text_config={"num_hidden_layers": 1})))
+
+    return Model(build, (64, 3, 448, 448), row=True)
+
+
+def _tower(model: nn.Module) -> Any:
+    from sttm_kernels.integrations import qwen
+
+    return qwen.tower_of(model)
 
 
 BASE, LARGE, HUGE = _sizes(768, 12, 12, 3072), _sizes(1024, 24, 16, 4096), _sizes(1280, 32, 16, 5120)
@@ -77,6 +96,12 @@ MODELS: dict[str, Model] = {
     "siglip-so400m": _transformers(
         "SiglipVisionModel", (3, 384, 384), patch_size=14, image_size=384, **_sizes(1152, 27, 16, 4304)
     ),
+    "qwen2.5-vl-7b": _qwen(
+        "Qwen2_5_VL", depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
+    ),
+    "qwen3-vl-8b": _qwen(
+        "Qwen3VL", depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096
+    ),
 }
 
 
@@ -99,6 +124,8 @@ def of_folder(folder: str, shape: Shape | None = None) -> Model:
     """
     import transformers
 
+    from sttm_kernels.integrations.huggingface import QWEN
+
     config = transformers.AutoConfig.from_pretrained(folder)
     size = getattr(config, "crop_size", None) or getattr(config, "image_size", None)
     frames = getattr(config, "frames_per_clip", None) or getattr(config, "num_frames", None)
@@ -107,6 +134,8 @@ def of_folder(folder: str, shape: Shape | None = None) -> Model:
             raise ValueError(f"shape must be given, for {folder} says no size of images, got None")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         shape = (*([frames] if frames else []), config.num_channels, height, width)
+    if config.model_type in QWEN:
+        return Model(lambda: _tower(transformers.AutoModel.from_config(config)), shape, row=True)
     return Model(lambda: transformers.AutoModel.from_config(config), shape)
 
 
@@ -126,6 +155,9 @@ def settings(model: Model, share: float, r: int | None = None, keep: float | Non
     """
     with torch.device("meta"):
         plain = model.build().eval()
+    if model.row:
+        yield from _settings_of_row(plain, model.shape, share, r)
+        return
     shape = (1, *model.shape)
     full = flops(Encoder(plain), shape)
     yield Setting("without merging", full)
@@ -154,5 +186,33 @@ def settings(model: Model, share: float, r: int | None = None, keep: float | Non
         if keep is None:
             keep = nearest(share * full, 1, STEPS, lambda step: cost(**keeping(step / STEPS))) / STEPS
         yield Setting(f"STTM, {' = '.join(stages)} = {keep:.3f}", cost(**keeping(keep)))
+    except ValueError as error:
+        yield Setting(f"STTM: {error}", None)
+
+
+def _settings_of_row(plain: Any, shape: Shape, share: float, r: int | None) -> Iterator[Setting]:
+    """Of a vision model of Qwen, which merges a share of the tokens of each window or frame."""
+    from sttm_kernels.integrations import budget, qwen
+
+    if len(shape) != 4:
+        raise ValueError(f"shape must be (T, 3, H, W), got {shape}")
+    frames, _, height, width = shape
+
+    def cost(tower: nn.Module, frames: int = frames) -> int:
+        return budget.operations(tower, lambda: qwen.clip(tower, frames, height, width))
+
+    yield Setting("without merging", cost(plain))
+    amount: float | None = r
+    if amount is None:  # looked for in as few frames as there can be: each has the same share
+        few = plain.config.temporal_patch_size
+        tower = sttm.apply(copy.deepcopy(plain), r=0.5)
+        found = budget.share_within(share, cost(plain, few), tower, lambda: qwen.clip(tower, few, height, width))
+        amount = 0.0 if found is None else found.numerator / found.denominator
+    merged = sttm.apply(copy.deepcopy(plain), r=amount, trace=True)
+    counted = cost(merged)
+    layers = len(sttm.trace(merged)) if amount else len(plain.blocks)
+    yield Setting(f"ToMe, r = {amount:g} of each window or frame in each of {layers} layers", counted)
+    try:
+        sttm.apply(copy.deepcopy(plain), method="sttm")
     except ValueError as error:
         yield Setting(f"STTM: {error}", None)

@@ -98,7 +98,8 @@ def apply(
             of any size; in equal steps, the first ones greater where they must be.
         flops: in place of r: the floating-point operations of the model as a share of those without merging, at most 1.
             It gets the `keep` whose count comes nearest, for one input of the size it is configured for, by running a
-            copy on PyTorch's meta device.
+            copy on PyTorch's meta device. In Qwen2.5-VL and Qwen3-VL it is a share r, for an image of 448 x 448 pixels;
+            of a video-language model, the operations are those of its vision tower.
         protect: tokens that never merge, as in `sttm_kernels.match`, counted in the sequence that comes to the layers,
             prefix included. In TimeSformer's divided attention the places of these tokens.
         **sttm: for "sttm", arguments of `STTM`: spatial_keep, temporal_keep, meta, motion and so on.

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sttm_kernels import validate
 from sttm_kernels.integrations import selfcheck
 from sttm_kernels.integrations.amounts import Amount, Share, Tokens, merges, nearest, toward
 from sttm_kernels.integrations.merging import Anatomy, Step, find_layers
 
-Input = tuple[str, tuple[int, ...]]
-"""The name and shape of what a model is given."""
+Input = tuple[str, tuple[int, ...]] | Callable[[], dict[str, Any]]
+"""The name and shape of what a model is given, or what makes it on the meta device."""
 
+SHARES = 1000
+"""A share of the tokens is chosen in steps of 1 / SHARES."""
 TOLERANCE = 0.01
 """How far beyond what the layers can reach a budget of operations may be, as a share of it."""
 
@@ -68,17 +70,29 @@ def fit(model: nn.Module, plain: Any, parts: Anatomy, keep: int | None, flops: f
     """
     steps: list[Step] = [layer._sttm for layer in find_layers(model)]
     merging = [step for step in steps if merges(step.r)]
+    packed = parts.families[0].packed
+    if packed and flops is None:
+        return  # its pieces are of many sizes
     try:
         if isinstance(plain, Exception):
             raise plain
         if parts.example is None:
             raise RuntimeError("the size of its input is not known")
-        first = next(name for name, module in model.named_modules() if module is parts.layers[0])
-        found = probe(plain, plain.get_submodule(first), parts.example)
-        full = 0 if flops is None else operations(plain, parts.example)
+        path = _path(model, model if parts.body is None else parts.body)
+        body = plain.get_submodule(path)
+        found = 0 if packed else probe(body, plain.get_submodule(_path(model, parts.layers[0])), parts.example)
+        full = 0 if flops is None else operations(body, parts.example)
+        tried: Any = None if flops is None else on_meta(model).get_submodule(path)
     except Exception as error:
         if flops is not None:
             raise ValueError(f"flops must be left out for {type(model).__name__}, got {flops}: {error}") from error
+        return
+    if packed:
+        assert flops is not None
+        share = share_within(flops, full, tried, parts.example)
+        for step in merging:
+            step.r = share or 0
+        _begin(steps)
         return
     count, prefix, unit = found, parts.num_prefix, parts.unit
     if unit is not None:
@@ -91,18 +105,49 @@ def fit(model: nn.Module, plain: Any, parts: Anatomy, keep: int | None, flops: f
                 f"keep must be between {fewest} and {most}, what {len(merging)} merging layers can leave, got {keep}"
             )
     if flops is not None:
-        assert parts.example is not None
-        chosen = _within(flops, full, on_meta(model), parts.example, tokens)
+        chosen = _within(flops, full, tried, parts.example, tokens)
         for step, amount in zip(merging, chosen, strict=True):
             step.r = amount
-    for step in steps:
-        step.begun = any(merges(other.r) for other in steps[: step.layer])
+    _begin(steps)
     if any(step.window is not None for step in steps):
         return  # what can merge within windows is known when the grid is
     before = found
     for step, left in zip(steps, tokens.after([step.r for step in steps]), strict=True):
         after = left if unit is None else parts.num_prefix + left * unit
         step.planned, before = (before, after), after
+
+
+def _path(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _begin(steps: Sequence[Step]) -> None:
+    """Tells every layer whether one before it merges."""
+    for step in steps:
+        step.begun = any(merges(other.r) for other in steps[: step.layer])
+
+
+def share_within(flops: float, full: int, copied: nn.Module, given: Input) -> Share | None:
+    """Of the tokens of every piece, in every merging layer of a model on the meta device, what brings its operations
+    nearest to a share of full; None for none."""
+    merging = [layer._sttm for layer in find_layers(copied) if merges(layer._sttm.r)]
+
+    @cache
+    def cost(minus: int) -> int:
+        for step in merging:
+            step.r = Share(-minus, SHARES)
+        return operations(copied, given) if minus else full
+
+    least = -SHARES // 2
+    _must_reach(flops, full, cost(least), len(merging))
+    share = -nearest(flops * full, least, 0, cost)
+    return Share(share, SHARES) if share else None
+
+
+def _must_reach(flops: float, full: int, least: int, layers: int) -> None:
+    if flops * full < (1 - TOLERANCE) * least:
+        reached = least / full
+        raise ValueError(f"flops must be at least {reached:.3f}, what {layers} merging layers can reach, got {flops}")
 
 
 def _within(flops: float, full: int, copied: nn.Module, given: Input, tokens: Tokens) -> Sequence[Amount]:
@@ -119,9 +164,7 @@ def _within(flops: float, full: int, copied: nn.Module, given: Input, tokens: To
             step.r = amount
         return operations(copied, given)
 
-    if flops * full < (1 - TOLERANCE) * cost(least):
-        reached = cost(least) / full
-        raise ValueError(f"flops must be at least {reached:.3f}, what {layers} merging layers can reach, got {flops}")
+    _must_reach(flops, full, cost(least), layers)
     kept = nearest(flops * full, least, most, cost)
     return toward(kept, layers) if kept < most else [0] * layers
 
@@ -175,6 +218,8 @@ def operations(copied: nn.Module, given: Input) -> int:
     return flops.count(lambda: copied(**_made(copied, given)))
 
 
-def _made(model: nn.Module, given: Input) -> dict[str, Tensor]:
+def _made(model: nn.Module, given: Input) -> dict[str, Any]:
+    if callable(given):
+        return given()
     name, shape = given
     return {name: torch.empty(shape, dtype=selfcheck.dtype_of(model), device="meta")}

@@ -505,4 +505,4 @@ def _inside(model: Layer) -> Anatomy:
         raise ValueError(
             f"model must have a vision tower of transformers, {name} has {type(body.vision_tower).__name__}"
         )
-    return replace(found, example=None, swaps=[*found.swaps, (body.vision_tower, found.mixin, None)])
+    return replace(found, body=body.vision_tower, swaps=[*found.swaps, (body.vision_tower, found.mixin, None)])

@@ -289,7 +289,9 @@ class Anatomy:
         num_tokens, arguments: tokens, and arguments by name, that a layer can be tried out with.
         gridded: what to `swap`, as in `Family.parts`, so that the first layer gets the grid of its tokens.
         unit: of how many tokens each piece is, where they merge in pieces.
-        example: the name and shape of one input of the configured size, or None if it is not known.
+        example: the name and shape of one input of the configured size, or what makes the arguments of one on the meta
+            device; None if it is not known.
+        body: what takes that, where it is not the model.
         refused: what this model cannot do, as argument name to reason: "method" 'sttm', "window" or "protect".
         mixin: of `merging_class` for the model itself.
         swaps: what else to `swap`, as in `Family.parts`.
@@ -304,7 +306,8 @@ class Anatomy:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     gridded: Sequence[tuple[nn.Module, type, Any]] = ()
     unit: int | None = None
-    example: tuple[str, tuple[int, ...]] | None = None
+    example: tuple[str, tuple[int, ...]] | Callable[[], dict[str, Any]] | None = None
+    body: nn.Module | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     mixin: type | None = None
     swaps: Sequence[tuple[nn.Module, type, Any]] = ()

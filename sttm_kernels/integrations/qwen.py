@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +37,7 @@ from sttm_kernels.integrations.merging import (
     told_to,
     unwrapped,
 )
+from sttm_kernels.integrations.selfcheck import dtype_of
 from sttm_kernels.nn.attention import proportional_attention
 from sttm_kernels.plan import MergePlan
 
@@ -233,11 +235,46 @@ def trial(dim: int, heads: int) -> dict[str, Any]:
     return {"cu_seqlens": cu_seqlens, "position_embeddings": (angles.cos(), angles.sin())}
 
 
+def clip(tower: Layer, frames: int, height: int, width: int) -> dict[str, Any]:
+    """What a vision model is called with for a clip of this size in pixels, on the meta device, and what it would work
+    out from the values of the grid."""
+    config = tower.config
+    size, unit = config.patch_size, config.patch_size * config.spatial_merge_size
+    if frames % config.temporal_patch_size or height % unit or width % unit:
+        raise ValueError(
+            f"shape must be of multiples of {config.temporal_patch_size} frames and of {unit} pixels, got "
+            f"{(frames, height, width)}"
+        )
+    grid = torch.tensor([[frames // config.temporal_patch_size, height // size, width // size]], device="cpu")
+    patches = int(grid.prod())
+
+    def empty(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(patches, columns, dtype=dtype, device="meta")
+
+    dtype = dtype_of(tower)
+    values = config.in_channels * config.temporal_patch_size * size**2
+    given = {"hidden_states": empty(values, dtype), "grid_thw": grid, "position_ids": empty(2, torch.long)}
+    if hasattr(tower, "deepstack_merger_list"):
+        given |= {"interp_indices": empty(4, torch.long), "interp_weights": empty(4, dtype)}
+    return given
+
+
+CONFIGURED = 448, 448
+"""Height and width of the image that `flops` is of, for the configs of these models say no size. Clips of it have the
+same share: frames attend alone."""
+
 REFUSED = {
     "method": "its tokens are those of several images, of which each frame attends alone",
     "window": "its tokens merge within its own windows and frames already",
     "protect": "its tokens are those of several images",
 }
+
+
+def _configured(config: Any) -> tuple[int, int, int]:
+    """About `CONFIGURED`, in whole patches."""
+    unit = config.patch_size * config.spatial_merge_size
+    height, width = (max(size // unit, 1) * unit for size in CONFIGURED)
+    return config.temporal_patch_size, height, width
 
 
 def tower_of(model: Layer) -> Layer:
@@ -261,7 +298,8 @@ def anatomy(tower: Layer) -> dict[str, Any]:
         "rotary": True,
         "num_tokens": 16,
         "arguments": trial(config.hidden_size, config.num_heads),
-        "example": None,
+        "example": partial(clip, tower, *_configured(config)),
+        "body": tower,
         "gridded": (),
         "refused": REFUSED,
         "mixin": None,
