@@ -443,6 +443,7 @@ def match_packed(
         (_, H, _, _), strides = by_heads(metric)
     score = metric.new_empty(1, T, dtype=torch.float32)
     index = metric.new_empty(1, T, dtype=torch.int32)
+    lists: tuple[Tensor | None, int, Tensor | None, int]
     if src is None or dst is None:
         partner, lists, windows = torch.empty_like(index), (None, 0, None, 0), (1, 0, 0)
         programs, where = tiles * max(1, TILE // 2 // config.blocks["BLOCK_S"]), told(sequences)
