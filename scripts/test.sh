@@ -57,11 +57,11 @@ case $what in
     tests tests/test_triton_compile.py tests/test_triton_combinations.py
     ;;
   cuda) STTM_SANITIZED_ONE_IN=1 tests tests/test_cuda_host.py tests/test_cpu_sanitizers.py tests/test_cuda_compile.py ;;
-  models) tests tests/test_how_models_are_run.py tests/test_export.py tests/test_compile.py ;;
+  models) tests tests/test_{how_models_are_run,export,compile,integrations_*,cli_flops,examples}.py ;;
   all)
     tests --tables-one-in 8
     TRITON_INTERPRET=1 tests --one-in 16 tests/kernels
-    PYTHONPATH=.venv-test/transformers-4 tests tests/test_integrations_hf.py
+    PYTHONPATH=.venv-test/transformers-4 tests --tables-one-in 8 tests/test_integrations_hf.py
     $bin/python -m pytest benchmarks
     ;;
 esac

@@ -112,6 +112,7 @@ def test_a_folder_of_transformers(tmp_path, capsys):
     assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[:2]] == ["1.000", "1.000"]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("family", [packed.qwen2_5, packed.qwen3])
 def test_a_tower_of_packed_tokens_near_the_share(family, monkeypatch):
     small = shares.Model(lambda: family(torch.float32), (4, 3, 32, 32), row=True)

@@ -75,6 +75,7 @@ def test_planted_fault_is_found(fault, found_in, message, faults):
             assert wrong.returncode == 0, (order, wrong.stderr)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("header", "planted", "message"),
     [

@@ -45,6 +45,7 @@ def free_ports(count):
     return ports
 
 
+@pytest.mark.table
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("how", [["--parallel", "ddp"], ["--checkpointing"]], ids=["ddp", "fsdp with checkpointing"])
 def test_training_goes_on_where_it_was_stopped(tmp_path, how):

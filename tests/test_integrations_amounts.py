@@ -251,6 +251,7 @@ def test_what_was_chosen_is_in_the_repr():
     assert "r=32, tokens=145 -> 113" in repr(sttm.apply(timesformer(), keep=28, layers=[1]))  # 8 places in 4 frames
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("amounts", [{"r": 0.2}, {"keep": 40}, {"flops": 0.7, "protect": [3, 50, 51]}], ids=str)
 def test_copies_and_compiled_and_exported_models_merge_alike(amounts):
     model, x = sttm.apply(vit(), **amounts), pixels("vit")
@@ -265,6 +266,7 @@ def test_copies_and_compiled_and_exported_models_merge_alike(amounts):
     torch._dynamo.reset()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("amounts", [{"r": 0.2, "protect": [3, 9]}, {"keep": 60}], ids=str)
 def test_export_with_images_of_any_size(amounts):
     model = sttm.apply(vit(dynamic_img_size=True, depth=3), **amounts)

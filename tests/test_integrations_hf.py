@@ -490,6 +490,7 @@ def test_half_precision_models(family):
 SHORT = {"num_hidden_layers": 2}  # tracing takes time
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("family", [timesformer, siglip])
 def test_compile_fullgraph(family):
     model, clip = sttm.apply(build(family, **SHORT), r=3), pixels(family)

@@ -29,6 +29,7 @@ from sttm_kernels.impl import triton as implementation
 OPERATORS = operators(implementation)
 
 
+@pytest.mark.table
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_combination_passes_the_front_end(op):
