@@ -30,7 +30,7 @@ JUDGED = ("sttm-motion", "tome", "sttm")
 FLOORS = ("random-drop", "even-frames", "sttm-moments", "tome-once", "sttm-kmeans", "sttm-farthest")
 """What else they compare, and what could be the default generator, when the others have their seeds."""
 QUICK = ("unmerged", "sttm-motion", "tome")
-QUICK_STEPS = 600
+QUICK_STEPS = 400
 CONTROLS = ("shuffled", "one-frame")
 """What shows that the task cannot be done by appearance."""
 
