@@ -191,6 +191,18 @@ def test_what_is_near_counts_as_alike():
     assert_equal("another stage", meta[2], meta[0])
 
 
+def test_motion_sees_positions_of_one_scale():
+    grid, merger = (4, 6, 6), mergers.PlacedMotion(3, None, None, motion=True, grid=(4, 6, 6))
+    torch.nn.init.eye_(merger.motion.weight)
+    x = torch.zeros(1, 4 * 6 * 6, 3)
+    seen = merger(x, grid).x[0]
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3))
+    torch.testing.assert_close(seen.var(0, unbiased=False), torch.ones(3))
+    spread = mergers.PlacedMotion(6, None, None, motion=True, second_moment=True, grid=grid, means=False)
+    torch.nn.init.eye_(spread.motion.weight)
+    assert not spread(torch.zeros(1, 4 * 6 * 6, 6), grid).x.any()  # single tokens have neither extent nor correlation
+
+
 def test_what_merges_is_split_over_blocks():
     merge = contenders.ALL["tome-1-3"].settings(48)["merge"]
     assert {block: matching.r for block, matching in merge.items()} == {1: 60, 2: 180}

@@ -31,6 +31,8 @@ FLOORS = ("random-drop", "even-frames", "sttm-moments", "tome-once", "sttm-kmean
 """What else they compare, and what could be the default generator, when the others have their seeds."""
 QUICK = ("unmerged", "sttm-motion", "tome")
 QUICK_STEPS = 400
+CHOOSING_SEEDS = 3
+"""What trains a motion map is chosen by training it, with so many seeds."""
 CONTROLS = ("shuffled", "one-frame")
 """What shows that the task cannot be done by appearance."""
 
@@ -68,8 +70,11 @@ def choices(steps: int) -> Iterator[Key]:
     yield Key(TRAINED, "unmerged", 0, 0, steps)
     for percent in (GOAL, CHOSEN_BELOW):
         for name in ALL:
-            if name.startswith(("tome", "sttm")):
+            if name.startswith(("tome", "sttm")) and not ALL[name].trained:
                 yield Key(APPLIED, name, percent, 0, steps)
+    motions = [name for name in ALL if name.startswith("sttm-motion")]
+    for seed in range(CHOOSING_SEEDS):
+        yield from (Key(TRAINED, name, GOAL, seed, steps) for name in ("sttm", *motions))
 
 
 def command(key: Key, split: str) -> str:

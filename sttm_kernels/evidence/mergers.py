@@ -9,6 +9,7 @@ Without a metric, similarity is that of x. What is drawn at random comes from Py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sttm_kernels.functional import assign, compose, match, merge, soft_merge
 from sttm_kernels.nn.generators import Distinct, pool_plan
-from sttm_kernels.nn.sttm import Grid
+from sttm_kernels.nn.sttm import STTM, Grid, Motion
 from sttm_kernels.plan import MergedTokens, MergePlan
 
 
@@ -157,6 +158,28 @@ class Near(nn.Module):
         placed = torch.cat((F.normalize(q, dim=-1), self.nearness[stage] * positions[..., :3]), -1).detach()
         chosen = Distinct.choose(placed, num_meta, None if size is None else size.detach(), "l2", "auto")
         return q.gather(1, chosen[..., None].expand(-1, -1, q.shape[-1]))
+
+
+class PlacedMotion(STTM):
+    """STTM whose motion features see positions centred in the grid and of unit variance over it, or, without `means`,
+    extents and correlations alone.
+
+    Other arguments are STTM's.
+    """
+
+    def __init__(self, dim: int, *args: Any, grid: Grid, means: bool = True, **settings: Any) -> None:
+        super().__init__(dim, *args, **settings)
+        extent = torch.tensor(grid)
+        self.register_buffer("centre", (extent - 1) / 2, persistent=False)
+        self.register_buffer("deviation", ((extent**2 - 1) / 12) ** 0.5, persistent=False)
+        self.means = means
+        if not means:
+            self.motion = Motion(6, dim)
+
+    def _motion_input(self, positions: Tensor) -> Tensor:
+        seen = super()._motion_input(positions)
+        means = (seen[..., :3] - self.centre) / self.deviation
+        return torch.cat((means, seen[..., 3:]), -1) if self.means else seen[..., 3:]
 
 
 class SoftMerging(nn.Module):

@@ -101,12 +101,13 @@ class Place:
         temporal: bool = True,
         part: float = 0.5,
         place: str = "after",
+        make: Callable[..., STTM] = STTM,
         **settings: Any,
     ) -> Settings:
         """`keep` tokens of a window are left, or of a frame without the temporal stage."""
         window = window or self.window
         in_frame = self._in_frame(keep, window, part) if temporal else keep
-        sttm = STTM(
+        sttm = make(
             self.dim,
             in_frame if spatial else None,
             keep if temporal else None,
@@ -171,6 +172,7 @@ def variants(place: Place) -> dict[str, Contender]:
     """Settings of ToMe and STTM that are looked at on the clips for choosing, never on those that are reported."""
     of_window = range(1, place.window * place.in_frame + 1)
     every_block = partial(place.matched_in_every_block, place="after")
+    placed = partial(mergers.PlacedMotion, grid=place.grid)
     return {
         **{
             f"{method}-{'-'.join(map(str, shares))}": Contender(
@@ -196,6 +198,19 @@ def variants(place: Place) -> dict[str, Contender]:
                 ("more-in-time", "most of the merging in time", {"part": 0.2}),
                 ("near", "near counts as alike within frames", {"meta": mergers.Near(0.15, 0.0)}),
                 ("near-in-time", "near counts as alike in both stages", {"meta": mergers.Near(0.15, 0.15)}),
+            )
+        },
+        **{
+            f"sttm-motion-{name}": Contender(
+                f"STTM, distinct, motion of {says}",
+                of_window,
+                partial(place.sttm, motion=True, **settings),
+                trained=True,
+            )
+            for name, says, settings in (
+                ("placed", "centred positions of unit variance", {"make": placed}),
+                ("spread", "second moments alone", {"make": partial(placed, means=False), "second_moment": True}),
+                ("both", "centred positions and second moments", {"make": placed, "second_moment": True}),
             )
         },
         "sttm-window-4": Contender(
