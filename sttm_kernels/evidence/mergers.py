@@ -167,6 +167,9 @@ class PlacedMotion(STTM):
     Other arguments are STTM's.
     """
 
+    centre: Tensor
+    deviation: Tensor
+
     def __init__(self, dim: int, *args: Any, grid: Grid, means: bool = True, **settings: Any) -> None:
         super().__init__(dim, *args, **settings)
         extent = torch.tensor(grid)
