@@ -42,7 +42,8 @@ COMPILERS = ("c++", "g++", "clang++")
 BINDINGS = "bindings.cpp"
 """Of a build, the source that includes those of the bindings."""
 CPU_MODULE = CSRC / "cpu" / "module.cpp"
-CPU_OPTIMIZATION = "-O2"
+CPU_OPTIMIZATION, ONCE_OPTIMIZATION = "-O2", "-O1"
+"""Of what is compiled for every instruction set, and of the rest."""
 CPU_FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DSTTM_CPU"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
@@ -213,7 +214,7 @@ def cpu_ninja_file(compiler: list[str], build: Path, target: Path) -> str:
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     once = {build / BINDINGS, *(CSRC / "cpu" / f"{name}.cpp" for name in ("launch", "pool"))}
     sets = INSTRUCTION_SETS.get(platform.machine().replace("AMD64", "x86_64"), {"baseline": ()})
-    rules = {"once": ("-O1",), **{name: (CPU_OPTIMIZATION, *flags) for name, flags in sets.items()}}
+    rules = {"once": (ONCE_OPTIMIZATION,), **{name: (CPU_OPTIMIZATION, *flags) for name, flags in sets.items()}}
     lines = ["ninja_required_version = 1.5"]
     for name, flags in rules.items():
         isa = [] if name == "once" else [f"-DSTTM_ISA={name}"]

@@ -27,7 +27,8 @@ def test_the_suites_of_the_verbs(plan, monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(plan, "INSTRUCTION_SETS", {})
-    monkeypatch.setattr(plan, "CPU_OPTIMIZATION", "-O1")  # with the sanitizers' code more takes minutes to compile
+    for name in ("CPU_OPTIMIZATION", "ONCE_OPTIMIZATION"):
+        monkeypatch.setattr(plan, name, "-O0")  # with the sanitizers' code more takes minutes to compile
     folder = HERE.parent / "build" / "cpu_sanitized"
     module = folder / "_cpu.so"
     plan.compile_cpu([*compiler, *cuda_host.SANITIZERS, "-DSTTM_BASELINE_ONLY"], folder, module)
