@@ -474,18 +474,20 @@ def test_fullgraph(name):
     """Forward and backward, compiled in one graph, give what they give in eager mode."""
     torch._dynamo.reset()
     module, x = build(8, meta=name, num_prefix=1, second_moment=True), make_tokens(2, 61, 8)
+    exact = copy.deepcopy(module).double()
     results = []
-    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager"), exact):
         module.zero_grad()
-        leaf = x.clone().requires_grad_()
+        leaf = x.to(next(call.parameters()).dtype, copy=True).requires_grad_()
         out, plan = call(leaf, (4, 3, 5), return_plan=True)
         (out.x.sin().sum() + out.positions.sin().sum()).backward()
-        results.append((plan.index, out.x, out.size, out.positions, leaf.grad, *(p.grad for p in module.parameters())))
-    for i, (eager, compiled) in enumerate(zip(*results, strict=True)):
+        results.append((plan.index, out.x, out.size, out.positions, leaf.grad, *(p.grad for p in call.parameters())))
+    for i, (eager, compiled, truth) in enumerate(zip(*results, strict=True)):
         if i == 0:
             assert_equal("index", compiled, eager)
+            assert_equal("index in float64", truth, eager)
         else:
-            assert_within_budget(f"value {i}", compiled, eager.double(), eager, 61 * 17)
+            assert_within_budget(f"value {i}", compiled, truth, eager, 61 * 17)
 
 
 @pytest.mark.unpoisoned
