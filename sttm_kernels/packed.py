@@ -225,13 +225,13 @@ def soft_merge(
     )
 
 
-def beside(x: Tensor, q: Any, size: Any, positions: Any) -> tuple[Any, Tensor | None, Tensor | None]:
-    """q and size with a batch of one, as x has, and positions; checked to be of the tokens of x."""
+def beside(x: Tensor, q: Any, size: Any, positions: Any, name: str = "q") -> tuple[Any, Tensor | None, Tensor | None]:
+    """q, by its `name`, and size with a batch of one, as x has, and positions; checked to be of the tokens of x."""
     T = x.shape[1]
     if q is not None:
-        q = row("q", q, QUERIES, 2, 3)
+        q = row(name, q, QUERIES, 2, 3)
         if q.shape[-2] != T:
-            raise ValueError(f"q must have the T = {T} tokens of x, got {q.shape[-2]}")
+            raise ValueError(f"{name} must have the T = {T} tokens of x, got {q.shape[-2]}")
     size = None if size is None else column("size", size)
     if size is not None:
         validate.shape("size", size[0], "(T,)", (T,))

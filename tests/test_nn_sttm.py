@@ -152,6 +152,59 @@ def test_a_clip_with_padding_is_that_clip_alone(backend, name, case):
 
 
 @each_generator
+def test_clips_one_after_another_keep_a_share_of_their_own(backend, name):
+    """Each has the counts, the bits and the gradients that it has alone."""
+    grids = [(4, 3, 4), (1, 2, 3), (4, 3, 4), (2, 3, 3)]
+    module = build(8, 0.5, 0.4, name, num_prefix=1, metric_dim=6, impl=backend.impl).to(backend.device)
+    lengths = [1 + math.prod(grid) for grid in grids]
+    given = {
+        "x": make_tokens(1, sum(lengths), 8)[0],
+        "size": torch.rand(sum(lengths), generator=torch.Generator().manual_seed(2)) + 0.5,
+        "metric": make_tokens(2, sum(lengths), 6, seed=1),
+    }
+    given = {name: value.to(backend.device).requires_grad_(name == "x") for name, value in given.items()}
+    out, plan = module(grid=torch.tensor(grids), return_plan=True, **given)
+    assert out.lengths == plan.merged_lengths == (11, 2, 11, 5)  # 1 + 0.4 of 24, 3, 24 and 10
+    assert plan.lengths == tuple(lengths)
+    (gradient,) = torch.autograd.grad(out.x.square().sum(), given["x"])
+    first, found = 0, [out.x, out.size, out.positions, plan.index[0], gradient]
+    dims = {"x": 0, "size": 0, "metric": 1}
+    parts = [t.split(n) for t, n in zip(found, [out.lengths] * 3 + [lengths] * 2, strict=True)]
+    for grid, *packed, own in zip(
+        grids, *parts, zip(*(given[name].split(lengths, dim) for name, dim in dims.items()), strict=True), strict=True
+    ):
+        own_x, own_size, own_metric = (t.detach()[None] for t in own)
+        alone, own_plan = module(own_x.requires_grad_(), grid, own_size, metric=own_metric, return_plan=True)
+        (own_gradient,) = torch.autograd.grad(alone.x.square().sum(), own_x)
+        expected = [alone.x, alone.size, alone.positions, own_plan.index + first, own_gradient]
+        for field, a, b in zip(("x", "size", "positions", "index", "gradient"), packed, expected, strict=True):
+            assert_equal(f"{field} of {grid}", a, b[0])
+        first += alone.x.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"grid": [(1, 2, 2), (1, 1, 1)]},
+            r"grid must hold the 9 tokens of x, 1 of every clip before it, got .* are 7",
+        ),
+        ({"grid": torch.tensor([[1.0, 2, 2], [1, 1, 2]])}, "grid must be of integers on the CPU"),
+        ({"grid": []}, "grid must be .* or one of each clip"),
+        ({"mask": torch.ones(9, dtype=torch.bool)}, "mask must be None with lengths"),
+        ({"metric": torch.ones(8, 4)}, "metric must have the T = 9 tokens of x, got 8"),
+        ({"size": torch.ones(1, 9)}, r"size must have shape \(T,\)"),
+        ({"positions": torch.ones(9, 2)}, "positions must have 3 or 9 channels"),
+    ],
+    ids=str,
+)
+def test_clips_one_after_another_that_do_not_fit_are_refused(change, message):
+    given = {"x": torch.ones(9, 4), "grid": [(1, 2, 2), (1, 1, 3)]}
+    with pytest.raises(ValueError, match=message):
+        build(4, num_prefix=1)(**(given | change))
+
+
+@each_generator
 def test_a_clip_of_fewer_tokens_than_meta_tokens_has_no_other_seeds(name):
     """Padding is no meta token, also where nothing else is left."""
     x = -torch.ones(2, 8, 4)
@@ -339,6 +392,16 @@ def test_a_clip_has_the_same_bits_alone_and_in_a_batch(name, backend):
     for b in range(3):
         one = slice(b, b + 1)
         assert_same_tokens(module(x[one], (4, 3, 5)), part(out, one))
+
+
+@pytest.mark.parametrize(("dim", "second_moment"), [(5, True), (64, False)])
+def test_motion_has_the_same_bits_alone_and_in_a_batch(dim, second_moment):
+    """Also of a clip that becomes so few tokens that a library would multiply them in another way."""
+    module, x = build(dim, None, 2, second_moment=second_moment), make_tokens(6, 12, dim)
+    out = module(x, (2, 2, 3))
+    for b in range(6):
+        one = slice(b, b + 1)
+        assert_same_tokens(module(x[one], (2, 2, 3)), part(out, one))
 
 
 def test_nan_tokens_give_an_answer_of_the_right_shape():

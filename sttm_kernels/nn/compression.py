@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sttm_kernels import validate
 from sttm_kernels.functional import compose, match, merge, unmerge
-from sttm_kernels.nn.sttm import STTM, Grid, checked_keep, grid_positions, kept_count, nearest_place
+from sttm_kernels.nn.sttm import STTM, Grid, checked_keep, grid_positions, grids_of, kept_count, nearest_place
 from sttm_kernels.plan import MergePlan, exportable
 from sttm_kernels.reference import acc_dtype
 
@@ -111,26 +111,11 @@ def compress(
     return _together([parts[number] for number in range(len(clips))], tokens, counts, lengths)
 
 
-def _grids(grid: Grid | Sequence[Grid] | Tensor) -> list[Grid]:
-    if isinstance(grid, Tensor):
-        if grid.device.type != "cpu" or grid.is_floating_point():
-            raise ValueError(
-                f"grid must be of integers on the CPU, where it is read without waiting for a device, got {grid.dtype} "
-                f"on {grid.device}"
-            )
-        grid = grid.tolist()
-    if not isinstance(grid, (tuple, list)) or len(grid) == 0:
-        raise ValueError(f"grid must be (T, H, W), or one of each clip, got {grid!r}")
-    several = isinstance(grid[0], (tuple, list, Tensor))
-    each = [tuple(g.tolist()) if isinstance(g, Tensor) else g for g in (grid if several else [grid])]
-    return [validate.extents("grid", g, 3, "(T, H, W)") for g in each]
-
-
 def _clips(
     name: str, tokens: Tensor | Sequence[Tensor], grid: Grid | Sequence[Grid] | Tensor
 ) -> tuple[list[Grid], list[Tensor]]:
     """The grid of each clip and its tokens `(N, C)`, which are views."""
-    grids = _grids(grid)
+    grids = grids_of(grid)
     if isinstance(tokens, Tensor):
         shape = validate.features(name, tokens, "(N, C) or (B, N, C)", 2, 3)
         if len(shape) == 2:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sttm_kernels import validate
+from sttm_kernels import packed, sequences, validate
 from sttm_kernels.autocast import without_autocast
 from sttm_kernels.functional import assign_merge, check_rows, compose, merge, size_and_positions
 from sttm_kernels.nn.generators import make
@@ -45,6 +48,22 @@ def grid_positions(grid: Grid, num_prefix: int, dtype: torch.dtype, device: torc
     """`(num_prefix + T * H * W, 3)`: (t, y, x) in frames, patch rows and patch columns; 0 for prefix tokens."""
     axes = [torch.arange(extent, dtype=dtype, device=device) for extent in grid]
     return F.pad(torch.cartesian_prod(*axes), (0, 0, num_prefix, 0))
+
+
+def grids_of(grid: Grid | Sequence[Grid] | Tensor) -> list[Grid]:
+    """The grid of each clip, from one, one for each, or an integer tensor `(clips, 3)` on the CPU."""
+    if isinstance(grid, Tensor):
+        if grid.device.type != "cpu" or grid.is_floating_point():
+            raise ValueError(
+                f"grid must be of integers on the CPU, where it is read without waiting for a device, got {grid.dtype} "
+                f"on {grid.device}"
+            )
+        grid = grid.tolist()
+    if not isinstance(grid, (tuple, list)) or len(grid) == 0:
+        raise ValueError(f"grid must be (T, H, W), or one of each clip, got {grid!r}")
+    several = isinstance(grid[0], (tuple, list, Tensor))
+    each = [tuple(g.tolist()) if isinstance(g, Tensor) else g for g in (grid if several else [grid])]
+    return [validate.extents("grid", g, 3, "(T, H, W)") for g in each]
 
 
 def nearest_place(positions: Tensor, grid: Grid) -> Tensor:
@@ -91,7 +110,10 @@ class Motion(nn.Linear):
         nn.init.zeros_(self.weight)
 
     def forward(self, positions: Tensor) -> Tensor:
-        return F.linear(positions, self.weight.to(positions.dtype))
+        """Column after column, for the bits of a library's product may depend on how many rows it has."""
+        rows = self.weight.to(positions.dtype).T.contiguous()  # along which products are faster
+        columns = zip(positions.split(1, -1), rows.unbind(), strict=True)
+        return reduce(torch.add, (p * w for p, w in columns))
 
 
 class STTM(nn.Module):
@@ -189,7 +211,7 @@ class STTM(nn.Module):
     def forward(
         self,
         x: Tensor,
-        grid: Grid,
+        grid: Grid | Sequence[Grid] | Tensor,
         size: Tensor | None = None,
         positions: Tensor | None = None,
         metric: Tensor | None = None,
@@ -199,8 +221,11 @@ class STTM(nn.Module):
         """Merges the tokens of each clip.
 
         Args:
-            x: `(B, N, C)`, N = num_prefix + T * H * W, frame after frame, row after row.
-            grid: (T, H, W).
+            x: `(B, N, C)`, N = num_prefix + T * H * W, frame after frame, row after row. Or `(sum of N, C)`, clips of
+                any grids one after another, each with its prefix; then what is `(B, N, ...)` below is `(sum of N, ...)`
+                and `(B, H, N, D)` is `(H, sum of N, D)`.
+            grid: (T, H, W); of clips one after another that of each, as a sequence or an integer tensor `(clips, 3)` on
+                the CPU.
             size: `(B, N)`, how many tokens stand behind each; default ones.
             positions: `(B, N, 3)` or `(N, 3)`, (t, y, x) in frames, patch rows and patch columns; default the
                 coordinates in the grid, 0 for prefix tokens. Or 9 channels, with the products that an earlier STTM with
@@ -211,12 +236,15 @@ class STTM(nn.Module):
             mask: bool `(B, N)`, True = a real token. The others, frames at the end of a short clip, or rows and columns
                 of small frames, take part in nothing, whatever they hold. Counts of meta tokens are of the whole grid;
                 where they are the same for a clip without its padding (`keep` is a number, or padding fills temporal
-                windows), its groups are those of that clip, in the same order, and followed by empty ones.
+                windows), its groups are those of that clip, in the same order, and followed by empty ones. For a
+                fraction of each clip's own tokens give the clips one after another, which need no mask.
 
         Returns:
             `MergedTokens` with x `(B, num_prefix + K, C)` in x's dtype, size and positions; or that and a `MergePlan`.
             A group that nothing went to has size 0 and x, positions and motion 0: attention must leave it out, as
             `sttm_kernels.nn.proportional_attention` does.
+            Of clips one after another, packed, with their `lengths`: each has the counts and the bits that it has
+            alone. Clips of one grid are merged together, other grids one after another.
 
         Differentiable: x and positions with respect to x, metric, size, positions and all parameters. The choice of
         groups is not, nor is the plan.
@@ -224,7 +252,18 @@ class STTM(nn.Module):
         Errors: `TypeError` for a wrong type or dtype; `ValueError` for a wrong shape or device, a grid that does not
         hold the tokens or that temporal windows do not divide, and a count of meta tokens above the tokens there are.
         """
-        frames, height, width = validate.extents("grid", grid, 3, "(T, H, W)")
+        if packed.without_batch(x):
+            out, plan = self._of_each(x, grids_of(grid), size, positions, metric, return_plan, mask)
+        else:
+            shape = validate.extents("grid", grid, 3, "(T, H, W)")
+            out, plan = self._of_batch(x, shape, size, positions, metric, return_plan, mask)
+        return out if plan is None else (out, plan)
+
+    def _of_batch(
+        self, x: Tensor, grid: Grid, size: Tensor | None, positions: Tensor | None, metric: Tensor | None,
+        return_plan: bool, mask: Tensor | None,
+    ) -> tuple[MergedTokens, MergePlan | None]:  # fmt: skip
+        frames, height, width = grid
         self._check(x, frames * height * width, grid, metric)
         acc, prefix = acc_dtype(x.dtype), self.num_prefix
         if positions is None:
@@ -265,7 +304,46 @@ class STTM(nn.Module):
             out = MergedTokens(
                 torch.cat((x[:, :prefix], y), 1), kept, torch.cat((positions[:, :prefix], here.positions), 1)
             )
-        return (out, self._whole_plan(plans, x, mask)) if return_plan else out
+        return out, self._whole_plan(plans, x, mask) if return_plan else None
+
+    def _of_each(
+        self, x: Tensor, grids: Sequence[Grid], size: Tensor | None, positions: Tensor | None, metric: Tensor | None,
+        return_plan: bool, mask: Tensor | None,
+    ) -> tuple[MergedTokens, MergePlan | None]:  # fmt: skip
+        """Clips one after another; those of one grid are a batch."""
+        lengths = tuple(self.num_prefix + math.prod(grid) for grid in grids)
+        if sum(lengths) != x.shape[0]:
+            raise ValueError(
+                f"grid must hold the {x.shape[0]} tokens of x, {self.num_prefix} of every clip before it, got "
+                f"{list(grids)}, with which they are {sum(lengths)}"
+            )
+        row, _ = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+        q, size, positions = packed.beside(row, None if metric is x else metric, size, positions, "metric")
+        given = {"x": row, "size": size, "positions": None if positions is None else positions[None], "metric": q}
+        parts = {
+            name: packed.split(value, lengths, -2 if name == "metric" else 1)
+            for name, value in given.items()
+            if value is not None
+        }
+        alike: dict[Grid, list[int]] = {}
+        for clip, each in enumerate(grids):
+            alike.setdefault(each, []).append(clip)
+
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        plans: dict[int, MergePlan] = {}
+        for each, clips in alike.items():
+            own: dict[str, Any] = dict.fromkeys(given)
+            own |= {name: torch.cat([of_clip[clip] for clip in clips]) for name, of_clip in parts.items()}
+            out, plan = self._of_batch(grid=each, mask=None, return_plan=return_plan, **own)
+            assert out.positions is not None
+            found |= zip(clips, zip(out.x, out.size, out.positions, strict=True), strict=True)
+            if plan is not None:
+                indices = zip(clips, plan.index, strict=True)
+                plans |= {clip: MergePlan(index[None], plan.num_groups) for clip, index in indices}
+        merged = [found[clip] for clip in range(len(grids))]
+        y, sizes, places = (torch.cat(tensors) for tensors in zip(*merged, strict=True))
+        out = MergedTokens(y, sizes, places, tuple(len(each) for each, *_ in merged))
+        return out, sequences.joined(dict(sorted(plans.items())), lengths) if plans else None
 
     def _stage(
         self, stage: str, here: _Tokens, parts: int, shape: tuple[int, int], num_meta: int
