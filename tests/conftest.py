@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--elsewhere-one-in", type=int, default=8,
         help='likewise, of the cases of impl="torch" in tests/kernels those that forbid what only a CPU has',
     )  # fmt: skip
-    parser.addoption("--batches", type=int, default=10, help="random batches of packed sequences, for each verb")
+    parser.addoption("--batches", type=int, help="random batches of packed sequences, for each verb")
 
 
 def pytest_configure(config: pytest.Config) -> None:

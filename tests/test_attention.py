@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sttm_kernels.nn import attention, proportional_attention
-from sttm_kernels.testing import assert_equal, assert_within_budget
+from sttm_kernels.testing import DTYPES, assert_equal, assert_within_budget
 
 METHODS = ["mask", "augment", "flex"]
 methods = pytest.mark.parametrize("method", METHODS)
@@ -188,14 +190,42 @@ def test_on_a_gpu(method, head_dim):
     ids=str,
 )
 def test_packed_sequences_attend_as_each_alone(method, lengths, key_lengths):
-    generator = torch.Generator().manual_seed(0)
-    keys = lengths if key_lengths is None else key_lengths
-    q, k, v = (torch.randn(3, sum(n), 8, generator=generator) for n in (lengths, keys, keys))
+    attend_as_each_alone(method, lengths, lengths if key_lengths is None else key_lengths)
+
+
+@st.composite
+def batches(draw):
+    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 17, 40]), min_size=1, max_size=7).filter(any))
+    keys = [n and draw(st.sampled_from([n, 1, 5, 33])) for n in lengths]
+    how = {"dtype": draw(st.sampled_from(DTYPES[:3])), "seed": draw(st.integers(0, 99))}
+    # As wide as this, and alike, PyTorch's own attention has the same bits in any batch.
+    how |= {"heads": draw(st.integers(1, 3)), "width": draw(st.sampled_from([32, 64]))}
+    return draw(st.sampled_from(["mask", "augment", "off"])), lengths, keys, how
+
+
+def test_random_sequences_attend_as_each_alone(request):
+    checked = []
+
+    @settings(max_examples=request.config.getoption("batches") or 10, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(batches())
+    def check(batch):
+        method, lengths, keys, how = batch
+        attend_as_each_alone(method, lengths, keys, **how)
+        checked.append(len(lengths))
+
+    check()
+    print(f"proportional_attention: {len(checked)} batches, {sum(checked)} sequences")
+
+
+def attend_as_each_alone(method, lengths, keys, heads=3, width=8, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(heads, sum(n), width, generator=generator).to(dtype) for n in (lengths, keys, keys))
     size = torch.randint(1, 9, (sum(keys),), generator=generator).float()
     given = [q, k, v] if method == "flex" else [each.requires_grad_() for each in (q, k, v)]
     told = {"method": method, "scale": 0.3}
-    out = proportional_attention(*given, size, **told, lengths=torch.tensor(lengths), key_lengths=key_lengths)
-    assert out.shape == (3, sum(lengths), 8)
+    out = proportional_attention(*given, size, **told, lengths=torch.tensor(lengths), key_lengths=keys)
+    assert out.shape == (heads, sum(lengths), width)
     parts = [q.split(lengths, 1), k.split(keys, 1), v.split(keys, 1), size.split(keys)]
     alone = [
         proportional_attention(*(each[None] for each in part), **told)[0]
@@ -208,7 +238,7 @@ def test_packed_sequences_attend_as_each_alone(method, lengths, key_lengths):
             assert_is_formula(f"sequence {number}", own[None], *given, scale=0.3)
     else:
         assert_equal("packed", out, torch.cat(alone, 1))
-        weights = torch.randn(out.shape, generator=generator)
+        weights = torch.randn(out.shape, generator=generator).to(dtype)
         expected = torch.autograd.grad((torch.cat(alone, 1) * weights).sum(), given)
         for name, grad, own in zip("qkv", torch.autograd.grad((out * weights).sum(), given), expected, strict=True):
             assert_equal(f"gradient of {name}", grad, own)

@@ -6,12 +6,16 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import sttm_kernels as sttm
+from sttm_kernels import dispatch
 from sttm_kernels.nn import compression, shorten_prompt
-from sttm_kernels.testing import assert_equal
+from sttm_kernels.testing import DTYPES, assert_equal, make_tokens
 
 GRIDS = [(3, 4, 5), (1, 2, 3), (4, 4, 4), (3, 4, 5)]
+SMALL = dispatch.interpreting()
 methods = pytest.mark.parametrize("method", compression.COMPRESSIONS)
 
 
@@ -78,6 +82,55 @@ def test_every_clip_has_the_bits_that_it_has_alone(method, impl):
     batch = sttm.compress(torch.stack((clips[0], clips[3])), GRIDS[0], 0.3, method, impl=impl)
     assert_equal("of a batch", batch.x, torch.stack((alone[0].x, alone[3].x)))
     assert_equal("its plan", batch.plan.index, torch.cat((alone[0].plan.index, alone[3].plan.index)))
+
+
+@st.composite
+def batches(draw):
+    grids = draw(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=5))
+    grids = [draw(st.sampled_from(grids)) for _ in grids]  # some of them alike
+    keep = draw(st.floats(0.01, 1) | st.integers(1, min(map(math.prod, grids))))
+    if draw(st.booleans()):
+        keep = [draw(st.floats(0.01, 1) | st.integers(1, math.prod(grid))) for grid in grids]
+    N, dtype, seed = sum(map(math.prod, grids)), draw(st.sampled_from(DTYPES[:3])), draw(st.integers(0, 99))
+    x = make_tokens(1, N, draw(st.integers(1, 9)), dtype, seed=seed)[0]
+    metric = make_tokens(1, N, 3, dtype, seed=seed + 1)[0] if draw(st.booleans()) else None
+    return x, grids, keep, draw(st.sampled_from(compression.COMPRESSIONS)), metric, seed
+
+
+def test_random_clips_have_the_bits_that_they_have_alone(backend, request):
+    checked = []
+
+    @settings(max_examples=request.config.getoption("batches") or (1 if SMALL else 10), deadline=None, database=None,
+              derandomize=True, suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(batches())
+    def check(batch):
+        x, grids, keep, method, metric, seed = batch
+        x, metric = (t if t is None else t.to(backend.device) for t in (x, metric))
+        each, counts = keep if isinstance(keep, list) else [keep] * len(grids), [math.prod(grid) for grid in grids]
+
+        def merged(draw, x, grid, keep, metric):
+            x = x.detach().requires_grad_()
+            out = sttm.compress(x, grid, keep, method, metric, draw, backend.impl)
+            (gradient,) = torch.autograd.grad(out.x.float().square().sum(), x)
+            return out, gradient
+
+        out, gradient = merged(torch.Generator().manual_seed(seed), x, grids, keep, metric)
+        draw = torch.Generator().manual_seed(seed)
+        parts = x.split(counts), grids, each, [None] * len(grids) if metric is None else metric.split(counts)
+        alone, gradients = zip(*(merged(draw, *own) for own in zip(*parts, strict=True)), strict=True)
+        assert out.lengths == tuple(own.lengths[0] for own in alone)
+        for name in ("x", "size", "positions", "places"):
+            assert_equal(name, getattr(out, name), torch.cat([getattr(own, name) for own in alone]))
+        assert_equal("gradient", gradient, torch.cat(gradients))
+        first, indices = 0, []
+        for own in alone:
+            indices.append(torch.where(own.plan.index < 0, -1, own.plan.index + first))
+            first += own.lengths[0]
+        assert_equal("plan", out.plan.index, torch.cat(indices, 1))
+        checked.append(len(grids))
+
+    check()
+    print(f"compress, {backend.impl}: {len(checked)} batches, {sum(checked)} clips")
 
 
 @methods

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import sttm_kernels as sttm
 from sttm_kernels import dispatch, functional, ops, sequences
+from sttm_kernels.nn import GENERATORS, STTM
 from sttm_kernels.testing import DTYPES, assert_equal, make_tokens
 from sttm_kernels.validate import NORMALIZATIONS, REDUCTIONS, SIMILARITIES, WEIGHTS
 
@@ -56,6 +57,13 @@ class Call:
 
     def assign_merge(self, x, q, meta, **rows):
         return functional.assign_merge(x, q, meta, **self.how, **self.options, **rows)
+
+    def clips(self, x, q, _, **rows):
+        how = {name: value for name, value in self.how.items() if name != "grid"}
+        torch.manual_seed(0)  # for equal parameters
+        module = STTM(x.shape[-1], impl=self.options["impl"], metric_dim=q.shape[-1], **how)
+        torch.nn.init.normal_(module.motion.weight)
+        return module.to(x.device)(x, self.how["grid"], metric=q, return_plan=True, **rows)
 
     def soft_merge(self, x, q, meta, **rows):
         return sttm.soft_merge(x, q, meta, **self.how, **self.options, **rows), None
@@ -150,14 +158,24 @@ def batches(draw, verb):
     """(lengths, inputs, options, options of each sequence) of one verb."""
     longest, most = (12, 3) if SMALL else (70, 6)
     grids = draw(st.none() | st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=most))
-    if verb == "match" and grids is not None:
+    if verb == "clips" and grids is None:
+        grids = draw(st.lists(st.sampled_from([(2, 2, 3), (1, 3, 3), (3, 2, 3), (1, 1, 1)]), min_size=1, max_size=most))
+    if grids is not None and verb in ("match", "clips"):
         num_prefix = draw(st.integers(0, 2))
         lengths = [num_prefix + t * h * w for t, h, w in grids]
     else:
         lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=most).filter(any))
         num_prefix, grids = draw(st.integers(0, min(2, min(lengths)))), None
     how, each = {}, None
-    if verb == "match":
+    if verb == "clips":
+        keep = st.floats(0.01, 1)
+        how = {"num_prefix": num_prefix, "grid": grids, "second_moment": draw(st.booleans())}
+        how["meta"] = draw(st.sampled_from(sorted(GENERATORS)))
+        how["spatial_keep"] = draw(st.one_of(st.none(), keep, st.integers(1, min(h * w for _, h, w in grids))))
+        how["temporal_keep"] = draw(st.one_of(st.none(), keep, st.just(1)))
+        how["temporal_window"] = draw(st.sampled_from([None, 1]))
+        each = [{"grid": grid} for grid in grids]
+    elif verb == "match":
         how["num_prefix"] = num_prefix
         how["r"] = draw(st.one_of(st.integers(0, 40), st.floats(0, 1), st.tuples(*[st.integers(0, 40)] * len(lengths))))
         how["threshold"] = draw(st.sampled_from([None, None, -0.2, 0.1]))
@@ -170,14 +188,14 @@ def batches(draw, verb):
         geometry = draw(arrangements(lengths, num_prefix, grids))
         how |= geometry[0]
         each = [own | more for own, more in zip(each, geometry[1], strict=True)]
-    else:
+    if verb != "match":
         how["similarity"] = draw(st.sampled_from(SIMILARITIES))
         how["temperature"] = draw(st.sampled_from([1.0, 0.3]))
         if verb == "soft_merge":
             how["normalize"] = draw(st.sampled_from(NORMALIZATIONS))
         else:
             how["weight"] = draw(st.sampled_from(WEIGHTS))
-    K = 0 if verb == "match" else draw(st.integers(1, 9))
+    K = 0 if verb in ("match", "clips") else draw(st.integers(1, 9))
     counts = (
         None
         if not K or draw(st.booleans())
@@ -193,12 +211,12 @@ def batches(draw, verb):
     return lengths, given, how, (lambda s: {}) if each is None else each.__getitem__
 
 
-VERBS = ("match",) if SMALL else ("match", "assign", "assign_merge", "soft_merge")
-
-
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["match", "assign", "assign_merge", "soft_merge", "clips"])
 def test_every_sequence_has_the_bits_that_it_has_alone(backend, verb, request):
-    count = 1 if SMALL else request.config.getoption("batches")
+    count = request.config.getoption("batches")
+    if count is None and SMALL and verb != "match":
+        pytest.skip("takes long in the interpreter: with --batches alone")
+    count = count or (1 if SMALL else 10)
     checked = []
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True,
