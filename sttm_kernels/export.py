@@ -153,10 +153,18 @@ def _match(
         index = torch.where(mask, index.clamp_max(K - 1), -1)
         return MergePlan(index.to(torch.int32), K, score)
 
-    order = (index * N + token).sort(1).values % N  # no two are equal, so any sort is stable
-    counts = index.new_zeros((B, K + 1)).scatter_add(1, index + 1, torch.ones_like(index))
-    index, order, offsets = (t.to(torch.int32) for t in (index, order, counts.cumsum(1)))
-    return MergePlan(index, K, score, order=order, offsets=offsets)
+    order, offsets = _csr(index, K)
+    return MergePlan(index.to(torch.int32), K, score, order=order, offsets=offsets)
+
+
+def _csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """`order` and `offsets` of a plan; tokens without a group come last."""
+    B, N = index.shape
+    group = torch.where((index >= 0) & (index < num_groups), index, num_groups).long()
+    token = torch.arange(N, device=index.device)
+    order = (group * N + token).sort(1).values % N  # no two are equal, so any sort is stable
+    counts = group.new_zeros((B, num_groups + 2)).scatter_add(1, group + 1, torch.ones_like(group))
+    return order.to(torch.int32), counts[:, :-1].cumsum(1).to(torch.int32)
 
 
 def _match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
@@ -190,10 +198,8 @@ def _match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
     group = torch.where(is_dst, first_dst + counted(is_dst) - 1, group)
     index = first_group[row] + torch.minimum(group, groups[row] - 1)
     index = torch.where(merged, index[partner], index)
-    order = (index * T + token).sort().values % T
-    offsets = index.new_zeros(K + 1).scatter_add(0, index + 1, torch.ones_like(index)).cumsum(0)
-    index, order, offsets = (t.to(torch.int32)[None] for t in (index, order, offsets))
-    return MergePlan(index, K, score[None], order=order, offsets=offsets)
+    order, offsets = _csr(index[None], K)
+    return MergePlan(index.to(torch.int32)[None], K, score[None], order=order, offsets=offsets)
 
 
 def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -233,8 +239,10 @@ def _merge(
     merged = reference.merge(x, plan, size, positions, "mean" if reduce in ("max", "first") else reduce, fill)
     weight = torch.ones(plan.index.shape, dtype=acc_dtype(x.dtype), device=x.device) if size is None else size
     mass = reference.sum_by_group(weight if plan.weight is None else weight * plan.weight, plan.index, K)
+    has_order = plan.order is not None and plan.offsets is not None
+    made = (None, None) if has_order else _csr(plan.index, K)
     if reduce not in ("max", "first"):
-        return Merged(merged.x, merged.size, merged.positions, mass)
+        return Merged(merged.x, merged.size, merged.positions, mass, *made)
     place = torch.where((plan.index >= 0) & (plan.index < K), plan.index, K).long()[..., None].expand(-1, -1, C)
     token = torch.arange(N, device=x.device)[:, None].expand(B, -1, C)
     if reduce == "max":  # found, then taken: so that of equal values the first has the gradient
@@ -244,7 +252,7 @@ def _merge(
     first = token.new_full((B, K + 1, C), N - 1).scatter_reduce(1, place, token, "amin")[:, :K]
     y = x.gather(1, first)
     y = torch.where((mass == 0)[..., None], 0 if fill is None else fill, y)
-    return Merged(y.to(x.dtype), merged.size, merged.positions, mass)
+    return Merged(y.to(x.dtype), merged.size, merged.positions, mass, *made)
 
 
 def _assign_merge(

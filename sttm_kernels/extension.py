@@ -24,6 +24,7 @@ from sttm_kernels.plan import (
     MatchBounds,
     Merged,
     MergedGrads,
+    MergedToo,
     MergePlan,
     OfAssign,
     OfMerge,
@@ -153,8 +154,12 @@ class Verbs:
         if plan.order is not None and plan.offsets is not None:
             return plan.order.contiguous(), plan.offsets.contiguous(), None
         B, N = plan.index.shape
-        memory = plan.index.new_empty(((1 + self.sort_room) * B, N))
-        return memory[:B], plan.index.new_empty((B, plan.num_groups + 1)), memory[B:]
+        order, offsets = self._order(plan.index, plan.num_groups)
+        return order, offsets, plan.index.new_empty((self.sort_room * B, N))
+
+    def _order(self, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Room for both."""
+        return index.new_empty(index.shape), index.new_empty((index.shape[0], num_groups + 1))
 
     def unmerge(self, x: Tensor, plan: MergePlan) -> Tensor:
         y = x.new_empty((*plan.index.shape, x.shape[2]))
@@ -177,10 +182,13 @@ class Verbs:
         fill: Tensor | None,
     ) -> Merged:
         (B, _, C), K = x.shape, plan.num_groups
-        out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions))
+        order, offsets, scratch = self._groups(plan)
+        made = (None, None) if scratch is None else (order, offsets)
+        out = Merged(x.new_empty((B, K, C)), *_sums(x, K, positions), *made)
         self.run().merge(
             x, plan.index.contiguous(), K, _dense(plan.weight), _dense(size), _items(positions), _items(fill),
-            *self._groups(plan), reduce, out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
+            order, offsets, scratch, reduce,
+            out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
         )  # fmt: skip
         return out
 
@@ -302,12 +310,13 @@ class Verbs:
         plan: MergePlan,
         needs: OfAssign,
         sequences: Tensor | None = None,
+        merged: MergedToo | None = None,
     ) -> OfAssign:
         found = OfAssign(q.new_empty(q.shape) if needs.q else None, meta.new_empty(meta.shape) if needs.meta else None)
-        run, soft = self.run(), grads.lse is not None
+        run, soft = self.run(), grads.lse is not None or grads.weight is not None
         run.assign_backward(
             *grads, q, meta, plan.index.contiguous(), _dense(plan.score), _dense(plan.lse) if soft else None,
-            sequences, *similarity, self.tf32(), *found,
+            _dense(plan.weight), *map(_dense, merged or (None,) * 3), sequences, *similarity, self.tf32(), *found,
             _scratch(q, run.assign_scratch(q, meta)) if soft and needs.meta else None, self.stream(q),
         )  # fmt: skip
         return found
@@ -333,15 +342,18 @@ class Verbs:
         if longest == 0 or N > longest:
             plan = self.assign(q, meta, similarity, weight, mask, sequences, longest if together else 0)
             out = self.merge(x, plan, size, positions, "mean", fill)
+            if sequences is not None:
+                out = out._replace(order=None, offsets=None)
             if longest == 0 or not together:
                 return out, plan
         else:
             plan = _new_plan(q, S * K if together else K, weight)
-            out = Merged(x.new_empty((B, plan.num_groups, C)), *_sums(x, plan.num_groups, positions))
+            made = (None, None) if sequences is not None else self._order(plan.index, K)
+            out = Merged(x.new_empty((B, plan.num_groups, C)), *_sums(x, plan.num_groups, positions), *made)
         run.assign_merge(
             x, q, meta, mask, _dense(size), _items(positions), _items(fill), sequences, *similarity, self.tf32(),
             plan.index, plan.score, plan.lse, plan.weight,
-            out.x, out.size, _given(out.positions, out.size), out.mass, self.stream(x),
+            out.x, out.size, _given(out.positions, out.size), out.mass, out.order, out.offsets, self.stream(x),
         )  # fmt: skip
         return out, plan
 

@@ -548,7 +548,8 @@ def assign_merge(
             `(K, C)`, with meta_lengths `(sum of K, C)`.
 
     Returns:
-        What `merge` returns and the plan that `assign` returns.
+        What `merge` returns and the plan that `assign` returns, with `order` and `offsets` where there is neither mask
+        nor lengths.
 
     Differentiable: as the two verbs are.
     Source: the spatial stage of the Spatial-temporal Token Merger (doi 10.1145/3633781).
@@ -573,6 +574,7 @@ def assign_merge(
     if meta_lengths is not None:
         raise _not_packed(meta_lengths)
     B, N, C = validate.features("x", x, "(B, N, C)", 3)
+    q = None if q is x else q
     metric, shape = (x, (B, N, C)) if q is None else (q, check_rows("q", q, x, (B, N)))
     meta, comparison = _check_comparison(metric, shape, meta, similarity, temperature, mask)
     validate.one_of("weight", weight, validate.WEIGHTS)

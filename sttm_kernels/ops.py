@@ -6,6 +6,7 @@ results and what is needed last. The flat lists are what the dispatcher sees. To
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from sttm_kernels.plan import (
     MatchBounds,
     Merged,
     MergedGrads,
+    MergedToo,
     MergePlan,
     OfAssign,
     OfMerge,
@@ -107,13 +109,18 @@ class AssignOut(NamedTuple):
 
 
 class AssignBackwardIn(NamedTuple):
-    grad_score: Tensor
+    grad_score: Tensor | None
     grad_lse: Tensor | None
+    grad_weight: Tensor | None
     q: Tensor
     meta: Tensor
     index: Tensor  # type: ignore[assignment]
     score: Tensor
     lse: Tensor
+    weight: Tensor | None
+    grad_merged: Tensor | None
+    size: Tensor | None
+    mass: Tensor | None
     sequences: Tensor | None
     similarity: str
     temperature: float
@@ -141,19 +148,18 @@ def _assign_fake(a: AssignIn) -> Sequence[Tensor | None]:
     )
 
 
-def _scores(q: Tensor, meta: Tensor, index: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
-    """score and lse of `reference.assign` at the groups that were chosen, without sequences."""
+def _found(q: Tensor, meta: Tensor, index: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor, Tensor]:
+    """score, lse and weight of `reference.assign` at the groups that were chosen, without sequences."""
     real = index >= 0
     S = reference.pairwise_similarity(torch.where(real[..., None], reference.mean_over_heads(q), 0), meta, similarity)
     score = S.gather(-1, index.long().clamp_min(0)[..., None]).squeeze(-1)
-    return torch.where(real, score, 0), torch.where(real, S.logsumexp(-1), 0)
+    lse = S.logsumexp(-1)
+    return torch.where(real, score, 0), torch.where(real, lse, 0), torch.where(real, (score - lse).exp(), 0)
 
 
 def _assign_formula(a: AssignIn, out: AssignOut) -> Sequence[Tensor | None]:
-    score, lse = _scores(a.q, a.meta, out.index, _similarity(a))
-    if a.weight != "softmax":
-        return None, score, None, None
-    return None, score, lse, torch.where(out.index >= 0, (score - lse).exp(), 0)
+    score, lse, weight = _found(a.q, a.meta, out.index, _similarity(a))
+    return (None, score, lse, weight) if a.weight == "softmax" else (None, score, None, None)
 
 
 def _assign_gradient(a: AssignIn, out: AssignOut, g: AssignOut, needs: AssignIn) -> dict[str, Tensor | None]:
@@ -161,16 +167,14 @@ def _assign_gradient(a: AssignIn, out: AssignOut, g: AssignOut, needs: AssignIn)
     return {"q": found.q, "meta": found.meta}
 
 
-def _plan_gradient(q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfAssign) -> OfAssign:
-    """Gradients of q and meta; that of weight = exp(score - lse) joins those of score and lse."""
-    through = None if g.weight is None else g.weight * out.weight
-    lse = _sum(None if through is None else -through, g.lse)
-    score = _sum(through, g.score)
-    if not any(needs) or (score is None and lse is None):
+def _plan_gradient(
+    q: Tensor, meta: Tensor, a: Any, out: Any, g: Any, needs: OfAssign, merged: MergedToo | None = None
+) -> OfAssign:
+    grads = PlanGrads(g.score, g.lse, g.weight)
+    if not any(needs) or all(grad is None for grad in grads):
         return OfAssign(None, None)
-    grads = PlanGrads(torch.zeros_like(out.score) if score is None else score, lse)
-    plan, at = _plan(out, meta.shape[1], a.weight), getattr(a, "sequences", None)
-    return assign_backward(grads, q, meta, _similarity(a), plan, needs, a.impl, at)
+    plan = _plan(out, meta.shape[1], a.weight)
+    return assign_backward(grads, q, meta, _similarity(a), plan, needs, a.impl, a.sequences, merged)
 
 
 def _assign_run(run: Any, a: AssignIn) -> AssignOut:
@@ -178,16 +182,23 @@ def _assign_run(run: Any, a: AssignIn) -> AssignOut:
 
 
 def _assign_backward_run(run: Any, a: AssignBackwardIn) -> Sequence[Tensor | None]:
-    plan = MergePlan(a.index, a.meta.shape[1], a.score, a.lse)
-    grads = PlanGrads(a.grad_score, a.grad_lse)
-    return run(grads, a.q, a.meta, _similarity(a), plan, OfAssign(*a.needs), *_given(a.sequences))
+    plan = MergePlan(a.index, a.meta.shape[1], a.score, a.lse, a.weight)
+    grads = PlanGrads(a.grad_score, a.grad_lse, a.grad_weight)
+    given = grads, a.q, a.meta, _similarity(a), plan, OfAssign(*a.needs), *_given(a.sequences)
+    if a.grad_merged is None or a.mass is None:
+        return run(*given)
+    return run(*given, merged=MergedToo(a.grad_merged, a.size, a.mass))
 
 
 def _assign_backward_formula(a: AssignBackwardIn, out: AssignBackwardOut) -> Sequence[Tensor | None]:
-    def run(q: Tensor, meta: Tensor) -> Sequence[Tensor]:
-        return _scores(q, meta, a.index, _similarity(a))
+    def run(q: Tensor, meta: Tensor) -> Sequence[Tensor | None]:
+        found = _found(q, meta, a.index, _similarity(a))
+        if a.grad_merged is None:
+            return *found, None
+        plan = MergePlan(a.index, meta.shape[1], weight=a.weight)
+        return *found, reference.merge(reference.mean_over_heads(q), plan, a.size).x
 
-    return pull_back(run, (a.q, a.meta), a.needs, (a.grad_score, a.grad_lse))
+    return pull_back(run, (a.q, a.meta), a.needs, (a.grad_score, a.grad_lse, a.grad_weight, a.grad_merged))
 
 
 _assign = Operator(
@@ -212,7 +223,7 @@ _assign_backward = Operator(
     ],
     _formula_by_sequence(_assign_backward_formula),
     differentiable=("grad_q", "grad_meta"),
-    constants=("score", "lse"),
+    constants=("score", "lse", "mass"),
     shape=lambda a: (a.q.shape[-2], a.meta.shape[-2], a.q.shape[-1]),
 )
 
@@ -263,11 +274,15 @@ def assign(
 
 def assign_backward(
     grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign,
-    impl: str, sequences: Tensor | None = None,
+    impl: str, sequences: Tensor | None = None, merged: MergedToo | None = None,
 ) -> OfAssign:  # fmt: skip
     assert plan.score is not None
     lse = plan.score if plan.lse is None else plan.lse
-    a = AssignBackwardIn(*grads, q, meta, plan.index, plan.score, lse, sequences, *similarity, list(needs), impl)
+    grad_merged, size, mass = merged or (None, None, None)
+    a = AssignBackwardIn(
+        *grads, q, meta, plan.index, plan.score, lse, plan.weight, grad_merged, size, mass, sequences, *similarity,
+        list(needs), impl,
+    )  # fmt: skip
     return OfAssign(*map(_needed, needs, _assign_backward(a)))
 
 
@@ -417,6 +432,8 @@ class MergeOut(NamedTuple):
     size_out: Tensor
     positions_out: Tensor | None
     mass: Tensor
+    order_out: Tensor | None
+    offsets_out: Tensor | None
 
 
 class MergeBackwardIn(NamedTuple):
@@ -454,17 +471,23 @@ def _merge_fake(a: Any) -> Sequence[Tensor | None]:
     groups = (a.x.shape[0], a.num_groups)
     mass = a.x.new_empty(groups, dtype=acc_dtype(a.x.dtype))
     positions = _if(a.positions, mass.new_empty((*groups, _features(a.positions))))
-    return a.x.new_empty((*groups, a.x.shape[-1])), torch.empty_like(mass), positions, mass
+    order = offsets = None
+    if a.order is None or a.offsets is None:
+        order, offsets = a.index.new_empty(a.index.shape), a.index.new_empty((groups[0], a.num_groups + 1))
+    return a.x.new_empty((*groups, a.x.shape[-1])), torch.empty_like(mass), positions, mass, order, offsets
 
 
 def _merge_formula(a: MergeIn, out: MergeOut) -> Sequence[Tensor | None]:
     merged = reference.merge(a.x, _plan_of(a), a.size, a.positions, a.reduce, a.fill)
-    return merged.x, merged.size, merged.positions, None
+    return merged.x, merged.size, merged.positions, None, None, None
 
 
 def _merge_gradient(a: MergeIn, out: MergeOut, g: MergeOut, needs: MergeIn) -> dict[str, Tensor | None]:
     wanted = OfMerge(needs.x, needs.weight, needs.size, needs.positions)
-    found = _reduction_gradient(a.x, _plan_of(a), a.size, a.positions, out, g, a.reduce, wanted, a.impl)
+    plan = _plan_of(a)
+    if a.order is None or a.offsets is None:
+        plan = dataclasses.replace(plan, order=out.order_out, offsets=out.offsets_out)
+    found = _reduction_gradient(a.x, plan, a.size, a.positions, out, g, a.reduce, wanted, a.impl)
     return {**found._asdict(), "fill": _fill_gradient(out, g) if needs.fill else None}
 
 
@@ -582,6 +605,8 @@ class AssignMergeOut(NamedTuple):
     size_out: Tensor
     positions_out: Tensor | None
     mass: Tensor
+    order: Tensor | None
+    offsets: Tensor | None
 
 
 def _metric(a: AssignMergeIn) -> Tensor:
@@ -604,7 +629,8 @@ def _assign_merge_fake(a: AssignMergeIn) -> Sequence[Tensor | None]:
     index = plan[0]
     assert index is not None
     merged = MergeIn(a.x, index, _groups(a), None, a.size, a.positions, a.fill, None, None, "mean", a.impl)
-    return *plan, *_merge_fake(merged)
+    results = _merge_fake(merged)
+    return *plan, *(results if a.sequences is None else (*results[:-2], None, None))
 
 
 def _assign_merge_formula(a: AssignMergeIn, out: AssignMergeOut) -> Sequence[Tensor | None]:
@@ -613,23 +639,33 @@ def _assign_merge_formula(a: AssignMergeIn, out: AssignMergeOut) -> Sequence[Ten
     merged = reference.merge(
         a.x, MergePlan(out.index, a.meta.shape[1], weight=weight), a.size, a.positions, "mean", a.fill
     )
-    return None, score, lse, weight, merged.x, merged.size, merged.positions, None
+    return None, score, lse, weight, merged.x, merged.size, merged.positions, None, None, None
+
+
+def _order_of(plan: MergePlan, order: Tensor | None, offsets: Tensor | None) -> MergePlan:
+    """The plan with the order of its tokens."""
+    return MergePlan(plan.index, plan.num_groups, plan.score, plan.lse, plan.weight, order, offsets)
 
 
 def _assign_merge_gradient(
     a: AssignMergeIn, out: AssignMergeOut, g: AssignMergeOut, needs: AssignMergeIn
 ) -> dict[str, Tensor | None]:
     of_plan = OfAssign(needs.x if a.q is None else needs.q, needs.meta)
-    soft = a.weight == "softmax"
-    wanted = OfMerge(needs.x, soft and any(of_plan), needs.size, needs.positions)
+    through_weight = a.weight == "softmax" and any(of_plan)
+    of_scores = through_weight or g.score is not None
+    # Of x that is the metric one kernel writes the gradient, also what comes by way of y.
+    together = a.q is None and needs.x and g.y is not None and of_scores
+    wanted = OfMerge(needs.x and not together, through_weight, needs.size, needs.positions)
     plan = _plan(out, _groups(a), a.weight)
+    if a.sequences is None:
+        plan = _order_of(plan, out.order, out.offsets)
     found = _reduction_gradient(a.x, plan, a.size, a.positions, out, g, "mean", wanted, a.impl)
     g = g._replace(weight=_sum(found.weight, g.weight))
-    of_metric = _plan_gradient(_metric(a), a.meta, a, out, g, of_plan)
-    grad_x, grad_q = (_sum(found.x, of_metric.q), None) if a.q is None else (found.x, of_metric.q)
+    merged = MergedToo(g.y, a.size, out.mass) if together else None
+    of_metric = _plan_gradient(_metric(a), a.meta, a, out, g, of_plan, merged)
     return {
-        "x": grad_x,
-        "q": grad_q,
+        "x": of_metric.q if together else _sum(found.x, of_metric.q) if a.q is None else found.x,
+        "q": of_metric.q if a.q is not None else None,
         "meta": of_metric.meta,
         "size": found.size,
         "positions": found.positions,
@@ -659,10 +695,13 @@ def assign_merge(
     groups, and `fill`, are of one item."""
     a = (x, q, meta, mask, size, positions, fill, sequences, *similarity, weight, impl)
     if sequences is None and (run := _assign_merge.implementation(a)) is not None:
-        return run(x, q, meta, similarity, weight, mask, size, positions, fill)
+        merged, plan = run(x, q, meta, similarity, weight, mask, size, positions, fill)
+        return merged, plan if mask is not None else _order_of(plan, merged.order, merged.offsets)
     out = _assign_merge.listened(a) if sequences is None else _assign_merge(AssignMergeIn(*a))
     merged = Merged(out.y, out.size_out, _if(positions, out.positions_out), out.mass)
-    return merged, _plan(out, _groups(AssignMergeIn(*a)), weight)
+    plan = _plan(out, _groups(AssignMergeIn(*a)), weight)
+    has_order = sequences is None and mask is None  # which plans have if every token has a group
+    return merged, _order_of(plan, out.order, out.offsets) if has_order else plan
 
 
 # unmerge

@@ -27,8 +27,9 @@ class MergePlan:
         weight: like `score`, or None, which means 1 for every token. From `assign` with `weight="softmax"`: the
             softmax probability of the chosen meta token, differentiable, 0 where masked.
         order: int32 `(B, N)` or None. The token indices sorted by group, by token index within a group. Only present
-            when every token has a group; a shortcut for `merge`, which believes it: a plan whose index you change must
-            leave out order and offsets, `MergePlan(index, num_groups)`.
+            when every token has a group, from `match` and `assign_merge`; a shortcut for `merge` and for gradients,
+            which believe it: a plan whose index you change must leave out order and offsets, `MergePlan(index,
+            num_groups)`.
         offsets: int32 `(B, K + 1)` or None. Group k of item b is `order[b, offsets[b, k] : offsets[b, k + 1]]`.
         lengths: of packed sequences how many tokens each has, or None. Such a plan has B = 1: the T tokens of all
             sequences are its N, and their groups, numbered through from one sequence to the next, its K. `merge`,
@@ -81,12 +82,17 @@ for _cls in (MergePlan, MergedTokens):
 
 
 class Merged(NamedTuple):
-    """`MergedTokens` as implementations of `merge` return them: with the mass of each group, float32 `(B, K)`."""
+    """`MergedTokens` as implementations of `merge` return them: with the mass of each group, float32 `(B, K)`.
+
+    Where the plan had no `order` and `offsets`, these are made: as in `MergePlan`, tokens without a group last.
+    """
 
     x: Tensor
     size: Tensor
     positions: Tensor | None
     mass: Tensor
+    order: Tensor | None = None
+    offsets: Tensor | None = None
 
 
 class SoftMerged(NamedTuple):
@@ -151,10 +157,25 @@ class Packed(NamedTuple):
 
 
 class PlanGrads(NamedTuple):
-    """Gradients of a plan of `assign`; `lse` is None for a zero one."""
+    """Gradients of a plan of `assign`; None for a zero one."""
 
-    score: Tensor
+    score: Tensor | None
     lse: Tensor | None
+    weight: Tensor | None
+
+
+class MergedToo(NamedTuple):
+    """For the gradient of q where its mean over heads was merged along the plan, too, by "mean".
+
+    Attributes:
+        grad_y: the gradient of what it became, `(B, K, D)`.
+        size: of the tokens, float32 `(B, N)`, or None.
+        mass: of the groups, float32 `(B, K)`.
+    """
+
+    grad_y: Tensor
+    size: Tensor | None
+    mass: Tensor
 
 
 class OfAssign(NamedTuple):

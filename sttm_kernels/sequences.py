@@ -86,8 +86,11 @@ def joined(
     order, offsets = in_row("order"), None
     if order is not None:
         order += torch.cat([index.new_full((1, lengths[s]), begin[s]) for s in plans], 1)
-        each = [(s, plan.offsets) for s, plan in plans.items() if plan.offsets is not None]
-        at = [offsets[:, : merged[s]] + begin[s] for s, offsets in each]
+        each = [getattr(plans.get(s), "offsets", None) for s in range(len(lengths))]
+        at = [
+            index.new_full((1, merged[s]), begin[s]) if own is None else own[:, : merged[s]] + begin[s]
+            for s, own in enumerate(each)
+        ]
         offsets = torch.cat([*at, index.new_full((1, 1), begin[-1])], 1)
     weights = in_row("score"), in_row("lse"), in_row("weight")
     return MergePlan(index, first[-1], *weights, order, offsets, lengths, tuple(merged))
@@ -127,8 +130,8 @@ def without_empty_groups(plan: MergePlan) -> MergePlan:
 
 
 _ROWS = dict.fromkeys(
-    ("x", "mask", "size", "positions", "index", "score", "weight", "lse", "grad_score", "grad_lse", "grad_x",
-     "grad_size_in", "grad_positions_in"), 1,
+    ("x", "mask", "size", "positions", "index", "score", "weight", "lse", "grad_score", "grad_lse",
+     "grad_weight", "grad_x", "grad_size_in", "grad_positions_in"), 1,
 ) | {"q": -2, "grad_q": -2}  # fmt: skip
 """Which dimension of arguments and results of operators is rows of tokens. Others have sets of groups, the first."""
 
@@ -140,7 +143,8 @@ def _row_dim(a: Any, field: str) -> int | None:
 
 def _in_one_row(a: Any, field: str) -> bool:
     """Whether these groups, of `assign_merge`, are in one row rather than in a set for each sequence."""
-    return hasattr(a, "fill") and field in ("y", "size_out", "positions_out", "mass", "fill")
+    merges = hasattr(a, "fill") or hasattr(a, "grad_merged")
+    return merges and field in ("y", "size_out", "positions_out", "mass", "fill", "grad_merged")
 
 
 def _alone(a: Any, values: Any, row: Sequence[int]) -> Any:
@@ -168,7 +172,7 @@ def apart(run: Callable[[Any, Any], Any], a: Any, fields: Sequence[str], out: An
     found = [run(_alone(a, a, row), None if out is None else _alone(a, out, row)) for row in rows]
 
     def together(i: int, field: str) -> Tensor | None:
-        if found[0][i] is None:
+        if found[0][i] is None or field in ("order", "offsets"):  # these are of each one alone
             return None
         values = [each[i] + row[2] if field == "index" else each[i] for each, row in zip(found, rows, strict=True)]
         dim = 1 if _in_one_row(a, field) else _row_dim(a, field)

@@ -56,10 +56,11 @@ class _Forbidding(TorchDispatchMode):
 def strict(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation of the operator `name` that forbids what only a CPU has."""
 
-    def forbidding(*args: Any) -> Any:
-        with _Forbidding(_has_float64(args)):
-            found = run(*args)
-        there = run(*pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(META), args))
+    def forbidding(*args: Any, **named: Any) -> Any:
+        with _Forbidding(_has_float64((args, named))):
+            found = run(*args, **named)
+        args, named = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(META), (args, named))
+        there = run(*args, **named)
         assert _tensors(found), name
         assert [(t.device, t.shape, t.dtype) for t in _tensors(there)] == [
             (META, t.shape, t.dtype) for t in _tensors(found)

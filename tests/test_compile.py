@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -53,17 +54,24 @@ APART = OPS.assign(bare(1, 9, 4), bare(2, 3, 4), None, EACH, "cosine", 1.0, "sof
 FREE = (None, IMPL)  # the last arguments of a match without a threshold
 MATCHED = OPS.match(bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE)
 SIZE, WEIGHT, POSITIONS = bare(2, 6, seed=1), bare(2, 6, seed=2), bare(2, 6, 2, seed=3)
+MERGED_TOO = leaf(2, 3, 4), leaf(2, 6, seed=1), bare(2, 3)
+APART_TOO = bare(1, 6, 4), None, bare(1, 6)
 EXTRAS = MASK, leaf(2, 6), leaf(2, 6, 2), leaf(2, 3, 5)
 ROW = leaf(1, 9), leaf(1, 9, 2), leaf(1, 6, 5)
 
 
 def merge_backward_sample(reduce, needs, order=None, offsets=None, index=INDEX, K=3):
     x = bare(2, 6, 5)
-    y, size, positions, mass = OPS.merge(x, index, K, WEIGHT, SIZE, POSITIONS, None, order, offsets, reduce, IMPL)
+    y, size, positions, mass, *_ = OPS.merge(x, index, K, WEIGHT, SIZE, POSITIONS, None, order, offsets, reduce, IMPL)
     grads = (bare(*y.shape, seed=7), bare(*size.shape, seed=8), bare(*positions.shape, seed=9))
     return (
         *grads, x, index, K, WEIGHT, SIZE, POSITIONS, y, positions, mass, order, offsets, reduce, needs, IMPL,
     )  # fmt: skip
+
+
+def assign_backward_sample(grads, assigned, merged, similarity, needs, at=None):
+    rows = (2, 6) if at is None else (1, 9)
+    return *grads, bare(*rows, 4), bare(2, 3, 4), *assigned, *merged, at, similarity, 0.5, needs, IMPL
 
 
 def soft_backward_sample(normalize, needs, mask=None, positions=POSITIONS, at=None):
@@ -97,9 +105,11 @@ SAMPLES = {
     ],
     "assign_earlier": [(bare(2, 6, 4), "cosine", 1.0, IMPL), (bare(2, 6, 4), "l2", 0.5, "auto")],
     "assign_backward": [
-        (bare(2, 6), bare(2, 6), bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], None, "cosine", 1.0, [True, True], IMPL),
-        (bare(2, 6), None, bare(2, 6, 4), bare(2, 3, 4), *ASSIGNED[:3], None, "l2", 0.5, [False, True], IMPL),
-        (bare(1, 9), bare(1, 9), bare(1, 9, 4), bare(2, 3, 4), *APART[:3], EACH, "cosine", 1.0, [True, True], IMPL),
+        assign_backward_sample([bare(2, 6), bare(2, 6), None], ASSIGNED, [None] * 3, "cosine", [True, True]),
+        assign_backward_sample([bare(2, 6), None, None], ASSIGNED, [None] * 3, "l2", [False, True]),
+        assign_backward_sample([None, None, leaf(2, 6)], ASSIGNED, MERGED_TOO, "cosine", [True, True]),
+        assign_backward_sample([bare(1, 9), bare(1, 9), None], APART, [None] * 3, "cosine", [True, True], EACH),
+        assign_backward_sample([None, None, bare(1, 9)], APART, APART_TOO, "dot", [True, True], EACH),
     ],
     "match": [
         (bare(2, 6, 4), None, None, None, None, 2, 4, 0, *FREE),
@@ -146,9 +156,10 @@ def test_opcheck(name, sample):
     if name not in ("assign", "assign_merge"):
         torch.library.opcheck(op, args)
         return
-    # opcheck adds up the outputs in place, first to last, which an integer in front makes fail: the index goes last.
+    # opcheck adds up the outputs in place, first to last, which an integer in front makes fail: these go last.
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    aot_autograd_check(lambda *args: op(*args)[::-1], args, {}, dynamic=True, check_gradients="auto")
+    integers_last = partial(sorted, key=lambda t: t.dtype == torch.int32)
+    aot_autograd_check(lambda *args: integers_last(op(*args)), args, {}, dynamic=True, check_gradients="auto")
 
 
 def test_every_operator_is_checked():

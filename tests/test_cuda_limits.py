@@ -57,7 +57,7 @@ def assign_backward(B, N, K, soft, of_meta):
     lse = rows if soft else None
     scratch = huge(FLOAT, C.assign_scratch(tokens, metas))
     C.assign_backward(
-        rows, lse, tokens, metas, huge(INT, B, N), rows, lse, None, "dot", 1.0, False,
+        rows, lse, None, tokens, metas, huge(INT, B, N), rows, lse, None, None, None, None, None, "dot", 1.0, False,
         None if of_meta else tokens, metas if of_meta else None, scratch, 0,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from sttm_kernels.impl.triton.merge import merge, merge_backward
 from sttm_kernels.impl.triton.similarity import precision
 from sttm_kernels.impl.triton.soft_merge import soft_merge, soft_merge_backward
 from sttm_kernels.impl.triton.unmerge import compose, unmerge
-from sttm_kernels.plan import MergedGrads, MergePlan, OfAssign, OfMerge, OfSoftMerge, PlanGrads, Similarity
+from sttm_kernels.plan import MergedGrads, MergedToo, MergePlan, OfAssign, OfMerge, OfSoftMerge, PlanGrads, Similarity
 
 
 def _assign() -> list[Specialization]:
@@ -42,8 +42,11 @@ def _assign_example(dtype: torch.dtype, D: int, H: int) -> None:
     for similarity in ("cosine", "l2", "dot") if D == 64 and H == 1 else ("cosine",):
         for weight in ("softmax", "uniform"):
             plan = assign(q, meta, Similarity(similarity, 0.1), weight, mask if weight == "softmax" else None)
-            grads = PlanGrads(plan.score, plan.lse)
-            assign_backward(grads, q, meta, Similarity(similarity, 0.1), plan, OfAssign(True, True))
+            grads, given = PlanGrads(plan.score, plan.lse, plan.weight), (q, meta, Similarity(similarity, 0.1), plan)
+            assign_backward(grads, *given, OfAssign(True, True))
+            if H == 1:  # as `assign_merge` of features that are the metric
+                merged = MergedToo(torch.empty_like(meta), None, meta.new_empty((2, 49), dtype=torch.float32))
+                assign_backward(grads, *given, OfAssign(True, True), merged=merged)
 
 
 def _soft_merge() -> list[Specialization]:

@@ -37,7 +37,7 @@ class Extents(NamedTuple):
 
 KINDS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "tf32"), (torch.float16, "tf32"))
 """What kernels are compiled for: dtypes, and how products of float32 are rounded."""
-ALONG = {"positions_out": "positions", "offsets": "order", "dst": "src"}
+ALONG = {"positions_out": "positions", "offsets": "order", "dst": "src", "mass": "grad_merged"}
 """Optional tensors that are there when another is."""
 SETTINGS = {
     "similarity": ("cosine", "l2", "dot"),
@@ -118,9 +118,11 @@ def _tensor(op: str, name: str, dtype: torch.dtype, chosen: Combination, sizes: 
         "fill": (B, K, C),
         "y": (B, K, C),
         "grad_y": (B, K, C),
+        "grad_merged": (B, K, D),
     }
     floats = {
         "size": (B, N), "weight": (B, N), "score": (B, N), "grad_score": (B, N), "grad_lse": (B, N),
+        "grad_weight": (B, N),
         "lse": (B, K if chosen.get("normalize") == "tokens" else N),
         "positions": (B, N, P), "grad_size": (B, K), "mass": (B, K), "grad_positions": (B, K, P),
         "positions_out": (B, K, P),

@@ -43,11 +43,13 @@ static int64_t assign_scratch(const Array& q, const Array& meta) {
                           validate.extent(meta, "meta", 3, 2), 1);
 }
 
-static void assign_backward_arrays(const Array& grad_score, const MaybeArray& grad_lse, const Array& q,
-                                   const Array& meta, const Array& index, const Array& score, const MaybeArray& lse,
-                                   const MaybeArray& sequences, const std::string& similarity, double temperature,
-                                   bool tf32, const MaybeArray& grad_q, const MaybeArray& grad_meta,
-                                   const MaybeArray& scratch, uint64_t stream) {
+static void assign_backward_arrays(const MaybeArray& grad_score, const MaybeArray& grad_lse,
+                                   const MaybeArray& grad_weight, const Array& q, const Array& meta,
+                                   const Array& index, const Array& score, const MaybeArray& lse,
+                                   const MaybeArray& weight, const MaybeArray& grad_merged, const MaybeArray& size,
+                                   const MaybeArray& mass, const MaybeArray& sequences, const std::string& similarity,
+                                   double temperature, bool tf32, const MaybeArray& grad_q,
+                                   const MaybeArray& grad_meta, const MaybeArray& scratch, uint64_t stream) {
     Validate validate("assign_backward");
     AssignBackwardArguments a{};
     a.B = validate.extent(meta, "meta", 3, 0);
@@ -58,11 +60,18 @@ static void assign_backward_arrays(const Array& grad_score, const MaybeArray& gr
     a.index = validate.dense<int32_t>(index, "index", {items, a.N});
     a.score = validate.dense<float>(score, "score", {items, a.N});
     a.lse = validate.dense<float>(lse, "lse", {items, a.N});
+    a.weight = validate.dense<float>(weight, "weight", {items, a.N});
     a.grad_score = validate.column(grad_score, "grad_score", items, a.N);
     a.grad_lse = validate.column(grad_lse, "grad_lse", items, a.N);
-    if (grad_lse && !lse) throw py::value_error("grad_lse needs lse");
+    a.grad_weight = validate.column(grad_weight, "grad_weight", items, a.N);
+    if (a.soft() && !lse) throw py::value_error("grad_lse and grad_weight need lse");
+    const int sets = a.sequences == nullptr ? a.B : 1, groups = a.sequences == nullptr ? a.K : a.B * a.K;
+    a.grad_merged = validate.dense_features(grad_merged, "grad_merged", a.dtype, {sets, groups, a.D});
+    a.size = validate.dense<float>(size, "size", {items, a.N});
+    a.mass = validate.dense<float>(mass, "mass", {sets, groups});
+    if (grad_merged && !mass) throw py::value_error("grad_merged needs mass");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
-    if (grad_lse && grad_meta)
+    if (a.soft() && grad_meta)
         a.scratch = read_scratch(validate, scratch,
                                  partial_floats(a.sequences != nullptr, a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(assign_backward, a, stream);
@@ -80,10 +89,13 @@ void bind_assign(py::module_& m) {
           "score (B, N): the similarity of each row of q (B, N, D) to the most similar one before it");
     m.def("assign_scratch", &assign_scratch, py::arg("q"), py::arg("meta"),
           "floats of scratch that the gradient of lse with respect to meta takes");
-    m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"), py::arg("q"),
-          py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"), py::arg("sequences"),
+    m.def("assign_backward", &assign_backward_arrays, py::arg("grad_score"), py::arg("grad_lse"),
+          py::arg("grad_weight"), py::arg("q"), py::arg("meta"), py::arg("index"), py::arg("score"), py::arg("lse"),
+          py::arg("weight"), py::arg("grad_merged"), py::arg("size"), py::arg("mass"), py::arg("sequences"),
           py::arg("similarity"), py::arg("temperature"), py::arg("tf32"), py::arg("grad_q"), py::arg("grad_meta"),
-          py::arg("scratch"), py::arg("stream"), "Gradients of score and lse with respect to q and meta, each or None");
+          py::arg("scratch"), py::arg("stream"),
+          "Gradients of score, lse and weight with respect to q and meta, each or None; with grad_merged that of q "
+          "merged along index is added");
 }
 
 }  // namespace sttm

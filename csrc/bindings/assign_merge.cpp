@@ -8,7 +8,8 @@ static void assign_merge_arrays(const Array& x, const Array& q, const Array& met
                                 const MaybeArray& sequences, const std::string& similarity, double temperature,
                                 bool tf32, const Array& index, const Array& score, const MaybeArray& lse,
                                 const MaybeArray& weight, const Array& y, const Array& size_out,
-                                const Array& positions_out, const Array& mass_out, uint64_t stream) {
+                                const Array& positions_out, const Array& mass_out, const MaybeArray& order,
+                                const MaybeArray& offsets, uint64_t stream) {
     Validate validate("assign_merge");
     AssignMergeArguments both{};
     AssignArguments& a = both.assign;
@@ -35,6 +36,10 @@ static void assign_merge_arrays(const Array& x, const Array& q, const Array& met
     m.x = validate.rows(x, "x", m.dtype, {m.B, m.N, m.C});
     m.index = a.index;
     m.weight = a.weight;
+    if (order.has_value() != offsets.has_value() || (order && a.sequences != nullptr))
+        throw py::value_error("order and offsets must both be arrays, without sequences, or both None");
+    m.order = validate.dense<int32_t>(order, "order", {m.B, m.N});
+    m.offsets = validate.dense<int32_t>(offsets, "offsets", {m.B, int64_t(m.K) + 1});
     read_merge(validate, m, size, positions, fill, y, size_out, positions_out, mass_out);
     validate.run(assign_merge, both, stream);
 }
@@ -46,7 +51,7 @@ void bind_assign_merge(py::module_& m) {
           py::arg("size"), py::arg("positions"), py::arg("fill"), py::arg("sequences"), py::arg("similarity"),
           py::arg("temperature"), py::arg("tf32"), py::arg("index"), py::arg("score"), py::arg("lse"),
           py::arg("weight"), py::arg("y"), py::arg("size_out"), py::arg("positions_out"), py::arg("mass_out"),
-          py::arg("stream"),
+          py::arg("order"), py::arg("offsets"), py::arg("stream"),
           "assign and merge of at most ASSIGN_MERGE_TOKENS tokens to ASSIGN_MERGE_GROUPS groups; with sequences int32 "
           "(S, 6) of those of at most so many tokens");
 }

@@ -114,8 +114,10 @@ void assign(const AssignArguments& a, Stream stream) {
 void assign_merge(const AssignMergeArguments& both, Stream stream) {
     STTM_ISA::assign(both.assign, stream);
     MergeArguments m = both.merge;
-    m.order = take<int32_t>(int64_t(m.B) * m.N);
-    m.offsets = take<int32_t>(int64_t(m.B) * (int64_t(m.K) + 1));
+    if (m.order == nullptr) {
+        m.order = take<int32_t>(int64_t(m.B) * m.N);
+        m.offsets = take<int32_t>(int64_t(m.B) * (int64_t(m.K) + 1));
+    }
     STTM_ISA::csr({m.B, m.N, m.K, m.index, m.order, m.offsets, nullptr}, stream);
     STTM_ISA::merge(m, stream);
 }

@@ -5,7 +5,7 @@ namespace sttm::cpu::STTM_ISA {
 
 namespace {
 
-inline float at(const Column& c, int64_t n) { return c.data[n * c.stride_n]; }
+inline float at(const Column& c, int64_t n) { return c.data == nullptr ? 0 : c.data[n * c.stride_n]; }
 
 // The meta token of token n of an item, -1 if it has none.
 inline int32_t chosen_by(const AssignBackwardArguments& a, const Item& item, int64_t n) {
@@ -26,9 +26,10 @@ Given given(const AssignBackwardArguments& a, const Item& item, int start, const
         found.k[i] = n < a.N ? chosen_by(a, item, n) : -1;
         if (found.k[i] < 0) continue;
         const float scale = panel.scale[i / kWidth][i % kWidth];
-        found.g[i] = at(a.grad_score, n) * scale;
-        if (a.grad_lse.data == nullptr) continue;
-        found.h[i] = at(a.grad_lse, n) * scale;
+        const float through = at(a.grad_weight, n) * (a.weight == nullptr ? 1 : a.weight[n]);  // of exp(score - lse)
+        found.g[i] = (at(a.grad_score, n) + through) * scale;
+        if (!a.soft()) continue;
+        found.h[i] = (at(a.grad_lse, n) - through) * scale;
         found.lse[i] = a.lse[n];
     }
     return found;
@@ -60,8 +61,11 @@ AssignBackwardArguments alone(AssignBackwardArguments a, const Item& item) {
     advance(a.q.data, a.dtype, item.b * a.q.stride_b + item.start * a.q.stride_n);
     advance(a.index, row);
     advance(a.lse, row);
-    advance(a.grad_score.data, item.b * a.grad_score.stride_b + item.start * a.grad_score.stride_n);
-    advance(a.grad_lse.data, item.b * a.grad_lse.stride_b + item.start * a.grad_lse.stride_n);
+    advance(a.weight, row);
+    const auto advance_column = [&](Column& c) { advance(c.data, item.b * c.stride_b + item.start * c.stride_n); };
+    advance_column(a.grad_score);
+    advance_column(a.grad_lse);
+    advance_column(a.grad_weight);
     a.N = item.N;
     return a;
 }
@@ -87,13 +91,13 @@ void assign_backward_typed(const AssignBackwardArguments& all, int64_t begin, in
         float* const dS = tiles + slot * kTogether * tile_size;
         Panel panel;
         panel.q = packed + slot * panel_size;
-        back.begin(chunk, a.grad_lse.data == nullptr);
+        back.begin(chunk, !a.soft());
         for (int i = first; i < last; ++i) {
             const int start = i * kPanel, at = (i - first) % kTogether;
             panel.rows = back.rows(slot, at);
             load_panel<T>(a, start, real, panel);
             const Given in = given(a, item, start, panel);
-            if (a.grad_lse.data == nullptr) {
+            if (!a.soft()) {
                 back.chosen(panel, item, meta, chunk, start, in.k, in.g, slot);
                 continue;
             }

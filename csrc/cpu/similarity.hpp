@@ -221,6 +221,25 @@ inline void sum_over_meta(const float* tile, const float* rows, int64_t K, int64
         }
 }
 
+// A share of a row, to be added to the gradient of a token; no row where there is nothing to add.
+template <class T>
+struct Added {
+    const T* row = nullptr;
+    float share = 0;
+};
+template <class T>
+Added<T> added_to(const SoftMergeBackwardArguments&, const Item&, int64_t) {
+    return {};
+}
+// Of a token, numbered among all tokens, that was merged along its index, too.
+template <class T>
+Added<T> added_to(const AssignBackwardArguments& a, const Item& item, int64_t token) {
+    const int64_t k = int64_t(a.index[token]) - item.first_group, group = item.group * a.K + k;
+    if (a.grad_merged == nullptr || k < 0 || k >= a.K || a.mass[group] == 0) return {};
+    const float size = a.size == nullptr ? 1 : a.size[token], weight = a.weight == nullptr ? 1 : a.weight[token];
+    return {static_cast<const T*>(a.grad_merged) + group * a.D, size * weight / a.mass[group]};
+}
+
 // Takes the gradient of similarities back to q and meta: dS, that of S, over the temperature and for cosine over |q|.
 template <class T, class Arguments>
 class PullBack {
@@ -361,6 +380,7 @@ private:
             for (int row = v * kWidth; row < min(count, (v + 1) * kWidth); ++row) {
                 T* const to = static_cast<T*>(a_.grad_q) + (first + row) * a_.D;
                 const float inward = a_.similarity == Similarity::dot ? 0 : along[row % kWidth];
+                const Added<T> added = added_to<T>(a_, item, item.b * a_.N + item.start + start + row);
                 for (int64_t c = 0; c < a_.D; c += kPanel) {
                     const float* const g = grad + in_strip(kPanel, row, c);
                     const float* const q = p.rows + in_strip(kTokens, row, c);
@@ -368,8 +388,12 @@ private:
                     for (int u = 0; u < kPanel; u += kWidth) {
                         Floats here = load(g + u);
                         if (a_.similarity != Similarity::dot) here -= inward * load(q + u);
+                        here *= factor;
+                        if (added.row != nullptr && c + u < a_.D)
+                            here += added.share / static_cast<float>(heads) *
+                                    load_up_to(added.row + c + u, a_.D - c - u, 1);
                         for (int h = 0; h < heads && c + u < a_.D; ++h)
-                            store_up_to(to + h * int64_t(a_.N) * a_.D + c + u, here * factor, a_.D - c - u);
+                            store_up_to(to + h * int64_t(a_.N) * a_.D + c + u, here, a_.D - c - u);
                     }
                 }
             }

@@ -19,6 +19,7 @@ from sttm_kernels.plan import (
     MatchBounds,
     Merged,
     MergedGrads,
+    MergedToo,
     MergePlan,
     OfAssign,
     OfMerge,
@@ -141,15 +142,28 @@ def assign_earlier(q: Tensor, similarity: Similarity) -> Tensor:
 
 @in_given_dtypes
 def assign_backward(
-    grads: PlanGrads, q: Tensor, meta: Tensor, similarity: Similarity, plan: MergePlan, needs: OfAssign
+    grads: PlanGrads,
+    q: Tensor,
+    meta: Tensor,
+    similarity: Similarity,
+    plan: MergePlan,
+    needs: OfAssign,
+    merged: MergedToo | None = None,
 ) -> OfAssign:
-    grad_score, grad_lse = grads
+    grad_score, grad_lse = _of_scores(grads, plan)
     real, index, lse = plan.index >= 0, plan.index.long().clamp_min(0), plan.lse
     m = _operand(meta, similarity.kind)
     K, D = m.shape[1:]
     tile = _similarity_to(m, q, real, similarity, width=D)
     g = torch.where(real, grad_score / similarity.temperature, 0)
     h = None if grad_lse is None else torch.where(real, grad_lse / similarity.temperature, 0)
+    if merged is not None:
+        groups = _Groups(plan.index, K)
+        w = _weights(plan.weight, merged.size)
+        divisor = groups.gather(merged.mass)
+        share = (1 if w is None else w) / torch.where(divisor == 0, torch.inf, divisor)
+        rows_of_y = F.pad(merged.grad_y.reshape(-1, D), (0, 0, 0, 1))
+        bag, share = groups.bag.view(real.shape), torch.where(real, share, 0)
 
     # dS = g [k = index] + h exp(S - lse), times what is linear in S: to the left for q, to the right for meta.
     grad_q, grad_m = _grad_of_rows(q), torch.zeros_like(m)
@@ -169,6 +183,8 @@ def assign_backward(
             grad = 2 * (grad - rows * (g if h is None else g + h)[b, n, None])
         if tile.inverse is not None:
             grad = _through_norm(grad, rows, tile.inverse[b, n, None])
+        if merged is not None:
+            grad = torch.addcmul(grad, rows_of_y[bag[b, n]].to(grad.dtype), share[b, n, None])
         grad_q[b, n] = grad
     if h is None:
         groups = _Groups(torch.where(real, index, -1), K)
@@ -179,6 +195,16 @@ def assign_backward(
     if similarity.kind == "cosine":
         grad_m = _through_norm(grad_m, m, _inverse_norm(meta)[..., None])
     return OfAssign(_fresh(_of_heads(grad_q, q), q, needs.q), _fresh(grad_m, meta, needs.meta))
+
+
+def _of_scores(grads: PlanGrads, plan: MergePlan) -> tuple[Tensor, Tensor | None]:
+    """Gradients of score and lse, which that of weight = exp(score - lse) has joined."""
+    score, lse, of_weight = grads
+    if of_weight is not None:
+        through = of_weight if plan.weight is None else of_weight * plan.weight
+        score, lse = through if score is None else through + score, -through if lse is None else lse - through
+    assert plan.score is not None
+    return torch.zeros_like(plan.score) if score is None else score, lse
 
 
 def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -245,11 +271,8 @@ def match(
     if mask is not None:
         return MergePlan(index.clamp_max_(K - 1).masked_fill_(~mask, -1).to(torch.int32), K, score)
 
-    order = index.argsort(dim=1, stable=True)
-    counts = torch.zeros((B, K + 1), dtype=torch.int64, device=a.device)
-    offsets = counts.scatter_add_(1, index + 1, torch.ones_like(index)).cumsum(1)
-    index, order, offsets = (t.to(torch.int32) for t in (index, order, offsets))
-    return MergePlan(index, K, score, order=order, offsets=offsets)
+    order, offsets = _csr(index, K)
+    return MergePlan(index.to(torch.int32), K, score, order=order, offsets=offsets)
 
 
 def match_packed(metric: Tensor, num_prefix: int, packed: Packed) -> MergePlan:
@@ -334,27 +357,56 @@ def _most_similar_in_windows(a: Tensor, src: Tensor, dst: Tensor) -> tuple[Tenso
     return token, best.flatten(1).gather(1, ascending), partner.flatten(1).gather(1, ascending)
 
 
+def _csr(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """`order` and `offsets` of `MergePlan`, tokens without a group last."""
+    group = torch.where((index >= 0) & (index < num_groups), index, num_groups).long()
+    counts = torch.zeros((index.shape[0], num_groups + 2), dtype=torch.int64, device=index.device)
+    offsets = counts.scatter_add_(1, group + 1, torch.ones_like(group))[:, :-1].cumsum(1)
+    return group.argsort(dim=1, stable=True).to(torch.int32), offsets.to(torch.int32)
+
+
 class _Groups:
     """The tokens of a batch sorted by group: group k of item b is bag b * K + k.
 
-    Tokens without a group follow in one last bag, whose sum is computed and dropped. `tokens` are the rows of the
-    flattened batch in that order, `ascending` their bags, `starts` where each bag begins.
+    Tokens without a group follow in one last bag, whose sum is computed and dropped. `order` and `offsets` are those of
+    `MergePlan`, tokens without a group last, and are made if they are not given and needed.
     """
 
     def __init__(self, index: Tensor, num_groups: int, order: Tensor | None = None, offsets: Tensor | None = None):
-        B, N = index.shape
-        self.shape = (B, num_groups)
-        self.num_bags = B * num_groups
-        item = torch.arange(B, device=index.device)[:, None]
+        self.shape = (index.shape[0], num_groups)
+        self.num_bags = index.shape[0] * num_groups
         self.index = index
-        if order is not None and offsets is not None:
-            self.tokens = (order + item * N).flatten()
-            self.starts = (offsets[:, :-1] + item * N).flatten()
-            counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
-            self.ascending = torch.repeat_interleave(counts, output_size=B * N)
-        else:
-            self.ascending, self.tokens = self.bag.sort(stable=True)
-            self.starts = torch.searchsorted(self.ascending, torch.arange(self.num_bags + 1, device=index.device))
+        self.given = order, offsets
+
+    @cached_property
+    def csr(self) -> tuple[Tensor, Tensor]:
+        order, offsets = self.given
+        return _csr(self.index, self.shape[1]) if order is None or offsets is None else (order, offsets)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of the flattened batch in that order, where each bag begins, and the bag of each of these rows."""
+        (order, offsets), (B, N) = self.csr, self.index.shape
+        members = offsets[:, -1:].long()
+        before, total = members.cumsum(0) - members, members.sum(0)
+        at, item = torch.arange(N, device=order.device), torch.arange(B, device=order.device)[:, None]
+        place = torch.where(at < members, at + before, at - members + total + item * N - before)
+        rows = torch.empty_like(place).flatten().scatter_(0, place.flatten(), (order + item * N).flatten())
+        starts = torch.cat([(offsets[:, :-1] + before).flatten(), total])
+        counts = torch.cat([(offsets[:, 1:] - offsets[:, :-1]).flatten(), B * N - total])
+        return rows, starts, torch.repeat_interleave(counts, output_size=B * N)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._rows[0]
+
+    @property
+    def starts(self) -> Tensor:
+        return self._rows[1]
+
+    @property
+    def ascending(self) -> Tensor:
+        return self._rows[2]
 
     @cached_property
     def valid(self) -> Tensor:
@@ -424,6 +476,7 @@ def merge(
     x: Tensor, plan: MergePlan, size: Tensor | None, positions: Tensor | None, reduce: str, fill: Tensor | None
 ) -> Merged:
     acc = acc_dtype(x.dtype)
+    has_order = plan.order is not None and plan.offsets is not None
     groups = _Groups(plan.index, plan.num_groups, plan.order, plan.offsets)
     w = _weights(plan.weight, size)
     counts = groups.counts(acc)
@@ -450,7 +503,7 @@ def merge(
 
     if positions is not None:
         positions = groups.sum(positions, share).masked_fill_(empty[..., None], 0)
-    return Merged(y, size_out, positions, mass)
+    return Merged(y, size_out, positions, mass, *((None, None) if has_order else groups.csr))
 
 
 def merge_backward(

@@ -60,8 +60,8 @@ def _assign_earlier(a: Any) -> int:
 
 
 def _assign_backward(a: Any) -> int:
-    """For each gradient, the similarities once more and one product; without grad_lse, a gather."""
-    return 0 if a.grad_lse is None else sum(a.needs) * 2 * _pairs(a.q, a.meta)
+    """For each gradient, the similarities once more and one product; where score alone has one, a gather."""
+    return 0 if a.grad_lse is None and a.grad_weight is None else sum(a.needs) * 2 * _pairs(a.q, a.meta)
 
 
 def _match(a: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from elsewhere import elsewhere
 from torch import Tensor
 
 from sttm_kernels import dispatch
+from sttm_kernels.operator import OPERATORS
 from sttm_kernels.testing import Guarded, guarded
 
 HERE = Path(__file__).parent
@@ -113,3 +115,18 @@ def outputs_amid_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guarde
     yield made
     for one in made:
         one.check("output")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the gradient of `merge` is asked for, call by call: the arguments of its operator."""
+    calls: list[Any] = []
+    operator = OPERATORS["merge_backward"]
+    run = operator.run
+
+    def noted(implementation, a):
+        calls.append(a)
+        return run(implementation, a)
+
+    monkeypatch.setattr(operator, "run", noted)
+    return calls

@@ -20,7 +20,7 @@ from cases import (
 import sttm_kernels as sttm
 from sttm_kernels.checks import check_assign_merge, fields, make_mask
 from sttm_kernels.functional import assign_merge
-from sttm_kernels.testing import LAYOUTS, assert_equal, make_tokens
+from sttm_kernels.testing import LAYOUTS, assert_equal, assert_order, make_tokens
 
 EXTRAS = ("size", "positions", "fill")
 SHAPES = [
@@ -156,6 +156,21 @@ def test_a_group_of_tokens_without_size_is_empty(backend):
     out, _ = assign_merge(**inputs, impl=backend.impl)
     assert_equal("x", out.x, inputs["fill"])
     assert_equal("positions", out.positions, torch.zeros_like(out.positions))
+
+
+@each("own", [True, False], ids=["by x", "by q"])
+@each("masked", [False, True], ids=["all", "masked"])
+def test_tokens_are_sorted_once(backend, own, masked, asked):
+    """The plan has their order if all have a group, and gradients take it. That of x, if x is the metric, is made by
+    one kernel, and not by that of the merge."""
+    inputs = tokens(backend, 2, 19, 6, 8, 12, own=own)
+    x, mask = inputs["x"].requires_grad_(), make_mask(2, 19, backend.device) if masked else None
+    out, plan = assign_merge(x, inputs["q"], inputs["meta"].requires_grad_(), mask=mask, impl=backend.impl)
+    assert (plan.order is None, plan.offsets is None) == (masked, masked)
+    assert_order(plan.index, plan.num_groups, plan.order, plan.offsets)
+    out.x.square().sum().backward()
+    assert_order(plan.index.where(plan.index >= 0, 6), 7, asked[0].order, None)
+    assert asked[0].needs[:2] == [not own, True]
 
 
 # What is not a number

@@ -23,7 +23,15 @@ from cases import (
 import sttm_kernels as sttm
 from sttm_kernels import reference
 from sttm_kernels.checks import check_merge, fields, make_rows
-from sttm_kernels.testing import DTYPES, LAYOUTS, assert_equal, assert_within_budget, make_index, make_tokens
+from sttm_kernels.testing import (
+    DTYPES,
+    LAYOUTS,
+    assert_equal,
+    assert_order,
+    assert_within_budget,
+    make_index,
+    make_tokens,
+)
 
 EVERYTHING = ("weight", "size", "positions", "fill")
 LENGTHS = (20,) if SMALL else (20, 180)
@@ -254,6 +262,15 @@ def test_an_index_outside_means_no_group(backend, reduce, dtype, N, outputs_amid
     for name, value in expected.items():
         assert_equal(name, found[name], value)
     assert backend.impl == "torch" or len(outputs_amid_poison) >= 8
+
+
+def test_tokens_are_sorted_once(backend, asked):
+    """The gradient takes the order that the merge made; tokens without a group come last."""
+    index, inputs = make_index(2, 20, 5, backend.device, left_out=0.4), tokens(backend, 2, 20, 5, 24, given=("weight",))
+    plan = sttm.MergePlan(index, 5, weight=inputs["weight"].requires_grad_())
+    sttm.merge(inputs["x"], plan, impl=backend.impl).x.square().sum().backward()
+    assert_order(index.where(index >= 0, 5), 6, asked[0].order, None)
+    assert_equal("offsets", asked[0].offsets[:, -1], (index >= 0).sum(1).to(torch.int32))
 
 
 # What is no token

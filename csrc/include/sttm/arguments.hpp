@@ -210,9 +210,12 @@ struct AssignArguments {
 };
 Error assign(const AssignArguments&, Stream);
 
-// Gradients of score and, if grad_lse is given, of lse, with respect to q (its shape) and meta (B, K, D), either null
-// if not asked for. A row whose index is outside of [0, K) has none. `scratch`, of partial_floats(..., B, K, N, D, 1)
-// if that is not 0, is needed for the gradient of lse with respect to meta.
+// Gradients of score, lse and weight, each null if there is none, with respect to q (its shape) and meta (B, K, D),
+// either null if not asked for. A row whose index is outside of [0, K) has none. Those of lse and weight need lse and,
+// with respect to meta, `scratch`, of partial_floats(..., B, K, N, D, 1) if that is not 0.
+//
+// With grad_merged (B, K, D), dense, the mean over the heads of q was merged along index, too, by mean with `weight` and
+// `size`: what comes back from there is added to grad_q. Masses are (B, K).
 struct AssignBackwardArguments {
     DType dtype;
     bool tf32;
@@ -222,16 +225,22 @@ struct AssignBackwardArguments {
     const PackedSequence* sequences;
     Metric q, meta;
     const int32_t* index;
-    const float *score, *lse;
-    Column grad_score, grad_lse;
+    const float *score, *lse, *weight;
+    Column grad_score, grad_lse, grad_weight;
+    const void* grad_merged;
+    const float *size, *mass;
     void *grad_q, *grad_meta;
     float* scratch;
+
+    // Whether similarities to all meta tokens have a gradient, not that to the chosen one alone.
+    bool soft() const { return grad_lse.data != nullptr || grad_weight.data != nullptr; }
 };
 Error assign_backward(const AssignBackwardArguments&, Stream);
 
 // assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in
-// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no order, offsets and other. With
-// sequences, merge is of one item with the groups of all, and those that are longer are passed over.
+// one launch. Both parts must agree; merge.weight is assign.weight, and merge has no other; its order and offsets are
+// made, unless null. With sequences these are null, merge is of one item with the groups of all, and sequences that are
+// longer are passed over.
 struct AssignMergeArguments {
     AssignArguments assign;
     MergeArguments merge;

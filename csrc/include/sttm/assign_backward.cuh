@@ -11,6 +11,7 @@ template <typename T, bool EXACT, int ROWS>
 using AssignPanel = WeightPanel<T, EXACT, ROWS, true>;
 
 __device__ __forceinline__ float at(const Column& column, const Item& item, int n) {
+    if (column.data == nullptr) return 0;
     return column.data[item.tokens * column.stride_b + (item.start + n) * column.stride_n];
 }
 
@@ -35,7 +36,8 @@ __device__ __forceinline__ AssignedRows<T> assigned_rows(const AssignBackwardArg
     return {rows.data, rows.stride, item.N, a.index + item.first_row(), item.first_group, a.K};
 }
 
-// Of a token: index, dL/dscore, dL/dlse, lse; index -1 if it has no group.
+// Of a token: index, dL/dscore, dL/dlse, lse; index -1 if it has no group. What comes by weight = exp(score - lse) is in
+// both gradients.
 struct TokenTerm {
     int chosen;
     float score_grad, lse_grad, level;
@@ -46,8 +48,43 @@ __device__ __forceinline__ TokenTerm token_term(const AssignBackwardArguments& a
     if (n >= item.N) return term;
     const unsigned chosen = unsigned(a.index[item.first_row() + n]) - unsigned(item.first_group);
     if (chosen >= unsigned(a.K)) return term;
-    return {int(chosen), at(a.grad_score, item, n), at(a.grad_lse, item, n), a.lse[item.first_row() + n]};
+    const int64_t row = item.first_row() + n;
+    const float through = at(a.grad_weight, item, n) * (a.weight == nullptr ? 1.0f : a.weight[row]);
+    return {int(chosen), at(a.grad_score, item, n) + through, at(a.grad_lse, item, n) - through, a.lse[row]};
 }
+
+// Of a token that was merged, too: its group, -1 if it has none, and its share of it.
+struct alignas(8) MergedTerm {
+    int group;
+    float share;
+};
+
+__device__ __forceinline__ MergedTerm merged_term(const AssignBackwardArguments& a, const Item& item, int n,
+                                                  int chosen) {
+    if (a.grad_merged == nullptr || chosen < 0) return {-1, 0};
+    const int64_t row = item.first_row() + n;
+    const float size = a.size == nullptr ? 1.0f : a.size[row], mass = a.mass[int64_t(item.set) * a.K + chosen];
+    return {chosen, mass == 0 ? 0.0f : size * (a.weight == nullptr ? 1.0f : a.weight[row]) / mass};
+}
+
+// What is added to the gradients of tokens: shares of the rows of dL/dy.
+template <typename T>
+struct MergedRows {
+    static constexpr bool kAny = true;
+    const T* grad;  // of the first group of the item
+    int D;
+    const MergedTerm* terms;  // of the own rows of a tile
+
+    __device__ __forceinline__ MergedRows(const AssignBackwardArguments& a, const Item& item, const MergedTerm* terms)
+        : grad(static_cast<const T*>(a.grad_merged)), D(a.D), terms(terms) {
+        if (grad != nullptr) grad += int64_t(item.set) * a.K * D;
+    }
+    __device__ __forceinline__ bool aligned() const { return is_aligned(grad); }
+    __device__ __forceinline__ MergedTerm term(int own) const { return terms[own]; }
+    __device__ __forceinline__ const T* row(const MergedTerm& term) const {
+        return term.group < 0 ? nullptr : grad + int64_t(term.group) * D;
+    }
+};
 
 // Where there are fewer blocks than kFewBlocks, up to kMostParts share the slices of a tile, each with weights of its
 // own: two products in a row become one and a part of the other.
@@ -78,9 +115,13 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     const Features& other_features = TOKENS ? m_features : q_features;
 
     STTM_SHARED(TokenTerm, terms, [Panel::OTHER]);  // of the tokens, own or other
+    STTM_SHARED(MergedTerm, merged_terms, [TOKENS ? ROWS : 1]);
     const int thread = static_cast<int>(threadIdx.x);
     Panel panel(shared_memory<unsigned char>(), width, !TOKENS || width >= num_other);
-    if (TOKENS && thread < ROWS) terms[thread] = token_term(a, item, first + thread);
+    if (TOKENS && thread < ROWS) {
+        terms[thread] = token_term(a, item, first + thread);
+        merged_terms[thread] = merged_term(a, item, first + thread, terms[thread].chosen);
+    }
     const auto make_weights = [&](int from, int end, int) {
         STTM_NO_UNROLL
         for (int start = from; start < end; start += Panel::OTHER) {
@@ -106,10 +147,11 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
     };
     T* const grad = static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta);
     if constexpr (TOKENS) {
+        const MergedRows<T> merged(a, item, merged_terms);
         panel.for_each_slice(other, other_features, num_other, mine, parts, make_weights, [&](int part, bool fresh) {
             if (fresh) panel.find_shares(own, first, a.similarity);
             panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
-                                 a.similarity);
+                                 a.similarity, merged);
         });
     } else {
         panel.store_span(grad, own, num_own, own_features, a.similarity, other, other_features,
@@ -135,8 +177,11 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
     }
     const AssignedRows<T> tokens = assigned_rows<T>(a, item);
     const T* q = tokens(n);
-    const T* m = q == nullptr ? q : rows_of<T>(a.meta, Mask{}, item.set, a.K)(static_cast<int>(tokens.chosen(n)));
-    float of_q = 0, of_m = 0;  // the gradient is of_m * m - of_q * q
+    const int chosen = q == nullptr ? -1 : static_cast<int>(tokens.chosen(n));
+    const T* m = q == nullptr ? q : rows_of<T>(a.meta, Mask{}, item.set, a.K)(chosen);
+    const MergedTerm term = merged_term(a, item, n, chosen);
+    const T* const merged = MergedRows<T>(a, item, nullptr).row(term);
+    float of_q = 0, of_m = 0;  // the gradient is of_m * m - of_q * q, and what comes from the merge
     if (q != nullptr) {
         of_m = of_q = at(a.grad_score, item, n) * a.inverse_temperature;
         if (a.similarity == Similarity::cosine) {
@@ -159,6 +204,7 @@ __global__ void __launch_bounds__(kAssignWarps* kWarpSize, 4)
                 value[e] = of_m * to_float(m_part.value[e]);
                 if (of_q != 0) value[e] -= of_q * to_float(q_part.value[e]);
             }
+            add_share(value, merged, d, a.D, term.share);
         }
         for (int h = 0; h < heads; ++h) {
             store_features(grad + h * int64_t(a.N) * a.D + d, value, a.D - d, 1.0f / heads);
@@ -260,7 +306,7 @@ cudaError_t launch_assign_grad_meta(const AssignBackwardArguments& a, const Feat
 template <typename T, bool EXACT>
 cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_t stream) {
     const Features q_features = features_of<T>(a.q, a.D), m_features = features_of<T>(a.meta, a.D);
-    const bool soft = a.grad_lse.data != nullptr;
+    const bool soft = a.soft();
     const auto by_warps = [&](auto kernel, int64_t tasks) {
         return launch(kernel, Grid{ceil_div64(tasks, kAssignWarps)}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
                       m_features);

@@ -196,6 +196,15 @@ __device__ __forceinline__ void assign_tokens(const AssignMergeArguments& args, 
     sequence.w[n] = size * weight;
 }
 
+// The tokens by group, for those who are given the plan.
+__device__ __forceinline__ void store_order(const MergeArguments& a, const Item& item, int K,
+                                            const Sequence& sequence) {
+    if (a.order == nullptr) return;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < item.N) a.order[item.first_row() + thread] = sequence.order[thread];
+    if (thread <= K) a.offsets[int64_t(item.set) * (K + 1) + thread] = sequence.offsets[thread];
+}
+
 // Mass, count and mean position of the groups.
 __device__ inline void merge_positions(const MergeArguments& a, const Item& item, int K, Sequence& sequence) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -328,6 +337,7 @@ __global__ void __launch_bounds__(kAssignMergeThreads, NT == 4 ? 2 : 1)
     __syncthreads();
     Sort<kAssignMergeThreads>::run(sequence.index, item.N, K, sequence.order, sequence.offsets, sequence.other,
                                    reinterpret_cast<int*>(shared));
+    store_order(a.merge, item, K, sequence);
     merge_positions(a.merge, item, K, sequence);
     if constexpr (RESIDENT) {
         merge_features(a.merge, static_cast<const T*>(tiles.own), tiles.pitch, x_features, item, K, sequence);

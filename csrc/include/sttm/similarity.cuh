@@ -415,12 +415,39 @@ __device__ __forceinline__ OwnShare own_share(bool there, float term, float alon
     return share;
 }
 
-// Features from d on of the gradient of a row of (items, heads, count, D), of `value`, the sum by weights; 0 for a row
-// without `features`. Every head has the same share of the gradient of their mean.
+// Adds `share` of the D features of a row to `value`, of those from d on, unless there is no row.
+template <typename T>
+__device__ __forceinline__ void add_share(float (&value)[Vec<T>::size], const T* row, int d, int D, float share) {
+    if (row == nullptr) return;
+    Vec<T> v;
+    if (d + Vec<T>::size <= D && reinterpret_cast<uintptr_t>(row + d) % 16 == 0) {
+        v = Vec<T>::load(row + d);
+    } else {
+        STTM_UNROLL
+        for (int e = 0; e < Vec<T>::size; ++e) v.value[e] = d + e < D ? row[d + e] : from_float<T>(0);
+    }
+    STTM_UNROLL
+    for (int e = 0; e < Vec<T>::size; ++e) value[e] = fmaf(share, to_float(v.value[e]), value[e]);
+}
+
+// Nothing is added to a gradient.
+struct NoMore {
+    static constexpr bool kAny = false;
+
+    struct Term {
+        float share = 0;
+    };
+    __device__ __forceinline__ bool aligned() const { return true; }
+    __device__ __forceinline__ Term term(int) const { return {}; }
+    __device__ __forceinline__ std::nullptr_t row(const Term&) const { return nullptr; }
+};
+
+// Features from d on of the gradient of a row of (items, heads, count, D), of `value`, the sum by weights, and of a
+// share of the row `more`; 0 for a row without `features`. Every head has the same share of the gradient of their mean.
 template <typename T>
 __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* features, int count, const Features& f,
                                                int row, int d, float (&value)[Vec<T>::size], const OwnShare& share,
-                                               Similarity kind) {
+                                               Similarity kind, const T* more = nullptr, float more_share = 0) {
     if (features != nullptr && kind != Similarity::dot) {
         const Vec<T> v = sttm::features(features, f, d);
         STTM_UNROLL
@@ -429,6 +456,7 @@ __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* f
         STTM_UNROLL
         for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
     }
+    add_share(value, more, d, f.D, more_share);
     T* const to = grad + (item * f.heads * count + row) * f.D + d;
     for (int h = 0; h < f.heads; ++h) {
         store_features(to + h * int64_t(count) * f.D, value, f.D - d, 1.0f / f.heads);

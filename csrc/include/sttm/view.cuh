@@ -22,7 +22,7 @@ inline bool is_vectorizable(const Rows& rows, int64_t C) {
            rows.stride_n % kSize == 0 && C % kSize == 0;
 }
 
-inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+__host__ __device__ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // Calls run(T()) with the type that `dtype` names.
 template <class Run>

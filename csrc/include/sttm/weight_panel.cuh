@@ -464,20 +464,23 @@ struct WeightPanel {
     }
 
     // grad (items, heads, count, D) of the own rows, num_own of an item from `start` on: from `first` of these on, and
-    // features from `part` on.
-    template <typename Rows>
+    // features from `part` on. `more` has rows of which a share is added.
+    template <typename Rows, typename More = NoMore>
     __device__ __forceinline__ void store_gradient(T* grad, int64_t item, int count, int start, const Rows& own,
-                                                   int num_own, const Features& f, int first, int part,
-                                                   Similarity kind) {
+                                                   int num_own, const Features& f, int first, int part, Similarity kind,
+                                                   const More& more = {}) {
+        static_assert(STEPPED || !More::kAny, "where registers allow it");
         if constexpr (STEPPED) {
-            if (f.pieces && reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
+            if (f.pieces && is_aligned(grad) && more.aligned()) {
                 T* const to = grad + (item * count + start) * f.D;
-                if (kind == Similarity::dot) return store_pieces<false>(to, own, num_own, f.D, first, part);
-                return store_pieces<true>(to, own, num_own, f.D, first, part);
+                if (kind == Similarity::dot) return store_pieces<false>(to, own, num_own, f.D, first, part, more);
+                return store_pieces<true>(to, own, num_own, f.D, first, part, more);
             }
             finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+                const auto term = more.term(row);
+                const T* const added = more.row(term);
                 sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
-                                     shares()[row], kind);
+                                     shares()[row], kind, added, term.share);
             });
         } else {
             finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
@@ -489,9 +492,9 @@ struct WeightPanel {
 
     // The same of features in pieces; `grad` is that of the first own row. A thread has the same columns of rows that
     // are STEP apart, and reads kMost of them before it writes. READS: `out` is not all of the gradient.
-    template <bool READS, typename Rows>
-    __device__ __forceinline__ void store_pieces(T* grad, const Rows& own, int num_own, int D, int first,
-                                                 int part) const {
+    template <bool READS, typename Rows, typename More>
+    __device__ __forceinline__ void store_pieces(T* grad, const Rows& own, int num_own, int D, int first, int part,
+                                                 const More& more) const {
         using Pieces = SteppedPieces<T, THREADS, OWN, SLICE>;
         using Words = Vec<uint32_t>;
         constexpr int kSize = Vec<T>::size, kMost = Pieces::COUNT < 4 ? Pieces::COUNT : 4;
@@ -503,12 +506,20 @@ struct WeightPanel {
         __syncthreads();
         STTM_NO_UNROLL
         for (int s = 0; s < Pieces::COUNT && part + column < D; s += kMost) {
-            Words features[kMost];
+            Words features[kMost], added[More::kAny ? kMost : 1];
+            float added_shares[More::kAny ? kMost : 1];
             STTM_UNROLL
             for (int i = 0; i < kMost; ++i, from += step) {
                 features[i] = Words::filled(0);
                 if (READS && row + i * Pieces::STEP < left)
                     features[i] = Words::load(reinterpret_cast<const uint32_t*>(from));
+                if constexpr (More::kAny) {
+                    const auto term = more.term(row + i * Pieces::STEP);
+                    added[i] = Words::filled(0);
+                    if (const T* const from_there = more.row(term))
+                        added[i] = Words::load(reinterpret_cast<const uint32_t*>(from_there + (part + column)));
+                    added_shares[i] = term.share;
+                }
             }
             STTM_UNROLL
             for (int i = 0; i < kMost; ++i, row += Pieces::STEP, to += D * Pieces::STEP) {
@@ -523,6 +534,8 @@ struct WeightPanel {
                     for (int j = 0; j < kSize / 4; ++j) {
                         value[j] = sums[e * (kSize / 4) + j];
                         if (READS) value[j] = share.of(value[j], element_of<T>(features[i].value[e], j));
+                        if constexpr (More::kAny)
+                            value[j] = fmaf(added_shares[i], element_of<T>(added[i].value[e], j), value[j]);
                     }
                     gradient.value[e] = word_of<T>(value) & kept;
                 }

@@ -36,7 +36,7 @@ from sttm_kernels.impl.triton.similarity import (
     tiles,
     told,
 )
-from sttm_kernels.plan import MergePlan, OfAssign, PlanGrads, Similarity
+from sttm_kernels.plan import MergedToo, MergePlan, OfAssign, PlanGrads, Similarity
 
 _NUMBERS = [
     "N", "K", "num_sequences", "halvings", "left_out", "inverse_temperature", "stride_qb", "stride_qh", "stride_qn",
@@ -116,9 +116,11 @@ class Chosen(NamedTuple):
 
     index: Any
     lse: Any
+    weight: Any
     grad_score: Any
     grad_lse: Any
-    """None if only score has a gradient."""
+    grad_weight: Any
+    """Gradients are None where there are none."""
     first: Any
     group: Any
     """The number of the first group in `index`."""
@@ -128,16 +130,50 @@ class Chosen(NamedTuple):
 
 @triton.jit
 def _terms(plan, n):
-    """Of tokens n: index, dL/dscore, dL/dlse, lse, and whether they have a group; 0 if not."""
+    """Of tokens n: index, dL/dscore, dL/dlse, lse, and whether they have a group; 0 if not.
+
+    What comes by weight = exp(score - lse) is in both gradients.
+    """
     at = plan.first + n
     chosen = tl.load(plan.index + at, mask=n < plan.N, other=-1) - plan.group
     real = (chosen >= 0) & (chosen < plan.K)
-    score_grad = tl.load(plan.grad_score + at, mask=real, other=0.0)
+    score_grad = tl.zeros(n.shape, tl.float32)
     lse_grad, level = score_grad, score_grad
+    if plan.grad_score is not None:
+        score_grad += tl.load(plan.grad_score + at, mask=real, other=0.0)
     if plan.grad_lse is not None:
-        lse_grad = tl.load(plan.grad_lse + at, mask=real, other=0.0)
+        lse_grad += tl.load(plan.grad_lse + at, mask=real, other=0.0)
+    if plan.grad_weight is not None:
+        through = tl.load(plan.grad_weight + at, mask=real, other=0.0)
+        if plan.weight is not None:
+            through *= tl.load(plan.weight + at, mask=real, other=0.0)
+        score_grad += through
+        lse_grad -= through
+    if plan.grad_lse is not None or plan.grad_weight is not None:
         level = tl.load(plan.lse + at, mask=real, other=0.0)
     return chosen, score_grad, lse_grad, level, real
+
+
+@triton.jit
+def _merged_share(plan, size, mass, place, n, chosen, real):
+    """The share that tokens n have of their groups where they were merged, too, and where the rows of these are."""
+    at, group = plan.first + n, place.item * plan.K + chosen
+    share = tl.where(real, 1.0, 0.0)
+    if plan.weight is not None:
+        share *= tl.load(plan.weight + at, mask=real, other=0.0)
+    if size is not None:
+        share *= tl.load(size + at, mask=real, other=0.0)
+    whole = tl.load(mass + group, mask=real, other=0.0)
+    return tl.where(whole == 0, 0.0, share / tl.where(whole == 0, 1.0, whole)), group
+
+
+@triton.jit
+def _merged_rows(grad_merged, share, group, start, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Features from `start` on of what comes back from the groups of tokens."""
+    d = start + tl.arange(0, WIDTH)[None, :]
+    inside = (share != 0)[:, None] & (d < D)
+    rows = tl.load(grad_merged + group.to(tl.int64)[:, None] * D + d, mask=inside, other=0.0)
+    return share[:, None] * rows.to(tl.float32)
 
 
 @triton.jit
@@ -173,7 +209,8 @@ def _pull_back_one_by_one(
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_backward_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
-    index, lse, grad_score, grad_lse, grad, sequences, num_sequences, halvings,
+    index, lse, weight, grad_score, grad_lse, grad_weight, grad_merged, size, mass, grad,
+    sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, TOKENS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -182,16 +219,17 @@ def assign_backward_kernel(
     """dL/dq by tiles of tokens (TOKENS) or dL/dm by tiles of meta tokens; `grad` has one owner per row and slice of D.
 
     dS[n, k] = g_n [k = index_n] + h_n exp(S[n, k] - lse_n), with S worked out again a tile at a time: once for every
-    slice of D, which only D > 128 has more than one of. Without `grad_lse` h is 0.
+    slice of D, which only D > 128 has more than one of. Without `grad_lse` and `grad_weight` h is 0. With `grad_merged`
+    (B, K, D), the gradient of what tokens were merged to along the plan, dL/dq has what comes back from there.
     """
-    SOFT: tl.constexpr = grad_lse is not None
+    SOFT: tl.constexpr = (grad_lse is not None) or (grad_weight is not None)
     ACROSS: tl.constexpr = 1 if TOKENS else 0  # where the vectors of tokens are broadcast
     place = place_of_program(sequences, num_sequences, halvings, N, K, TOKENS, BLOCK_OWN, D, SLICE)
     part, first = place.part, place.first
     tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
     metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
     own, other = (tokens, metas) if TOKENS else (metas, tokens)
-    plan = Chosen(index, lse, grad_score, grad_lse, place.token, place.group, place.N, K)
+    plan = Chosen(index, lse, weight, grad_score, grad_lse, grad_weight, place.token, place.group, place.N, K)
 
     lanes, other_lanes = tl.arange(0, BLOCK_OWN), tl.arange(0, BLOCK_OTHER)
     inside = first + lanes < own.count
@@ -234,13 +272,16 @@ def assign_backward_kernel(
     acc = finish(acc, along, features(mine, part, D, HEADS, SLICE), own_sq, SIMILARITY, D <= SLICE)
     if TOKENS:
         acc = tl.where(real[:, None], acc, 0.0)
+        if grad_merged is not None:
+            share, group = _merged_share(plan, size, mass, place, first + lanes, chosen, real)
+            acc += _merged_rows(grad_merged, share, group, part, D, SLICE)
     store_rows(grad, acc, own, place, first + lanes, part, N if TOKENS else K, D, HEADS)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["stride_qd"])
 def assign_gather_kernel(
     q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
-    index, score, grad_score, grad, sequences, num_sequences, halvings,
+    index, score, weight, grad_score, grad_merged, size, mass, grad, sequences, num_sequences, halvings,
     N, K, inverse_temperature,
     D: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -250,7 +291,7 @@ def assign_gather_kernel(
     lanes = tl.arange(0, BLOCK_N)
     tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
     metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
-    plan = Chosen(index, None, grad_score, None, place.token, place.group, place.N, K)
+    plan = Chosen(index, None, weight, grad_score, None, None, place.token, place.group, place.N, K)
     n = place.first + lanes
     chosen, score_grad, _, _, real = _terms(plan, n)
     dS = score_grad * inverse_temperature
@@ -266,6 +307,8 @@ def assign_gather_kernel(
         cosine = tl.load(score + place.token + n, mask=real, other=0.0) / inverse_temperature
         cosine = tl.where(tl.sqrt(q_sq) >= FLOOR, cosine, 0.0)  # below the floor a row is scaled, not normalised
         dS *= inverse_norm(q_sq)
+    if grad_merged is not None:
+        share, group = _merged_share(plan, size, mass, place, n, chosen, real)
     for start in range(0, D, BLOCK_D):
         away = features(other, start, D, HEADS, BLOCK_D).to(tl.float32)
         here = features(own, start, D, HEADS, BLOCK_D).to(tl.float32)
@@ -274,6 +317,8 @@ def assign_gather_kernel(
         if SIMILARITY == "l2":
             away = 2.0 * (away - here)
         value = tl.where(real[:, None], dS[:, None] * away, 0.0)
+        if grad_merged is not None:
+            value += _merged_rows(grad_merged, share, group, start, D, BLOCK_D)
         store_rows(grad, value, tokens, place, n, start, N, D, HEADS)
 
 
@@ -377,17 +422,21 @@ def assign_backward(
     plan: MergePlan,
     needs: OfAssign,
     sequences: Tensor | None = None,
+    merged: MergedToo | None = None,
 ) -> OfAssign:
-    grad_score, grad_lse = dense(grads.score), dense(grads.lse)
+    grad_score, grad_lse, grad_weight = map(dense, grads)
+    weight, (grad_merged, size, mass) = dense(plan.weight), map(dense, merged or (None,) * 3)
     places, B, H, N, K, D, align = paired(q, meta)
     need_q, need_meta = needs
     grad_q, grad_meta = q.new_empty(q.shape) if need_q else None, meta.new_empty(meta.shape) if need_meta else None
     table, extents = told(sequences), (N, K, 1.0 / similarity.temperature)
     constants = {"D": D, "HEADS": H, "SIMILARITY": similarity.kind, "ALIGN": align}
-    if need_q and grad_lse is None:
+    if need_q and grad_lse is None and grad_weight is None:
         config = _gather_config(q.device, D)
         grid = (tiles(B, N, config.blocks["BLOCK_N"], sequences),)
-        args = (*places, plan.index, plan.score, grad_score, grad_q, *table, *extents)
+        args = (
+            *places, plan.index, plan.score, weight, grad_score, grad_merged, size, mass, grad_q, *table, *extents,
+        )  # fmt: skip
         launch(assign_gather_kernel, grid, *args, config=config, **constants)
         need_q = False
     rounding = precision(q.dtype)
@@ -399,7 +448,10 @@ def assign_backward(
     for tokens, count, needed, grad in ((True, owners[0], need_q, grad_q), (False, owners[1], need_meta, grad_meta)):
         if needed:
             grid = (count * slices,)
-            args = (*places, plan.index, plan.lse, grad_score, grad_lse, grad, *table, *extents)
+            args = (
+                *places, plan.index, plan.lse, weight, grad_score, grad_lse, grad_weight,
+                *((grad_merged, size, mass) if tokens else (None,) * 3), grad, *table, *extents,
+            )  # fmt: skip
             constants |= {"TOKENS": tokens, "PRECISION": rounding}
             launch(assign_backward_kernel, grid, *args, config=config, **constants)
     return OfAssign(grad_q, grad_meta)

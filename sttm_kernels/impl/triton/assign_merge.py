@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sttm_kernels.impl.triton.assign import assign
 from sttm_kernels.impl.triton.config import Config, configured
+from sttm_kernels.impl.triton.csr import sort_tokens
 from sttm_kernels.impl.triton.launch import launch
 from sttm_kernels.impl.triton.layout import aligned, alignment, dense, items
 from sttm_kernels.impl.triton.merge import merge
@@ -50,6 +51,8 @@ from sttm_kernels.plan import Merged, MergePlan, Similarity
 
 MAX_TOKENS = 256
 MAX_GROUPS = 128
+SORTED_AT_ONCE: tl.constexpr = tl.constexpr(32)
+"""Tokens that are compared with one another to sort them."""
 
 
 class Frame(NamedTuple):
@@ -184,13 +187,13 @@ def _merge_one_by_one(y, fill, x, rounded, empty, frame, k, C: tl.constexpr, BLO
         "N", "K", "inverse_temperature", "stride_xb", "stride_xn", "stride_qb", "stride_qh", "stride_qn", "stride_mb",
         "stride_pb", "stride_fb", "longer", "most",
     ],
-    do_not_specialize_on_alignment=["stride_xc", "stride_qd"],
+    do_not_specialize_on_alignment=["stride_xc", "stride_qd", "offsets"],
 )  # fmt: skip
 def assign_merge_kernel(
     x, stride_xb, stride_xn, stride_xc, q, stride_qb, stride_qh, stride_qn, stride_qd, m, stride_mb,
     mask, size, positions, stride_pb, fill, stride_fb,
-    index, score, lse, weight, y, size_out, positions_out, mass_out, sequences, longer, most,
-    N, K, inverse_temperature,
+    index, score, lse, weight, y, size_out, positions_out, mass_out, order, offsets, rank,
+    sequences, longer, most, N, K, inverse_temperature,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, SIMILARITY: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -198,6 +201,7 @@ def assign_merge_kernel(
     """BLOCK_N holds all tokens, BLOCK_K all groups; similarities exist for BLOCK_R tokens at a time.
 
     Of `sequences`, whose groups are those of one item, the ones longer than `longer` and of at most `most` tokens.
+    `rank` (B, N) is scratch of those who want `order` and `offsets`, of items.
     """
     width = C
     if sequences is not None:
@@ -250,6 +254,11 @@ def assign_merge_kernel(
     if tl.sum(spoiled, 0) > 0:
         tl.debug_barrier()
         _merge_one_by_one(y, fill, values, rounded, empty, frame, k, C, BLOCK_D)
+    if order is not None:  # last, when registers are free
+        sort_tokens(
+            index + frame.token, rank + frame.token, order + frame.token, offsets + frame.group + place.item,
+            N, K, BLOCK_N, SORTED_AT_ONCE,
+        )  # fmt: skip
 
 
 def assign_merge(
@@ -267,6 +276,7 @@ def assign_merge(
     C, x_strides = x.shape[2], x.stride()
     q = x if q is None else q
     places, B, H, N, K, D, align = paired(q, meta)
+    rank = None
     fits = K <= MAX_GROUPS and precision(x.dtype) == "tf32"
     block_k = 16 if K <= 16 else 64 if K <= 64 else MAX_GROUPS
     sizes = (
@@ -279,6 +289,8 @@ def assign_merge(
     if sequences is not None or not launches:
         plan = assign(q, meta, similarity, weight, mask, sequences, longest)
         merged = merge(x, plan, size, positions, "mean", fill)
+        if sequences is not None:
+            merged = merged._replace(order=None, offsets=None)
         if not launches:
             return merged, plan
     else:
@@ -288,7 +300,8 @@ def assign_merge(
         plan = MergePlan(index, K, score, lse, w)
         size_out = score.new_empty(B, K)
         positions_out = None if positions is None else score.new_empty(B, K, P)
-        merged = Merged(x.new_empty(B, K, C), size_out, positions_out, torch.empty_like(size_out))
+        y, mass, order, rank = x.new_empty(B, K, C), torch.empty_like(size_out), *map(torch.empty_like, (index, index))
+        merged = Merged(y, size_out, positions_out, mass, order, index.new_empty(B, K + 1))
     longer = 0
     for most, config in launches:
         launch(
@@ -296,7 +309,7 @@ def assign_merge(
             (B if sequences is None else sequences.shape[0],),
             x, *x_strides, *places,
             dense(mask), dense(size), *items(positions), *items(fill),
-            plan.index, plan.score, plan.lse, plan.weight, *merged, told(sequences)[0], longer, most,
+            plan.index, plan.score, plan.lse, plan.weight, *merged, rank, told(sequences)[0], longer, most,
             N, K, 1.0 / similarity.temperature,
             config=config, C=C, D=D, P=P, HEADS=H, SIMILARITY=similarity.kind, ALIGN=gcd(align, alignment(x_strides)),
         )  # fmt: skip

@@ -238,14 +238,16 @@ def merge(
     mass, positions_out = torch.empty_like(size_out), size_out.new_empty(B, K, P)
     features = (dense(weight), dense(size), *items(positions), *items(fill), y, size_out, positions_out, mass, N, K)
     constants = {"REDUCE": reduce, "C": C, "P": P, "ALIGN": alignment(strides)}
+    made: tuple[Tensor | None, Tensor | None] = (None, None)
     if order is None or offsets is None:
         order, offsets = csr(index.contiguous(), K), None
+        made = parts(order, B, N, K)
     else:
         order, offsets = order.contiguous(), offsets.contiguous()
     config = _merge_config(x.device, C, P, N >= LONG_GROUPS * K, x.element_size())
     grid = (B * -(-K // config.blocks["BLOCK_K"]), -(-C // config.blocks["BLOCK_C"]))
     launch(merge_kernel, grid, x, *strides, order, offsets, *features, config=config, **constants)
-    return Merged(y, size_out, None if positions is None else positions_out, mass)
+    return Merged(y, size_out, None if positions is None else positions_out, mass, *made)
 
 
 @triton.jit(
