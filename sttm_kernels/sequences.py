@@ -62,6 +62,16 @@ def moved(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def read(counts: Tensor) -> list[int]:
+    """How many groups each sequence has, where only a device knows."""
+    if not torch.compiler.is_compiling() and torch_private.is_mapped(counts):
+        raise ValueError(
+            "lengths must be None in torch.func.vmap where a threshold or pack decides how many groups there are, for "
+            f"all that it maps have as many, got those of {len(counts)} sequences: give match a batch and a mask"
+        )
+    return counts.tolist()
+
+
 def joined(
     plans: dict[int, MergePlan], lengths: Lengths, groups: Lengths | None = None, threshold: bool = False
 ) -> MergePlan:
@@ -73,7 +83,7 @@ def joined(
     none = groups or (0,) * len(lengths)
     merged = [plans[s].num_groups if s in plans else none[s] for s in range(len(lengths))]
     if threshold:
-        counts = torch.stack([plan.index.max() for plan in plans.values()]).tolist()
+        counts = read(torch.stack([plan.index.max() for plan in plans.values()]))
         for s, last in zip(plans, counts, strict=True):
             merged[s] = last + 1
     first, begin = starts(merged), starts(lengths)
@@ -116,7 +126,7 @@ def without_empty_groups(plan: MergePlan) -> MergePlan:
         has_tokens = torch.zeros(old + 1, dtype=torch.bool, device=index.device).scatter(0, group, True)[:-1]
     before = torch.nn.functional.pad(has_tokens.cumsum(0), (1, 0))
     at = on_device([starts(plan.merged_lengths)], index.device)[0]
-    merged = tuple(before[at].diff().tolist())
+    merged = tuple(read(before[at].diff()))
     K = sum(merged)
     offsets = plan.offsets
     if offsets is not None and K < T:

@@ -76,6 +76,20 @@ def below_autograd() -> AbstractContextManager[Any]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+_wrapped: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", lambda t: False)
+_batched: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_batchedtensor", lambda t: False)
+_unwrapped: Callable[[torch.Tensor], torch.Tensor] = _find("_C._functorch.get_unwrapped", lambda t: t)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether `torch.func.vmap` maps this, at any level of transforms."""
+    while _wrapped(tensor):
+        if _batched(tensor):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
+
+
 _mapped_by_autograd: Callable[[torch.Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", lambda t: False)
 
 

@@ -139,8 +139,10 @@ def lengths(name: str, value: Any, total: int) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a sequence of ints or an integer tensor (S,), got {type(value).__name__}")
     if not found or sum(found) != total:
         text = found if len(found) <= 8 else f"{len(found)} numbers"
+        offsets = found and found[0] == 0 and found[-1] == total  # as cu_seqlens of other packages
         raise ValueError(
             f"{name} must be the tokens of each sequence, {total} together, got {text}, {sum(found)} together"
+            + "; of offsets, as these seem to be, give the differences" * bool(offsets)
         )
     return found
 

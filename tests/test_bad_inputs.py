@@ -77,6 +77,16 @@ TABLE = [
     (lambda: sttm.assign(Q, META, mask=elsewhere(MASK)), ValueError, r"mask must be on the device of q, cpu"),
     # packed sequences
     (lambda: packed([5, 6]), ValueError, r"lengths must be the tokens of each sequence, 12 together, got \(5, 6\), 11"),
+    (
+        lambda: packed([0, 5, 12]),
+        ValueError,
+        r"lengths .* got \(0, 5, 12\), 17 together; of offsets, .* the differences",
+    ),
+    (
+        lambda: torch.func.vmap(lambda q: packed([5, 7], metric=q, threshold=0.1).index)(Q),
+        ValueError,
+        r"lengths must be None in torch\.func\.vmap where a threshold or pack decides",
+    ),
     (lambda: packed([13, -1]), ValueError, r"every number of lengths must be at least 0, got -1"),
     (lambda: packed([]), ValueError, r"lengths must be the tokens of each sequence, 12 together, got \(\), 0"),
     (lambda: packed(12), TypeError, r"lengths must be a sequence of ints or an integer tensor \(S,\), got int"),

@@ -192,6 +192,7 @@ def test_clips_one_after_another_keep_a_share_of_their_own(backend, name):
         ({"grid": torch.tensor([[1.0, 2, 2], [1, 1, 2]])}, "grid must be of integers on the CPU"),
         ({"grid": []}, "grid must be .* or one of each clip"),
         ({"mask": torch.ones(9, dtype=torch.bool)}, "mask must be None with lengths"),
+        ({"x": torch.ones(9, 5)}, r"x must have shape \(sum of N, C\) = \(9, 4\), got \(9, 5\)"),
         ({"metric": torch.ones(8, 4)}, "metric must have the T = 9 tokens of x, got 8"),
         ({"size": torch.ones(1, 9)}, r"size must have shape \(T,\)"),
         ({"positions": torch.ones(9, 2)}, "positions must have 3 or 9 channels"),
@@ -583,7 +584,7 @@ def test_export():
     [
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"x": torch.ones(2, 25, 4, dtype=torch.int64)}, TypeError, "x must be float32, bfloat16, float16 or float64"),
-        ({"x": torch.ones(25, 4)}, ValueError, r"x must have shape \(B, N, C\), got \(25, 4\)"),
+        ({"x": torch.ones(25)}, ValueError, r"x must have shape \(B, N, C\), got \(25\)"),
         ({"x": torch.ones(2, 25, 5)}, ValueError, r"x must have shape \(B, N, C\) = \(2, 25, 4\), got \(2, 25, 5\)"),
         ({"grid": (4, 6)}, ValueError, r"grid must be \(T, H, W\), 3 positive integers, got \(4, 6\)"),
         ({"grid": (4, 0, 3)}, ValueError, r"every extent of grid \(T, H, W\) must be at least 1, got 0"),

@@ -318,6 +318,7 @@ class STTM(nn.Module):
                 f"{list(grids)}, with which they are {sum(lengths)}"
             )
         row, _ = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+        validate.shape("x", x, "(sum of N, C)", (x.shape[0], self.dim))
         q, size, positions = packed.beside(row, None if metric is x else metric, size, positions, "metric")
         given = {"x": row, "size": size, "positions": None if positions is None else positions[None], "metric": q}
         parts = {
