@@ -11,13 +11,14 @@ using AssignTiles = DotTiles<T, EXACT, 8, 1, 1, 8>;
 
 // One block per tile of the tokens of an item; with SWAPPED of its meta tokens, which the tokens are compared with. A
 // lane keeps the best of the similarities that it sees of its two rows, and the sum of their exponentials relative to
-// it.
+// it. With EARLIER the last tiles of all items, which see most, come first.
 template <typename T, bool EXACT, bool SWAPPED, bool EARLIER = false>
 __global__ void __launch_bounds__(kAssignThreads, 2)
     assign_kernel(const AssignArguments a, const Features q_features, const Features m_features) {
     using Tiles = AssignTiles<T, EXACT>;
     const auto tile_of = [&]() -> TokenTile {
         const int block = static_cast<int>(blockIdx.x), tiles = ceil_div(a.N, Tiles::OWN);
+        if (EARLIER) return {batch_item(block % a.B, a.N), (tiles - 1 - block / a.B) * Tiles::OWN};
         if (!SWAPPED) return token_tile<Tiles::OWN>(a, block);
         return {sequence_item(a.sequences, block / tiles, a.B, a.K, a.N), block % tiles * Tiles::OWN};
     };

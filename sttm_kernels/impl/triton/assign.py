@@ -15,6 +15,7 @@ from sttm_kernels.impl.triton.layout import aligned, dense
 from sttm_kernels.impl.triton.similarity import (
     FLOOR,
     Pair,
+    Place,
     Rows,
     Tile,
     features,
@@ -55,10 +56,16 @@ def assign_kernel(
 ):  # fmt: skip
     """One program per tile of tokens. Without `index` no choice is wanted, without `lse` no softmax.
 
-    With EARLIER the meta tokens are the tokens, which look at those before them alone. In sequences of at most
-    `left_out` tokens these have no group.
+    With EARLIER the meta tokens are the tokens, which look at those before them alone; the last tiles of all items,
+    which see most, come first. In sequences of at most `left_out` tokens these have no group.
     """
-    place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
+    if EARLIER:
+        count = tl.cdiv(N, BLOCK_N)
+        items = tl.num_programs(0) // count
+        item = (tl.program_id(0) % items).to(tl.int64)
+        place = Place(0, (count - 1 - tl.program_id(0) // items) * BLOCK_N, item, item, 0, item * N, N, 0)
+    else:
+        place = place_of_program(sequences, num_sequences, halvings, N, K, True, BLOCK_N)
     lanes, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     tokens = rows_of_tokens(q, place, stride_qb, stride_qh, stride_qn, stride_qd, ALIGN)
     metas = Rows(m + place.item * aligned(stride_mb, ALIGN), D, 1, None, K)
