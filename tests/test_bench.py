@@ -111,6 +111,33 @@ def test_a_rival_that_is_wrong_has_no_time(monkeypatch, rival):
     assert any(check.startswith("failed: AssertionError") for check in found), found
 
 
+def test_packages_that_find_the_nearest_are_rivals_where_they_are_installed(monkeypatch, tmp_path):
+    """By their names; an older version that is given squares too; one that is wrong. On a GPU alone."""
+    work = next(work for work in SMOKE if work.K)
+    inputs = operations.draw(work, CPU, torch.float32, 0)
+
+    def of(device, name="assign l2"):
+        found = operations.operations(work, [], torch.device(device), torch.float32, compiled=False)
+        return {each.impl: runner.checked(each, inputs) for each in found if each.name == name}
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        rivals, "NEAREST", {"old": "nearest_old.kernels", "new": "nearest_new.a.b", "gone": "nearest_gone"}
+    )
+    for module, more, off in (("nearest_old.kernels", ", x_sq", 0), ("nearest_new.a.b", "", 1)):
+        path = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True)
+        path.write_text(
+            f"import torch\ndef euclid_assign_triton(x, centroids{more}, out=None):\n"
+            f"    return (torch.cdist(x, centroids).argmin(-1) + {off}) % centroids.shape[1]\n"
+        )
+    found = of("cuda")
+    assert found.keys() == {"old", "new"}
+    assert found["old"] == "passed"
+    assert found["new"].startswith("failed: AssertionError")
+    assert of("cpu") == {}
+
+
 def test_a_failed_check_is_a_row_and_the_exit_code(bench, monkeypatch):
     monkeypatch.setattr(rivals, "index_add_merge", lambda x, index, num_groups: x[:, :num_groups])
     code, rows, printed = bench("--no-compile")

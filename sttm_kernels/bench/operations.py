@@ -431,8 +431,8 @@ def _of_assign(work: Workload, impls: Sequence[str], device: torch.device, dtype
 
     found, check = x + meta + 4 * index, partial(check_plan, work)
     yield from _group("assign", impls, partial(partial, _find, work), check, found, flops, _products(matrix))
-    flash = partial(_with_meta, rivals.flash_kmeans_assign)
-    others = [Rival("flash-kmeans", flash, exact=False)] if device.type == "cuda" and rivals.has_flash_kmeans() else []
+    packages = rivals.installed() if device.type == "cuda" else ()
+    others = [Rival(name, partial(_with_meta, partial(rivals.nearest, name)), exact=False) for name in packages]
     moved = x + meta + index
     yield from _group("assign l2", impls, partial(partial, _nearest), check_nearest, moved, flops, others)
     yield from _of_merge(work, impls, dtype)

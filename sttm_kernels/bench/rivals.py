@@ -113,13 +113,18 @@ def dense_assign_merge(x: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     return index, member.mT @ x / mass.clamp_min(1e-6)
 
 
-def has_flash_kmeans() -> bool:
-    return importlib.util.find_spec("flash_kmeans") is not None
+NEAREST = {"flash-kmeans": "flash_kmeans.assign_euclid_triton", "flashlib": "flashlib.primitives.kmeans"}
+"""Packages with a kernel for the nearest centroid, and the module it is in; flashlib is flash-kmeans' successor."""
 
 
-def flash_kmeans_assign(x: Tensor, meta: Tensor) -> Tensor:
-    """The nearest meta token (B, N) by squared distance, by the assignment kernel of flash-kmeans."""
-    assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
-    if "x_sq" in inspect.signature(assign).parameters:  # its older versions
+def installed() -> list[str]:
+    """Those of `NEAREST` that are here."""
+    return [name for name, module in NEAREST.items() if importlib.util.find_spec(module.partition(".")[0]) is not None]
+
+
+def nearest(package: str, x: Tensor, meta: Tensor) -> Tensor:
+    """The nearest meta token (B, N) by squared distance, by the assignment kernel of a package."""
+    assign = importlib.import_module(NEAREST[package]).euclid_assign_triton
+    if "x_sq" in inspect.signature(assign).parameters:  # older versions of flash-kmeans
         return assign(x, meta, x.float().square().sum(-1))
     return assign(x, meta)
