@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import least
 from benchmarks import model as prediction
 from sttm_kernels.bench import compare, models, report, results, workloads
 from sttm_kernels.cli import main
@@ -305,8 +308,8 @@ def launch(**more):
     """A launch of one item that nothing bounds."""
     counted = {
         "impl": "cuda", "workload": "clip", "r": 0, "K": 0, "items": 1, "part": "merge", "kernel": "merge",
-        "blocks": prediction.MULTIPROCESSORS, "threads": 1024, "blocks_per_sm": 2, "instructions": 0, "mma": 0,
-        "distinct": 0, "moved": 0,
+        "blocks": prediction.H100.multiprocessors, "threads": 1024, "registers": 32, "shared": 0, "instructions": 0,
+        "mma": 0, "distinct": 0, "moved": 0,
     }  # fmt: skip
     return prediction.Launch(**counted | more)
 
@@ -328,15 +331,99 @@ def test_a_launch_takes_the_longest_of_what_bounds_it(counted, items, takes):
     assert (pytest.approx(time), limit) == takes
 
 
+@pytest.mark.parametrize(
+    ("counted", "blocks"),
+    [
+        ({}, 2),  # 64 warps
+        ({"threads": 32}, 32),
+        ({"threads": 128, "registers": 200}, 2),  # 65,536 registers
+        ({"threads": 128, "shared": 50 << 10}, 4),  # 228 KiB
+        ({"threads": 128, "shared": 300 << 10}, 1),
+    ],
+)
+def test_how_many_blocks_a_multiprocessor_holds(counted, blocks):
+    assert launch(**counted).resident(prediction.H100) == blocks
+
+
+def traced(run, *shapes):
+    """Bytes and operations of the launches of a rival on bfloat16 of these shapes: eager, and compiled."""
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        found = least.trace(lambda: run(*tensors))
+        return found.eager(), found.compiled()
+
+
+@pytest.mark.unpoisoned
+def test_what_a_rival_moves_at_least():
+    """By hand: what is fused, what stands alone, views, what is gathered, copied along an axis or changed in place."""
+
+    def weights(x, m):
+        scaled = (x * 2).exp()  # one launch if compiled
+        return (scaled @ m.T).softmax(-1).relu()
+
+    x, product = 2 * 8 * 4, 2 * 8 * 16
+    flops = 2 * 8 * 4 * 16
+    eager, compiled = traced(weights, (8, 4), (16, 4))
+    between = (2 * product, 0)
+    assert eager == [(2 * x, 0), (2 * x, 0), (x + 2 * 16 * 4 + product, flops), between, between]
+    assert compiled == [(2 * x, 0), (x + 2 * 16 * 4 + product, flops), between]
+
+    assert traced(lambda x: x.view(4, 8).T[::2].detach(), (8, 4)) == ([], [])
+    both = traced(lambda x: (x[::2] + x[1::2], x[:, :1].expand(8, 4) + 1), (8, 4))
+    assert both == ([(x + x // 2, 0), (x // 4 + x, 0)], [(x + x // 2 + x, 0)])
+
+    index = torch.int64.itemsize * 3
+    eager, compiled = traced(lambda x: x.gather(0, torch.zeros(3, 1, dtype=torch.int64).expand(3, 4)), (8, 4))
+    assert eager == [(index, 0), (index + 2 * 2 * 3 * 4, 0)]
+    assert compiled == [(2 * 2 * 3 * 4, 0)]  # the index stays inside
+
+    def spread(x, y):
+        return x.clone().scatter_(0, torch.zeros(3, 4, dtype=torch.int64), y[:3]) + 1
+
+    eager, compiled = traced(spread, (8, 4), (5, 4))
+    few = 2 * 3 * 4
+    assert eager == [(2 * x, 0), (4 * few, 0), (4 * few + 2 * few, 0), (2 * x, 0)]
+    assert compiled == [(2 * x + few, 0), (2 * x, 0)]
+
+
+@pytest.mark.unpoisoned
 def test_predictions_are_those_of_the_counts():
     """The page is what the command writes; twice the counts of a part are seen in all that it is a part of."""
     launches = prediction.read(prediction.COUNTED)
     assert prediction.markdown(launches) == (ROOT / "benchmarks" / "PREDICTED.md").read_text(encoding="utf-8")
     (work,) = (one for one in workloads.CANONICAL if (one.name, one.r) == ("VideoMAE-L 16x224", 784))
-    of = [one for one in launches if (one.workload, one.r) == (work.name, work.r) and one.impl == "cuda"]
-    more = [dataclasses.replace(one, distinct=2 * one.distinct) if one.part == "merge" else one for one in of]
-    slower = [a[0] for a, b in zip(prediction.rows(more, work), prediction.rows(of, work), strict=True) if a != b]
-    assert slower == ["merge", "merge forward + backward", "match + merge"]
+    of = [one for one in launches if (one.workload, one.r) == (work.name, work.r)]
+    more = [
+        dataclasses.replace(one, distinct=2 * one.distinct) if (one.impl, one.part) == ("cuda", "merge") else one
+        for one in of
+    ]
+    both = zip(prediction.rows(more, work), prediction.rows(of, work), strict=True)
+    slower = [a[0] for a, b in both if a[1] == "cuda" and a != b]
+    assert slower == ["merge", "merge forward + backward", "match + merge", f"match + merge{workloads.BACKWARD}"]
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(("faster", "share", "ahead"), [(1, "**not met**", "**not shown**"), (1e-8, "met", "met")])
+def test_goals_are_met_or_not(faster, share, ahead):
+    """A launch as slow as can be, and one of no time but the gap."""
+    (work,) = (one for one in workloads.CANONICAL if (one.name, one.K) == ("STTM spatial", 98))
+    slow = {"distinct": int(faster * 1e12), "workload": work.name, "K": work.K}
+    of = [launch(part=part, **slow) for part in ("merge", "soft_merge")]
+    goals = {(name, impl): goal for name, impl, *_, goal in prediction.rows(of, work) if goal}
+    assert goals == {
+        ("merge", "cuda"): f"90 %: {share}",
+        ("soft_merge", "cuda"): f"ahead of dense compiled: {ahead}",
+    }
+
+
+def test_no_table_of_crossovers_ships_as_triton_is_nowhere_clearly_ahead():
+    found = prediction.crossovers(prediction.read(prediction.COUNTED))
+    assert {verb for verb, *_ in found} == {"match", "assign", "assign_merge", "soft_merge", "merge", "unmerge"}
+    assert len(found) > 20
+    assert min(map(max, found.values())) >= prediction.CLEAR
+    of = [launch(impl=impl, part="match", workload="crossover C=64", r=784, distinct=int(time * 1e9))
+          for impl, time in (("cuda", 10), ("triton", 5))]  # fmt: skip
+    assert prediction.crossovers(of)["match", 0, 64] == pytest.approx([0.5, 0.5], rel=0.01)
 
 
 def without_a_folder_to_write_to(path):
