@@ -253,6 +253,15 @@ def test_sequences_of_several_spans_and_of_none(backend, normalize, K):
     as_each_alone(backend, verb, lengths, given, temperature=0.3, **how)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_a_lone_token_has_no_gradient_through_its_softmax(backend, similarity):
+    """Whatever is rounded on the way: also where three times x over three is not x."""
+    lengths = [1, 1, 7] if SMALL else [1, 1, 1, 40, 1, 1, 1]
+    given = inputs_of(sum(lengths), len(lengths), 3, 5, 0, torch.float32, True, 0)
+    given["size"] = torch.full_like(given["size"], 3)
+    as_each_alone(backend, "soft_merge", lengths, given, normalize="tokens", similarity=similarity)
+
+
 @pytest.mark.shipped_blocks
 def test_short_and_long_sequences_of_assign_merge(backend):
     """Short ones take one launch alone, of blocks of two sizes in Triton."""

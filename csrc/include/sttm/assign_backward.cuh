@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kAssignBackwardThreads, 2)
         });
     } else {
         panel.store_span(grad, own, num_own, own_features, a.similarity, other, other_features,
-                         Span{partial, tile, mine, parts}, make_weights);
+                         Span{partial, tile, mine, parts}, make_weights, [] { return false; });
     }
 }
 

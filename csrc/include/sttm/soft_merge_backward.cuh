@@ -232,11 +232,13 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
     };
 
     T* const grad = static_cast<T*>(TOKENS ? a.grad_q : a.grad_meta);
+    const auto is_constant = [&] { return !a.over_meta && item.N == 1; };  // a softmax over one token is 1
     if constexpr (TOKENS) {
         if (!work.metric) other_features.D = 0;
         panel.for_each_slice(
             other, other_features, a.K, blockIdx.x % parts, parts, make_weights, [&](int part, bool fresh) {
                 if (!work.metric) return;
+                if (is_constant()) panel.forget();
                 if (fresh) Panel::reduce(panel.sums);
                 panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
                                      a.similarity);
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
         }
     } else {
         panel.store_span(grad, own, num_own, own_features, a.similarity, other, other_features,
-                         Span{partial, tile, static_cast<int>(blockIdx.x % parts), parts}, make_weights);
+                         Span{partial, tile, static_cast<int>(blockIdx.x % parts), parts}, make_weights, is_constant);
     }
 }
 

@@ -382,6 +382,15 @@ struct WeightPanel {
             });
     }
 
+    // Makes the gradients of all own rows zero, after the next barrier.
+    __device__ __forceinline__ void forget() {
+        __syncthreads();
+        STTM_NO_UNROLL
+        for (int i = threadIdx.x; i < OWN * OUT_PITCH; i += THREADS) out[i] = 0;
+        STTM_NO_UNROLL
+        for (int i = threadIdx.x; i < COLUMN_WARPS * OWN; i += THREADS) sums[i] = 0;
+    }
+
     // sums[row] becomes the sum of a row, after the next barrier.
     static __device__ __forceinline__ void reduce(float* sums) {
         __syncthreads();
@@ -546,16 +555,17 @@ struct WeightPanel {
     }
 
     // The same of meta tokens, num_own in each set, from a span of tokens, whose weights make(from, end, 0) sets:
-    // `grad` itself where a panel has room for all tokens, else partial sums.
-    template <typename OwnRows, typename OtherRows, typename Make>
+    // `grad` itself where a panel has room for all tokens, else partial sums. Zero if is_zero() says so of one token.
+    template <typename OwnRows, typename OtherRows, typename Make, typename IsZero>
     __device__ __forceinline__ void store_span(T* grad, const OwnRows& own, int num_own, const Features& own_f,
                                                Similarity kind, const OtherRows& other, const Features& other_f,
-                                               const Span& span, const Make& make) {
+                                               const Span& span, const Make& make, const IsZero& is_zero) {
         const SpanTile& tile = span.tile;
         const bool whole = tile.item.N <= width;
         const int first = tile.first;
         for_each_panel(other, other_f, tile.begin, tile.end, span.mine, span.parts, make, [&](int part, bool before) {
             if (whole) {
+                if (is_zero()) forget();
                 if constexpr (STEPPED) {
                     if (part < span.parts * SLICE) find_shares(own, first, kind);
                 } else {
