@@ -463,29 +463,6 @@ __device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* f
     }
 }
 
-// The same of a row whose share is not worked out beforehand.
-template <typename T>
-__device__ __forceinline__ void store_gradient(T* grad, int64_t item, const T* features, int count, const Features& f,
-                                               int row, int d, float (&value)[Vec<T>::size], float term, float along,
-                                               Similarity kind) {
-    const float inverse = kind == Similarity::cosine ? term : 1.0f;
-    const bool normalised = kind == Similarity::cosine && is_normalised(inverse);
-    const float scale = kind == Similarity::l2 ? 2.0f : inverse;
-    const float off = kind == Similarity::l2 || normalised ? along * inverse * inverse : 0.0f;
-    if (features != nullptr && kind != Similarity::dot) {
-        const Vec<T> v = sttm::features(features, f, d);
-        STTM_UNROLL
-        for (int e = 0; e < Vec<T>::size; ++e) value[e] = (value[e] - off * to_float(v.value[e])) * scale;
-    } else if (features == nullptr) {
-        STTM_UNROLL
-        for (int e = 0; e < Vec<T>::size; ++e) value[e] = 0;
-    }
-    T* const to = grad + (item * f.heads * count + row) * f.D + d;
-    for (int h = 0; h < f.heads; ++h) {
-        store_features(to + h * int64_t(count) * f.D, value, f.D - d, 1.0f / f.heads);
-    }
-}
-
 template <bool FIRST, typename A, typename B>
 __device__ __forceinline__ const auto& either(const A& a, const B& b) {
     if constexpr (FIRST) {

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
             other, other_features, a.K, blockIdx.x % parts, parts, make_weights, [&](int part, bool fresh) {
                 if (!work.metric) return;
                 if (is_constant()) panel.forget();
-                if (fresh) Panel::reduce(panel.sums);
+                if (fresh) panel.find_shares(own, first, a.similarity);
                 panel.store_gradient(grad, item.tokens, a.N, item.start, own, num_own, own_features, first, part,
                                      a.similarity);
             });

@@ -121,6 +121,9 @@ struct WeightPanel {
     template <int COUNT, int COLUMNS>
     using Pieces = std::conditional_t<STEPPED, SteppedPieces<T, THREADS, COUNT, COLUMNS>,
                                       RowPieces<T, THREADS, COUNT, COLUMNS>>;
+    // Of rows that the weights of a panel multiply: exact products leave no registers for the other way.
+    using Values = std::conditional_t<STEPPED || !EXACT, SteppedPieces<T, THREADS, 128 / sizeof(T), SLICE>,
+                                      RowPieces<T, THREADS, 128 / sizeof(T), SLICE>>;
     static constexpr int COLUMN_WARPS = 256 / OWN, NT = 16 / COLUMN_WARPS;
     static constexpr int PAIR = 16 * COLUMN_WARPS;  // warps take turns, so that all have work where columns are few
     static constexpr int CHUNK = 128 / sizeof(T);   // features of rows, or rows of values, at a time
@@ -359,7 +362,7 @@ struct WeightPanel {
             }
             const int next = at + CHUNK;
             if (next < count) {
-                const Pieces<CHUNK, SLICE> pieces(rows, f, first + next);
+                const Values pieces(rows, f, first + next);
                 pieces.copy(tiles + (buffer ^ 1) * CHUNK * VALUE_PITCH, VALUE_PITCH, rows, f, first + next, part);
             }
             if (at < 0) continue;
@@ -478,25 +481,17 @@ struct WeightPanel {
     __device__ __forceinline__ void store_gradient(T* grad, int64_t item, int count, int start, const Rows& own,
                                                    int num_own, const Features& f, int first, int part, Similarity kind,
                                                    const More& more = {}) {
-        static_assert(STEPPED || !More::kAny, "where registers allow it");
-        if constexpr (STEPPED) {
-            if (f.pieces && is_aligned(grad) && more.aligned()) {
-                T* const to = grad + (item * count + start) * f.D;
-                if (kind == Similarity::dot) return store_pieces<false>(to, own, num_own, f.D, first, part, more);
-                return store_pieces<true>(to, own, num_own, f.D, first, part, more);
-            }
-            finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-                const auto term = more.term(row);
-                const T* const added = more.row(term);
-                sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
-                                     shares()[row], kind, added, term.share);
-            });
-        } else {
-            finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
-                sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
-                                     own_term[row], sums[row], kind);
-            });
+        if (f.pieces && is_aligned(grad) && more.aligned()) {
+            T* const to = grad + (item * count + start) * f.D;
+            if (kind == Similarity::dot) return store_pieces<false>(to, own, num_own, f.D, first, part, more);
+            return store_pieces<true>(to, own, num_own, f.D, first, part, more);
         }
+        finish(num_own - first, f.D - part, [&](int row, int column, float (&value)[Vec<T>::size]) {
+            const auto term = more.term(row);
+            const T* const added = more.row(term);
+            sttm::store_gradient(grad, item, own(first + row), count, f, start + first + row, part + column, value,
+                                 shares()[row], kind, added, term.share);
+        });
     }
 
     // The same of features in pieces; `grad` is that of the first own row. A thread has the same columns of rows that
@@ -566,11 +561,7 @@ struct WeightPanel {
         for_each_panel(other, other_f, tile.begin, tile.end, span.mine, span.parts, make, [&](int part, bool before) {
             if (whole) {
                 if (is_zero()) forget();
-                if constexpr (STEPPED) {
-                    if (part < span.parts * SLICE) find_shares(own, first, kind);
-                } else {
-                    if (part < span.parts * SLICE) reduce(sums);
-                }
+                if (part < span.parts * SLICE) find_shares(own, first, kind);
                 store_gradient(grad, tile.item.set, num_own, 0, own, num_own, own_f, first, part, kind);
                 return;
             }
