@@ -191,7 +191,7 @@ def test_clips_one_after_another_keep_a_share_of_their_own(backend, name):
         ),
         ({"grid": torch.tensor([[1.0, 2, 2], [1, 1, 2]])}, "grid must be of integers on the CPU"),
         ({"grid": []}, "grid must be .* or one of each clip"),
-        ({"mask": torch.ones(9, dtype=torch.bool)}, "mask must be None with lengths"),
+        ({"mask": torch.ones(9, dtype=torch.bool)}, "mask must be None for clips"),
         ({"x": torch.ones(9, 5)}, r"x must have shape \(sum of N, C\) = \(9, 4\), got \(9, 5\)"),
         ({"metric": torch.ones(8, 4)}, "metric must have the T = 9 tokens of x, got 8"),
         ({"size": torch.ones(1, 9)}, r"size must have shape \(T,\)"),
@@ -228,6 +228,33 @@ def test_padding_has_no_gradient():
     assert bool(x.grad.isfinite().all())
     assert not bool(x.grad[~mask].any())
     assert bool((x.grad[mask] != 0).any(1).all())
+
+
+@each_generator
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_mask_of_real_tokens_changes_nothing(name, similarity, backend):
+    """Tokens of size 0, and groups that nothing went to, are there as they are without a mask."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, size = torch.randn(2, 8, 4, device=backend.device), torch.randint(0, 3, (2, 8), device=backend.device)
+        module = build(4, 2, 3, name, similarity=similarity, impl=backend.impl).to(backend.device)
+        out, plan = module(x, (2, 2, 2), size=size.float(), return_plan=True)
+        with_mask, its_plan = module(
+            x, (2, 2, 2), size=size.float(), return_plan=True, mask=torch.ones_like(size, dtype=torch.bool)
+        )
+        assert_equal("plan", its_plan.index, plan.index)
+        assert_equal("x", with_mask.x, out.x)
+        assert_equal("size", with_mask.size, out.size)
+
+
+def test_positions_of_padding_have_no_gradient_whatever_they_hold():
+    mask = torch.arange(12)[None] < 8
+    positions = torch.where(mask[..., None], torch.rand(1, 12, 3), torch.nan).requires_grad_()
+    build(4, 2, 3, second_moment=True)(
+        torch.randn(1, 12, 4), (3, 2, 2), positions=positions, mask=mask
+    ).x.sum().backward()
+    assert not bool(positions.grad[~mask].any())
+    assert bool(positions.grad[mask].any())
 
 
 # Counts, plans, chains

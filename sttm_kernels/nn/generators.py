@@ -126,8 +126,11 @@ def _pooled(
     q: Tensor, rows: int, columns: int, num_meta: int, size: Tensor | None, cells: str, mask: Tensor | None, impl: str
 ) -> Tensor:
     plan = pool_plan(rows, columns, num_meta, q.shape[0], cells, q.device, mask)
-    pooled = merge(q, plan, size, impl=impl)
-    return _stand_in(pooled.x, None if mask is None else pooled.size > 0)
+    has_tokens = None
+    if mask is not None:  # a cell of tokens of size 0 is one, as it is without a mask
+        has_tokens = torch.zeros((q.shape[0], num_meta + 1), dtype=torch.bool, device=q.device)
+        has_tokens = has_tokens.scatter(1, plan.index.long() + 1, True)[:, 1:]
+    return _stand_in(merge(q, plan, size, impl=impl).x, has_tokens)
 
 
 class Pool(nn.Module):

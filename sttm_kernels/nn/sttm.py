@@ -270,7 +270,6 @@ class STTM(nn.Module):
             positions = grid_positions((frames, height, width), prefix, acc, x.device)
         size, positions = size_and_positions(x, size, positions)
         assert positions is not None
-        positions = self._with_products(positions)
         if mask is not None:
             validate.boolean("mask", mask)
             validate.beside("mask", mask, "(B, N)", (x.shape[0], x.shape[1]), "x", x)
@@ -278,6 +277,7 @@ class STTM(nn.Module):
             if metric is not None:
                 metric = None if metric is x else torch.where(mask[..., None], mean_over_heads(metric), 0)
             x, positions = (torch.where(mask[..., None], t, 0) for t in (x, positions))
+        positions = self._with_products(positions)
 
         with without_autocast(x.device.type):
             q = None if metric is None or metric is x else mean_over_heads(metric)[:, prefix:]
@@ -317,7 +317,9 @@ class STTM(nn.Module):
                 f"grid must hold the {x.shape[0]} tokens of x, {self.num_prefix} of every clip before it, got "
                 f"{list(grids)}, with which they are {sum(lengths)}"
             )
-        row, _ = packed.checked("x", x, lengths, mask, "(T, C)", 2)
+        if mask is not None:
+            raise ValueError("mask must be None for clips one after another: leave out tokens that are not real")
+        row, _ = packed.checked("x", x, lengths, None, "(T, C)", 2)
         validate.shape("x", x, "(sum of N, C)", (x.shape[0], self.dim))
         q, size, positions = packed.beside(row, None if metric is x else metric, size, positions, "metric")
         given = {"x": row, "size": size, "positions": None if positions is None else positions[None], "metric": q}
