@@ -155,13 +155,12 @@ def test_flops_with_merging_count_the_verbs():
     pooling = 2 * T * frame * d, 2 * T * 4 * d
     assigning = 2 * T * frame * 4 * d, 2 * T * 4 * 3 * d
     merging = 2 * T * frame * (d + 3), 2 * T * 4 * (d + 3)
-    motion = 2 * 3 * d * 3
 
     def block(n: int) -> int:
         return 2 * n * d * 3 * d + 2 * 2 * n * n * d + 2 * n * d * d + 2 * 2 * n * d * 4 * d
 
     fewer = 2 * (block(n) - block(1 + 3))
-    expected = flops(plain, (1, *plain.clip_shape)) - fewer + sum(pooling + assigning + merging) + motion
+    expected = flops(plain, (1, *plain.clip_shape)) - fewer + sum(pooling + assigning + merging)
     assert flops(model, (1, *model.clip_shape)) == expected
 
 

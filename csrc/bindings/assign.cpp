@@ -64,14 +64,14 @@ static void assign_backward_arrays(const MaybeArray& grad_score, const MaybeArra
     a.grad_score = validate.column(grad_score, "grad_score", items, a.N);
     a.grad_lse = validate.column(grad_lse, "grad_lse", items, a.N);
     a.grad_weight = validate.column(grad_weight, "grad_weight", items, a.N);
-    if (a.soft() && !lse) throw py::value_error("grad_lse and grad_weight need lse");
+    if (is_soft(a) && !lse) throw py::value_error("grad_lse and grad_weight need lse");
     const int sets = a.sequences == nullptr ? a.B : 1, groups = a.sequences == nullptr ? a.K : a.B * a.K;
     a.grad_merged = validate.dense_features(grad_merged, "grad_merged", a.dtype, {sets, groups, a.D});
     a.size = validate.dense<float>(size, "size", {items, a.N});
     a.mass = validate.dense<float>(mass, "mass", {sets, groups});
     if (grad_merged && !mass) throw py::value_error("grad_merged needs mass");
     read_metric_gradients(validate, a, q, grad_q, grad_meta);
-    if (a.soft() && grad_meta)
+    if (is_soft(a) && grad_meta)
         a.scratch = read_scratch(validate, scratch,
                                  partial_floats(a.sequences != nullptr, a.dtype, a.B, a.K, a.N, a.D, 1));
     validate.run(assign_backward, a, stream);

@@ -28,7 +28,7 @@ Given given(const AssignBackwardArguments& a, const Item& item, int start, const
         const float scale = panel.scale[i / kWidth][i % kWidth];
         const float through = at(a.grad_weight, n) * (a.weight == nullptr ? 1 : a.weight[n]);  // of exp(score - lse)
         found.g[i] = (at(a.grad_score, n) + through) * scale;
-        if (!a.soft()) continue;
+        if (!is_soft(a)) continue;
         found.h[i] = (at(a.grad_lse, n) - through) * scale;
         found.lse[i] = a.lse[n];
     }
@@ -91,13 +91,13 @@ void assign_backward_typed(const AssignBackwardArguments& all, int64_t begin, in
         float* const dS = tiles + slot * kTogether * tile_size;
         Panel panel;
         panel.q = packed + slot * panel_size;
-        back.begin(chunk, !a.soft());
+        back.begin(chunk, !is_soft(a));
         for (int i = first; i < last; ++i) {
             const int start = i * kPanel, at = (i - first) % kTogether;
             panel.rows = back.rows(slot, at);
             load_panel<T>(a, start, real, panel);
             const Given in = given(a, item, start, panel);
-            if (!a.soft()) {
+            if (!is_soft(a)) {
                 back.chosen(panel, item, meta, chunk, start, in.k, in.g, slot);
                 continue;
             }

@@ -1,7 +1,7 @@
 """How many floating-point operations a model takes, the package's own operators included.
 
 Importing this module registers formulas for them with `torch.utils.flop_counter`: 2 per multiply-add of the products
-and of the weighted sums, as PyTorch counts its own; copies, sorts and divisions are free.
+and of the weighted sums, as PyTorch counts its own; copies, sorts, divisions and motion features are free.
 """
 
 from __future__ import annotations

@@ -318,7 +318,9 @@ class STTM(nn.Module):
                 f"{list(grids)}, with which they are {sum(lengths)}"
             )
         if mask is not None:
-            raise ValueError("mask must be None for clips one after another: leave out tokens that are not real")
+            raise ValueError(
+                f"mask must be None for clips one after another, whose tokens are all real, got {type(mask).__name__}"
+            )
         row, _ = packed.checked("x", x, lengths, None, "(T, C)", 2)
         validate.shape("x", x, "(sum of N, C)", (x.shape[0], self.dim))
         q, size, positions = packed.beside(row, None if metric is x else metric, size, positions, "metric")

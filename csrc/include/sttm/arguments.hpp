@@ -231,10 +231,11 @@ struct AssignBackwardArguments {
     const float *size, *mass;
     void *grad_q, *grad_meta;
     float* scratch;
-
-    // Whether similarities to all meta tokens have a gradient, not that to the chosen one alone.
-    bool soft() const { return grad_lse.data != nullptr || grad_weight.data != nullptr; }
 };
+// Whether similarities to all meta tokens have a gradient, not that to the chosen one alone.
+static inline bool is_soft(const AssignBackwardArguments& a) {
+    return a.grad_lse.data != nullptr || a.grad_weight.data != nullptr;
+}
 Error assign_backward(const AssignBackwardArguments&, Stream);
 
 // assign, then merge by mean along its index, of at most kAssignMergeTokens tokens and kAssignMergeGroups groups, in

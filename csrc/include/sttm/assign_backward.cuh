@@ -306,7 +306,7 @@ cudaError_t launch_assign_grad_meta(const AssignBackwardArguments& a, const Feat
 template <typename T, bool EXACT>
 cudaError_t launch_assign_backward(const AssignBackwardArguments& a, cudaStream_t stream) {
     const Features q_features = features_of<T>(a.q, a.D), m_features = features_of<T>(a.meta, a.D);
-    const bool soft = a.soft();
+    const bool soft = is_soft(a);
     const auto by_warps = [&](auto kernel, int64_t tasks) {
         return launch(kernel, Grid{ceil_div64(tasks, kAssignWarps)}, kAssignWarps * kWarpSize, 0, stream, a, q_features,
                       m_features);
