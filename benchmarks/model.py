@@ -109,6 +109,8 @@ measurement. Each launch is given the longest of
 and then {GAP:.0f} µs to the next launch. The rates are those of an H100, the code that of compute capability 8.0, which
 Triton compiles otherwise for 9.0. Latencies of memory, caches other than by these sums, what ptxas merges, the time of
 the host, and what draws random cells are left out; that PyTorch adds up two gradients of x behind `soft_merge` is not.
+CUDA's `soft_merge` and forward `assign_merge`, and Triton's kernels but for its `assign_merge`, were counted before
+their last changes ([COUNTERS.md](COUNTERS.md)).
 *Floor*: inputs and outputs once, and the products, at the same rates. *Most of it*: what bounds the launches that take
 longest, or the gaps.
 
